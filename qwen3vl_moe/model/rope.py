@@ -1,0 +1,112 @@
+"""Where tokens are: positions of a mixed prompt, interleaved M-RoPE, and the vision tower's rotary angles.
+
+M-RoPE (Qwen2-VL, arXiv 2409.12191) gives a token three positions: time, height and width. Text has all three equal.
+An image starts where the text before it ended; its tokens share one time and count rows and columns of the merged grid
+from there; the text after it goes on at the largest position plus one. Qwen3-VL interleaves the three axes over the
+rotary frequencies (t h w t h w ... t t) instead of giving each a contiguous section, so that every axis sees high and
+low frequencies. Checked against transformers 5.17 (``Qwen3VLMoeModel.get_rope_index``, ``Qwen3VLMoeTextRotaryEmbedding``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]  # an image in patches: frames, rows, columns
+
+
+def mrope_positions(
+    token_ids: Sequence[int], grids: Sequence[Grid], merge_size: int, image_token_id: int
+) -> tuple[Tensor, int]:
+    """M-RoPE positions of one prompt whose image placeholders are already expanded.
+
+    Args:
+        token_ids: T token ids; an image of grid (t, h, w) takes ``t*h*w // merge_size**2`` consecutive placeholders.
+        grids: one (frames, rows, columns) in patches per image, in order of appearance.
+        merge_size: patches per image token along each side.
+        image_token_id: the placeholder.
+
+    Returns:
+        positions_3T (int64, CPU; rows are time, height, width) and the position of the token that comes next.
+
+    Raises:
+        ValueError: placeholders and grids do not match.
+    """
+    ids = torch.as_tensor(token_ids, dtype=torch.int64)
+    positions_3T = torch.empty(3, len(ids), dtype=torch.int64)
+    done, position = 0, 0
+
+    def text_until(end: int) -> None:
+        nonlocal done, position
+        positions_3T[:, done:end] = torch.arange(position, position + end - done)
+        position += end - done
+        done = end
+
+    placeholders = (ids == image_token_id).nonzero().flatten()
+    used = 0
+    for number, (frames, rows, columns) in enumerate(grids):
+        rows, columns = rows // merge_size, columns // merge_size
+        count = frames * rows * columns
+        span = placeholders[used : used + count]
+        if len(span) < count or int(span[-1]) - int(span[0]) != count - 1:
+            raise ValueError(f"image {number} needs {count} consecutive placeholder tokens (id {image_token_id})")
+        text_until(int(span[0]))
+        axes = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
+        positions_3T[:, done : done + count] = torch.stack(axes).view(3, -1) + position
+        done, used = done + count, used + count
+        position += max(rows, columns)
+    if used != len(placeholders):
+        raise ValueError(f"{len(placeholders) - used} placeholder tokens (id {image_token_id}) belong to no image")
+    text_until(len(ids))
+    return positions_3T, position
+
+
+def inverse_frequencies(width: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """Rotary frequencies of a ``width``-wide rotation, fp32 [width / 2]: theta^(-2i/width)."""
+    return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+
+
+def mrope_angles(positions_3T: Tensor, frequencies: Tensor, section: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of interleaved M-RoPE, fp32 [T, head_dim / 2] each.
+
+    Frequency i belongs to height where i = 1 (mod 3) and i < 3*section[1], to width where i = 2 (mod 3) and
+    i < 3*section[2], else to time.
+    """
+    angles_3TF = positions_3T[..., None].float() * frequencies
+    angles_TF = angles_3TF[0].clone()
+    for axis in (1, 2):
+        own = slice(axis, 3 * section[axis], 3)
+        angles_TF[:, own] = angles_3TF[axis, :, own]
+    return angles_TF.cos(), angles_TF.sin()
+
+
+def rotate(x_TND: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    """Rotate each head: the pair of channel i is i + D/2 (the split-half convention of the checkpoint).
+
+    cos and sin are [T, D/2]; the result has the dtype that x and they promote to.
+    """
+    cos, sin = cos_TF[:, None], sin_TF[:, None]
+    first, second = x_TND.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def vision_positions(grids: Sequence[Grid], merge_size: int) -> Tensor:
+    """Row and column of every patch, int64 [P, 2] on the CPU, in the order in which patches are packed.
+
+    Patches of one merge_size x merge_size square follow each other, so that the merger can view them as one row.
+    """
+    parts = []
+    for frames, rows, columns in grids:
+        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        squares = (rows // merge_size, merge_size, columns // merge_size, merge_size)
+        place = torch.stack([a.reshape(squares).transpose(1, 2).flatten() for a in (row, column)], dim=-1)
+        parts.append(place.repeat(frames, 1))
+    return torch.cat(parts)
+
+
+def vision_angles(positions_P2: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the vision tower's rotation, fp32 [P, head_dim / 2]: row angles, then column angles."""
+    angles_PF = (positions_P2[..., None].float() * frequencies).flatten(1)
+    return angles_PF.cos(), angles_PF.sin()
