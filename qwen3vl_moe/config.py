@@ -237,7 +237,7 @@ def _parse_text(fields: _Fields) -> TextConfig:
         )
     if text.experts_per_token > text.num_experts:
         raise ConfigError(
-            f"{fields.source}: num_experts_per_tok is {text.experts_per_token}, but there are {text.num_experts} experts"
+            f"{fields.source}: num_experts_per_tok is {text.experts_per_token} of only {text.num_experts} experts"
         )
     return text
 

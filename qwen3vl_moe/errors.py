@@ -1,7 +1,8 @@
 """Errors that a user can cause.
 
 Each carries one line that names the file, tensor, option or size at fault and the way out. Programs catch
-:class:`UserError`, print ``error: <line>`` to stderr and exit with status 2; anything else is a bug and keeps its traceback.
+:class:`UserError`, print ``error: <line>`` to stderr and exit with status 2; anything else is a bug and keeps its
+traceback.
 """
 
 

@@ -4,7 +4,8 @@ M-RoPE (Qwen2-VL, arXiv 2409.12191) gives a token three positions: time, height 
 An image starts where the text before it ended; its tokens share one time and count rows and columns of the merged grid
 from there; the text after it goes on at the largest position plus one. Qwen3-VL interleaves the three axes over the
 rotary frequencies (t h w t h w ... t t) instead of giving each a contiguous section, so that every axis sees high and
-low frequencies. Checked against transformers 5.17 (``Qwen3VLMoeModel.get_rope_index``, ``Qwen3VLMoeTextRotaryEmbedding``).
+low frequencies. Rules and tests follow transformers 5.17 (``Qwen3VLMoeModel.get_rope_index``,
+``Qwen3VLMoeTextRotaryEmbedding``).
 """
 
 from __future__ import annotations

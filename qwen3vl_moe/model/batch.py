@@ -1,0 +1,121 @@
+"""One step of the model: all tokens of all its sequences packed into one row dimension, and where everything goes.
+
+Shape legend of both packages: T tokens of the step, U cached tokens that they attend to, S sequences, H hidden,
+E experts, K chosen experts, I expert width, N query heads, G key/value heads, D head width, L layers, V vocabulary;
+in the vision tower P patches, C its hidden width, M merged (visual) tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Boundaries of packed sequences: how many rows each asks with, and how many keys each row's sequence has.
+
+    Lengths live on the host (loops and launch bounds need no synchronisation), cumulative starts (int32 [S + 1]) on the
+    device.
+    """
+
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    q_starts: Tensor
+    kv_starts: Tensor
+
+    @classmethod
+    def build(
+        cls, q_lens: Sequence[int], kv_lens: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    ) -> Segments:
+        """Args: query and key lengths per sequence (keys default to the queries: nothing is cached)."""
+        kv_lens = q_lens if kv_lens is None else kv_lens
+
+        def starts(lengths: Sequence[int]) -> Tensor:
+            total = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+            total[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
+            return total.to(device, non_blocking=True)
+
+        q_starts = starts(q_lens)
+        return cls(tuple(q_lens), tuple(kv_lens), q_starts, q_starts if kv_lens is q_lens else starts(kv_lens))
+
+    @property
+    def max_q(self) -> int:
+        return max(self.q_lens)
+
+    @property
+    def max_kv(self) -> int:
+        return max(self.kv_lens)
+
+
+@dataclass(frozen=True)
+class VisionFeatures:
+    """What the decoder takes from the vision tower, addressed by visual-token index.
+
+    ``embeds_MH`` replaces the placeholders' embeddings; ``deepstack_LMH[i]`` is added to the same rows after decoder
+    layer i. Taking rows of both together keeps DeepStack aligned when a prompt is cut inside an image.
+    """
+
+    embeds_MH: Tensor
+    deepstack_LMH: Tensor
+
+    def rows(self, start: int, stop: int) -> VisionFeatures:
+        """Visual tokens ``start`` to ``stop`` (views, no copy)."""
+        return VisionFeatures(self.embeds_MH[start:stop], self.deepstack_LMH[:, start:stop])
+
+    @staticmethod
+    def cat(parts: Sequence[VisionFeatures]) -> VisionFeatures:
+        """Visual tokens of several images after each other."""
+        if len(parts) == 1:
+            return parts[0]
+        return VisionFeatures(
+            torch.cat([part.embeds_MH for part in parts]), torch.cat([part.deepstack_LMH for part in parts], dim=1)
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step. All tensors are on the model's device.
+
+    Attributes:
+        input_ids_T: int64 token ids, sequence after sequence.
+        positions_3T: int64 M-RoPE positions (time, height, width).
+        segments: boundaries of the sequences; ``kv_lens`` counts cached and new tokens.
+        slots_T: int64 cache row of each token, ``block * block_size + offset``; None attends within the batch only.
+        block_tables: int32 [S, B] cache blocks of each sequence in order, padded with 0; needed where a sequence has
+            more keys than queries.
+        block_size: tokens in a cache block.
+        visual_rows: int64 [M] rows of the step that are image tokens.
+        visual: features for exactly these rows, in this order.
+        logit_rows: int64 rows whose logits are wanted; None means all.
+    """
+
+    input_ids_T: Tensor
+    positions_3T: Tensor
+    segments: Segments
+    slots_T: Tensor | None = None
+    block_tables: Tensor | None = None
+    block_size: int = 0
+    visual_rows: Tensor | None = None
+    visual: VisionFeatures | None = None
+    logit_rows: Tensor | None = None
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether some sequence attends to tokens of earlier steps."""
+        return self.segments.q_lens != self.segments.kv_lens
+
+    @cached_property
+    def cache_rows_U(self) -> Tensor:
+        """int64 [U] cache rows of every sequence's keys, sequence after sequence: computed once for all layers."""
+        starts = self.segments.kv_starts.long()
+        total = sum(self.segments.kv_lens)  # known on the host, so that repeat_interleave need not synchronise
+        sequence = torch.arange(len(starts) - 1, device=starts.device)
+        sequence_U = sequence.repeat_interleave(starts.diff(), output_size=total)
+        place_U = torch.arange(total, device=starts.device) - starts[sequence_U]
+        block_U = self.block_tables[sequence_U, place_U // self.block_size].long()
+        return block_U * self.block_size + place_U % self.block_size

@@ -1,0 +1,152 @@
+"""The vision tower: pixel patches to image tokens and DeepStack features.
+
+A Vision Transformer over patches of all images of a step, packed. Learned position embeddings are interpolated from a
+square grid to each image's grid, rows and columns are rotated in (2-D rotary), every frame attends to itself only. The
+last block's output is merged 2x2 into the decoder's width; three blocks on the way give the DeepStack features
+(arXiv 2406.04334). Checked against transformers 5.17 (``Qwen3VLMoeVisionModel``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3vl_moe.config import VisionConfig
+from qwen3vl_moe.model.attention import attention
+from qwen3vl_moe.model.batch import Segments, VisionFeatures
+from qwen3vl_moe.model.rope import Grid, inverse_frequencies, rotate, vision_angles, vision_positions
+
+_NORM_EPS = 1e-6  # fixed in the published model's code, not in its config
+
+
+def interpolate_positions(table_SC: Tensor, grids: Sequence[Grid], side: int, merge_size: int) -> Tensor:
+    """Bilinear samples of the learned ``side`` x ``side`` position grid, fp32 [P, C], corners on corners.
+
+    Patch row r of an image with h rows reads table row ``r * (side - 1) / (h - 1)``; columns alike. The arithmetic on
+    the grid is done once, on the host.
+    """
+    place_P2 = vision_positions(grids, merge_size).float()
+    size_P2 = torch.cat([torch.tensor([[h, w]]).expand(t * h * w, 2) for t, h, w in grids])
+    source_P2 = place_P2 * (side - 1) / (size_P2 - 1).clamp(min=1)
+    low_P2 = source_P2.long()
+    high_P2 = (low_P2 + 1).clamp(max=side - 1)
+    part_P2 = source_P2 - low_P2
+
+    out_PC: Tensor | None = None
+    for rows, row_weight in ((low_P2[:, 0], 1 - part_P2[:, 0]), (high_P2[:, 0], part_P2[:, 0])):
+        for columns, column_weight in ((low_P2[:, 1], 1 - part_P2[:, 1]), (high_P2[:, 1], part_P2[:, 1])):
+            index = (rows * side + columns).to(table_SC.device, non_blocking=True)
+            weight = (row_weight * column_weight)[:, None].to(table_SC.device, non_blocking=True)
+            sample = table_SC[index].float() * weight
+            out_PC = sample if out_PC is None else out_PC.add_(sample)
+    return out_PC
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_PC: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        q, k, v = self.qkv(x_PC).view(len(x_PC), 3, self.num_heads, -1).unbind(1)
+        # The rotation is done in fp32: its angles are large and bf16 would round them away.
+        q, k = (rotate(x.float(), cos, sin).to(x_PC.dtype) for x in (q, k))
+        return self.out(attention(q, k, v, segments, causal=False).flatten(1))
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_PC: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_PC), approximate="tanh"))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=_NORM_EPS)
+        self.attn = VisionAttention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=_NORM_EPS)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x_PC: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+        x_PC = x_PC + self.attn(self.norm1(x_PC), cos, sin, segments)
+        return x_PC + self.mlp(self.norm2(x_PC))
+
+
+class Merger(nn.Module):
+    """merge_size x merge_size neighbouring patches -> one token of the decoder's width.
+
+    The final merger norms each patch before they are put side by side; the DeepStack mergers norm the whole row after.
+    """
+
+    def __init__(self, config: VisionConfig, *, norm_merged: bool):
+        super().__init__()
+        self.norm_merged = norm_merged
+        self.width = config.merged_width
+        self.norm = nn.LayerNorm(self.width if norm_merged else config.hidden_size, eps=_NORM_EPS)
+        self.fc1 = nn.Linear(self.width, self.width)
+        self.fc2 = nn.Linear(self.width, config.out_hidden_size)
+
+    def forward(self, x_PC: Tensor) -> Tensor:
+        x = self.norm(x_PC.view(-1, self.width)) if self.norm_merged else self.norm(x_PC).view(-1, self.width)
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        # The checkpoint's Conv3d has stride = kernel, so it is this linear over flattened patches; cuDNN's Conv3d runs
+        # many times slower on such shapes.
+        self.patch_embed = nn.Linear(config.patch_dim, config.hidden_size)
+        self.pos_embed = nn.Embedding(config.num_positions, config.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = Merger(config, norm_merged=False)
+        self.deepstack_mergers = nn.ModuleList(Merger(config, norm_merged=True) for _ in config.deepstack_indexes)
+
+    def forward(self, pixel_values_PC: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
+        """Encode all images of a step in one call.
+
+        Args:
+            pixel_values_PC: normalised patches [P, patch_dim] of all images, any float dtype.
+            grids: (frames, rows, columns) in patches of each image.
+
+        Returns:
+            features of all images, packed; M = P / merge_size**2.
+
+        Raises:
+            ValueError: the patches are not as many or as wide as the grids and the config say.
+        """
+        config = self.config
+        expected = (sum(t * h * w for t, h, w in grids), config.patch_dim)
+        if tuple(pixel_values_PC.shape) != expected:
+            raise ValueError(f"pixel_values have shape {tuple(pixel_values_PC.shape)}, but the grids say {expected}")
+        weight = self.patch_embed.weight
+        x_PC = self.patch_embed(pixel_values_PC.to(weight))
+        x_PC = x_PC + interpolate_positions(self.pos_embed.weight, grids, config.grid_side, config.merge_size).to(
+            x_PC.dtype
+        )
+
+        positions_P2 = vision_positions(grids, config.merge_size).to(weight.device, non_blocking=True)
+        frequencies = inverse_frequencies(config.head_dim // 2, config.rope_theta, device=weight.device)
+        cos, sin = vision_angles(positions_P2, frequencies)
+        segments = Segments.build([h * w for t, h, w in grids for _ in range(t)], device=weight.device)
+
+        deepstack = []
+        for number, block in enumerate(self.blocks):
+            x_PC = block(x_PC, cos, sin, segments)
+            if number in config.deepstack_indexes:
+                deepstack.append(self.deepstack_mergers[config.deepstack_indexes.index(number)](x_PC))
+        embeds_MH = self.merger(x_PC)
+        return VisionFeatures(
+            embeds_MH, torch.stack(deepstack) if deepstack else embeds_MH.new_empty(0, *embeds_MH.shape)
+        )
