@@ -64,7 +64,7 @@ class Qwen3VLMoe(nn.Module):
         expert_layout: str | None = None,
         progress: bool = True,
     ) -> Qwen3VLMoe:
-        """Load a Hugging Face checkpoint: a local directory or a hub id. See :func:`qwen3vl_moe.checkpoint.load_model`."""
+        """Load a Hugging Face checkpoint, a local directory or a hub id: :func:`qwen3vl_moe.checkpoint.load_model`."""
         from qwen3vl_moe.checkpoint import load_model  # the loader imports the model
 
         return load_model(path, device=device, dtype=dtype, moe=moe, expert_layout=expert_layout, progress=progress)
