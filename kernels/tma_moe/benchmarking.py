@@ -1,0 +1,255 @@
+"""What the timing programs share: problem shapes, routings, floors, the grouped_mm baseline and a timer for the GPU.
+
+Shape letters: T tokens, H hidden, E experts, K chosen experts, I expert width.
+"""
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """One MoE layer: E experts of which a token uses K; hidden size H; expert width I."""
+
+    num_experts: int = 128
+    experts_per_token: int = 8
+    hidden_size: int = 2048
+    expert_width: int = 768
+
+    @classmethod
+    def parse(cls, text: str) -> "MoeShape":
+        """Reads `"E,K,H,I"`, for example `"128,8,2048,768"`; ValueError says what is wrong with it."""
+        try:
+            numbers = [int(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 4 or min(numbers) < 1:
+            raise ValueError(f"shape {text!r} is not four positive integers E,K,H,I such as 128,8,2048,768")
+        if numbers[1] > numbers[0]:
+            raise ValueError(
+                f"shape {text!r} asks for {numbers[1]} experts per token but has only {numbers[0]} experts"
+            )
+        return cls(*numbers)
+
+    def __str__(self) -> str:
+        return f"{self.num_experts},{self.experts_per_token},{self.hidden_size},{self.expert_width}"
+
+    def expert_bytes(self, itemsize: int) -> int:
+        """Bytes of one expert's gate, up and down matrices."""
+        return 3 * self.hidden_size * self.expert_width * itemsize
+
+    def flops(self, num_tokens: int) -> int:
+        """Floating-point operations of the three matrix products, a multiply-add counted as two."""
+        return num_tokens * self.experts_per_token * 2 * 3 * self.hidden_size * self.expert_width
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Reads `"1,8,32"` into a sorted list of distinct token counts; ValueError says what is wrong with it."""
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        counts = []
+    if not counts or counts[0] < 1:
+        raise ValueError(f"tokens {text!r} is not a list of positive integers such as 1,32,4096")
+    return counts
+
+
+def draw_routing(
+    kind: str, num_tokens: int, shape: MoeShape, *, seed: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Random routing: K distinct experts per token.
+
+    `kind` is `"uniform"` (every expert equally likely) or `"zipf"` (the expert of rank r has probability
+    proportional to 1/r, the ranks shuffled over the experts: a few hot experts, a long cold tail).
+    Returns `(topk_ids_TK int32, topk_weights_TK float32)`, each row of weights summing to 1. The same seed gives the
+    same routing on every device.
+    """
+    E, K = shape.num_experts, shape.experts_per_token
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "uniform":
+        log_probability_E = torch.zeros(E)
+    elif kind == "zipf":
+        log_probability_E = -torch.log(torch.randperm(E, generator=generator) + 1.0)
+    else:
+        raise ValueError(f"routing {kind!r} is unknown: choose uniform or zipf")
+    # Adding Gumbel noise and taking the K largest draws K experts without replacement (Kool et al. 2019, section 2).
+    noise_TE = -torch.log(torch.empty(num_tokens, E).exponential_(generator=generator))
+    topk_ids_TK = (log_probability_E + noise_TE).topk(K).indices.to(torch.int32)
+    weights_TK = torch.rand(num_tokens, K, generator=generator) + 0.1
+    return topk_ids_TK.to(device), (weights_TK / weights_TK.sum(-1, keepdim=True)).to(device)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the card was measured to do: bytes per second (read plus written) and bf16 FLOP per second."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+def floor_us(shape: MoeShape, topk_ids_TK: Tensor, ceilings: Ceilings, itemsize: int = 2) -> tuple[float, str]:
+    """The least time the op can take, in microseconds, and its limit: `"memory"` or `"math"`.
+
+    The larger of: the weights of the experts that this routing touches, read once, over the measured bandwidth; the
+    matrix products over the measured rate. Activations are left out: they are small beside the weights or stay in L2.
+    """
+    memory = topk_ids_TK.unique().numel() * shape.expert_bytes(itemsize) / ceilings.bytes_per_second
+    math = shape.flops(topk_ids_TK.shape[0]) / ceilings.flops_per_second
+    return (memory * 1e6, "memory") if memory >= math else (math * 1e6, "math")
+
+
+def grouped_mm_moe(x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The baseline: the same op from torch's own parts, with no host synchronisation.
+
+    Sort the token slots by expert, `grouped_mm`, SwiGLU, `grouped_mm`, weigh, put back, sum over K. The routing weights
+    are rounded to the dtype of the activations first, as the models in transformers do.
+    """
+    K = topk_ids_TK.shape[1]
+    sorted_ids, order = topk_ids_TK.flatten().sort()
+    experts_E = torch.arange(gate_up.shape[0], dtype=sorted_ids.dtype, device=sorted_ids.device)
+    ends_E = torch.searchsorted(sorted_ids, experts_E, right=True, out_int32=True)
+    rows = x_TH[order // K]
+    gate, up = torch.nn.functional.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
+    rows = torch.nn.functional.grouped_mm(torch.nn.functional.silu(gate) * up, down.transpose(1, 2), offs=ends_E)
+    rows = rows * topk_weights_TK.flatten()[order, None].to(rows.dtype)
+    slots = torch.empty_like(rows)
+    slots[order] = rows
+    return slots.view(*topk_ids_TK.shape, -1).sum(dim=1)
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """`|out - reference| / |reference|` (Frobenius norms in float64); infinite if any element is not finite."""
+    error = ((out.double() - reference.double()).norm() / reference.double().norm()).item()
+    return error if error == error else float("inf")
+
+
+def spread(samples: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of the samples."""
+    if len(samples) == 1:
+        return {"median": samples[0], "p20": samples[0], "p80": samples[0]}
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return {"median": statistics.median(samples), "p20": fifths[0], "p80": fifths[3]}
+
+
+class CudaTimer:
+    """Times calls on the current CUDA device. Every time is in microseconds per call.
+
+    `samples` is the number of samples per candidate, `sample_us` the least length of one: many short calls go into
+    one sample, so that the resolution of events and the launch of a graph stay small beside it.
+    """
+
+    def __init__(self, samples: int = 30, sample_us: float = 2000.0):
+        self.samples, self.sample_us = samples, sample_us
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def card(self) -> dict[str, str]:
+        """Name, driver and clocks as nvidia-smi reads them now."""
+        fields = [
+            "name",
+            "driver_version",
+            "clocks.sm",
+            "clocks.max.sm",
+            "clocks.mem",
+            "power.limit",
+            "temperature.gpu",
+        ]
+        command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+        try:
+            line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return {"name": torch.cuda.get_device_name()}
+        return dict(zip(fields, (value.strip() for value in line.split(",")), strict=True))
+
+    def ceilings(self) -> Ceilings:
+        """Measures the card: a 2 GiB device-to-device copy and a bf16 8192^3 matrix product, on random data."""
+        source = torch.randn(2**29, device="cuda")
+        target = torch.empty_like(source)
+        copy_us = self._median_us(lambda: target.copy_(source))
+        moved = 2 * source.numel() * source.element_size()
+        del source, target
+        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        matmul_us = self._median_us(lambda: torch.mm(a, b))
+        return Ceilings(moved / copy_us * 1e6, 2 * 8192**3 / matmul_us * 1e6)
+
+    def interleaved_us(self, candidates: dict[str, Sequence[Call]], *, graph: bool) -> dict[str, list[float]]:
+        """Samples of each candidate, taken in turns so that a drift of the clocks falls on all alike.
+
+        A candidate is a list of calls (one per weight set), run in rotation: replayed from a CUDA graph, or launched
+        one by one from Python on an empty queue, where the time is the longer of host work and GPU work.
+        """
+        runs = {name: self._prepare(calls, graph) for name, calls in candidates.items()}
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        events = []
+        for _ in range(self.samples):
+            for name, (run, num_calls) in runs.items():
+                if not graph:
+                    torch.cuda.synchronize()
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                run()
+                end.record()
+                events.append((name, start, end, num_calls))
+        torch.cuda.synchronize()
+        for name, start, end, num_calls in events:
+            samples[name].append(start.elapsed_time(end) * 1e3 / num_calls)
+        return samples
+
+    def host_us(self, calls: Sequence[Call]) -> list[float]:
+        """Host time per call: the calls launched back to back onto an empty queue, by the host's clock."""
+        for call in calls:
+            call()
+        samples = []
+        for _ in range(self.samples):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            samples.append((time.perf_counter() - start) * 1e6 / len(calls))
+        torch.cuda.synchronize()
+        return samples
+
+    def _prepare(self, calls: Sequence[Call], graph: bool) -> tuple[Call, int]:
+        """A function that runs all calls in rotation for about `sample_us`, and how many calls that is."""
+        for call in calls:  # compiles, and fills the caches of the allocator and of descriptors
+            call()
+
+        def prepared(rounds: int) -> Call:
+            def run() -> None:
+                for _ in range(rounds):
+                    for call in calls:
+                        call()
+
+            if not graph:
+                return run
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                run()
+            return captured.replay
+
+        rounds = max(1, round(self.sample_us / self._median_us(prepared(1), repeats=3)))
+        rounds = min(rounds, max(1, 200 // len(calls)))  # about a thousand launches fill the queue and block the host
+        run = prepared(rounds)
+        run()
+        return run, rounds * len(calls)
+
+    def _median_us(self, call: Call, repeats: int = 10) -> float:
+        times = []
+        for _ in range(repeats + 2):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) * 1e3)
+        return statistics.median(times[2:])

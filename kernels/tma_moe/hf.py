@@ -1,0 +1,171 @@
+"""The fused MoE as an experts implementation of transformers.
+
+    import tma_moe.hf                                   # registers the two names below
+    model.set_experts_implementation("tma_moe")         # the Hopper kernels
+    model.set_experts_implementation("tma_moe_reference")  # the same op in plain torch, on any device
+
+Works with every transformers 5 model whose experts are the standard fused module (Qwen3-VL-MoE, Qwen3-MoE,
+Mixtral, ...): `gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, SiLU, gate rows before up rows, no biases. Any other
+module is refused with the name of what does not fit, never computed wrongly. Inference only.
+
+The parameters are shared with the model, not copied. The module contract and the registry are those of
+`transformers.integrations.moe` (`use_experts_implementation`, `ALL_EXPERTS_FUNCTIONS`), read in transformers 5.17.
+"""
+
+import functools
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+import tma_moe
+
+try:
+    from transformers.activations import ACT2FN
+    from transformers.integrations import moe as hf_moe
+except ImportError as error:
+    raise ImportError(
+        "tma_moe.hf needs transformers >= 5.17, whose experts registry it extends: pip install 'transformers>=5.17'"
+    ) from error
+
+BACKENDS = {"tma_moe": "tma", "tma_moe_reference": "reference"}
+_SILU_TYPES = (nn.SiLU, type(ACT2FN["silu"]))
+_EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+# One ExpertWeights per experts module, gone with the module: neither its keys nor its values keep a model alive. The
+# values hold the module's own Parameter objects, so `module.to()` and in-place loading need no bookkeeping here.
+_weights_of: weakref.WeakKeyDictionary[nn.Module, tma_moe.ExpertWeights] = weakref.WeakKeyDictionary()
+
+
+def register() -> None:
+    """Adds `"tma_moe"` and `"tma_moe_reference"` to transformers' experts implementations (done on import; idempotent)."""
+    hf_moe.ALL_EXPERTS_FUNCTIONS.register("tma_moe", tma_experts_forward)
+    hf_moe.ALL_EXPERTS_FUNCTIONS.register("tma_moe_reference", reference_experts_forward)
+
+
+def tma_experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward of one experts module by the Hopper kernels; see `experts_forward`."""
+    return experts_forward(module, hidden_states, top_k_index, top_k_weights, "tma_moe")
+
+
+def reference_experts_forward(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The forward of one experts module in plain torch, on any device; see `experts_forward`."""
+    return experts_forward(module, hidden_states, top_k_index, top_k_weights, "tma_moe_reference")
+
+
+# The op launches its own kernels and keeps host-side state (descriptors, workspaces): nothing that dynamo could trace.
+@torch.compiler.disable
+def experts_forward(
+    module: nn.Module, hidden_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, implementation: str
+) -> Tensor:
+    """Computes one transformers experts module with `tma_moe.fused_moe`.
+
+    Args:
+        module: a standard experts module (see the module docstring).
+        hidden_TH: `[T, H]` activations. Cast to the dtype of the weights where autocast made them differ.
+        topk_ids_TK: `[T, K]` integer expert ids from the router.
+        topk_weights_TK: `[T, K]` routing weights, any floating dtype (combined in float32).
+        implementation: a key of `BACKENDS`.
+
+    Returns:
+        `[T, H]` in the dtype of `hidden_TH`.
+
+    Raises:
+        RuntimeError: gradients are asked for, or `"tma_moe"` cannot run on this device.
+        ValueError: the module is not a standard experts module.
+    """
+    experts = _expert_weights(module, implementation)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_TH, topk_weights_TK, *experts.parameters())):
+        raise RuntimeError(
+            f"experts implementation {implementation!r} is for inference and has no backward: call the model under "
+            "torch.inference_mode() or torch.no_grad(), or train with model.set_experts_implementation('grouped_mm')"
+        )
+    y_TH = tma_moe.fused_moe(
+        hidden_TH.to(experts.gate_up.dtype).contiguous(),
+        topk_ids_TK.to(torch.int32),
+        topk_weights_TK.to(torch.float32),
+        experts,
+        backend=BACKENDS[implementation],
+    )
+    return y_TH.to(hidden_TH.dtype)
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why `module` is not a standard experts module, as one clause that names the attribute; None if it is one."""
+    names = dict(module.named_parameters(recurse=False))
+    if getattr(module, "is_transposed", False):
+        return "its weights are transposed (is_transposed=True, [E, H, 2I]); the kernel reads [E, 2I, H]"
+    if not getattr(module, "is_concatenated", True):
+        return (
+            "gate and up rows are interleaved (is_concatenated=False); the kernel reads all gate rows, then all up rows"
+        )
+    biases = sorted(name for name in names if "bias" in name)
+    if getattr(module, "has_bias", False) or biases:
+        return f"it has biases ({', '.join(biases) or 'has_bias=True'})"
+    if not getattr(module, "has_gate", True):
+        return "it has no gate (has_gate=False); the kernel computes silu(gate) * up"
+    gate = getattr(type(module), "_apply_gate", hf_moe._default_apply_gate)
+    if gate is not hf_moe._default_apply_gate:
+        return f"{type(module).__name__}._apply_gate is its own gate function; the kernel computes silu(gate) * up"
+    activation = getattr(module, "act_fn", None)
+    if not (isinstance(activation, _SILU_TYPES) or activation is nn.functional.silu):
+        name = type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", None)
+        return f"its activation act_fn is {name}, not SiLU"
+    for name in ("gate_up_proj", "down_proj"):
+        if name not in names:
+            # Sharded parameters are swapped for plain local tensors during the forward.
+            kind = "a plain tensor (is the model tensor- or expert-parallel?)" if hasattr(module, name) else "missing"
+            return f"its parameter {name} is {kind}; the kernel needs whole, unsharded expert weights"
+    return _unsupported_shapes(module, names["gate_up_proj"], names["down_proj"])
+
+
+def _unsupported_shapes(module: nn.Module, gate_up: Tensor, down: Tensor) -> str | None:
+    shapes = f"gate_up_proj {tuple(gate_up.shape)}, down_proj {tuple(down.shape)}"
+    if gate_up.dim() != 3 or gate_up.shape != (down.shape[0], 2 * down.shape[-1], down.shape[-2]):
+        return f"its shapes do not fit [E, 2I, H] and [E, H, I]: {shapes}"
+    # An expert-parallel rank holds E / ranks experts, and its router marks the others' slots with the id E / ranks.
+    config = getattr(module, "config", None)
+    totals = {name: getattr(config, name, None) for name in _EXPERT_COUNT_NAMES}
+    held = gate_up.shape[0]
+    for name, total in totals.items():
+        if isinstance(total, int) and total != held:
+            return (
+                f"it holds {held} of the model's {total} experts (config.{name}): expert parallelism is not supported"
+            )
+    return None
+
+
+def _expert_weights(module: nn.Module, implementation: str) -> tma_moe.ExpertWeights:
+    """The `ExpertWeights` that shares the parameters of `module`, made at the first call and whenever one was re-bound."""
+    experts = _weights_of.get(module)
+    bound = module._parameters
+    if experts is None or experts.gate_up is not bound["gate_up_proj"] or experts.down is not bound["down_proj"]:
+        reason = unsupported(module)
+        if reason is not None:
+            raise ValueError(
+                f"experts implementation {implementation!r} cannot run {type(module).__name__}: {reason}. "
+                "Use model.set_experts_implementation('grouped_mm') for this model"
+            )
+        gate_up, down = module.gate_up_proj, module.down_proj
+        num_experts, hidden_size, expert_width = down.shape
+        experts = tma_moe.ExpertWeights(num_experts, hidden_size, expert_width, device="meta", dtype=down.dtype)
+        experts.gate_up, experts.down = gate_up, down  # the very same Parameter objects: no copy, no second storage
+        _weights_of[module] = experts
+    if BACKENDS[implementation] == "tma":
+        _check_available(experts.down.device, experts.down.dtype)
+    return experts
+
+
+@functools.cache  # asked once per layer and step; an exception is not cached
+def _check_available(device: torch.device, dtype: torch.dtype) -> None:
+    reason = tma_moe.unavailable(device, dtype)
+    if reason is not None:
+        raise RuntimeError(
+            f"experts implementation 'tma_moe' cannot run here: {reason}. "
+            "model.set_experts_implementation('tma_moe_reference') computes the same in plain torch, slowly"
+        )
+
+
+register()

@@ -1,0 +1,37 @@
+"""The two operations in plain torch: the definition of correct, on any device and in any floating dtype.
+
+In float32 both agree with transformers 5.17 (`Qwen3VLMoeTextTopKRouter` before its cast of the weights back to the
+logits' dtype, and `Qwen3VLMoeTextExperts`); in bf16 and fp16 every matrix product and activation rounds to the working
+dtype, as an unfused implementation does.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def route_reference(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Softmax in float32, the k largest, renormalised to sum to one. Returns ids [T, K] int32, weights [T, K] float32."""
+    probs_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    weights_TK, ids_TK = torch.topk(probs_TE, k, dim=-1)
+    return ids_TK.to(torch.int32), weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+
+
+def fused_moe_reference(
+    x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """y[t] = sum over k of weight[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t])), with e = ids[t, k].
+
+    Shapes: x [T, H], ids and weights [T, K], gate_up [E, 2I, H] (gate rows first), down [E, H, I]; returns [T, H].
+    The weighted sum is taken in float32. Ids outside [0, E) contribute nothing.
+    """
+    weights_TK = topk_weights_TK.float()
+    y_TH = torch.zeros(x_TH.shape, dtype=torch.promote_types(x_TH.dtype, torch.float32), device=x_TH.device)
+    for expert in range(gate_up.shape[0]):
+        token, choice = torch.where(topk_ids_TK == expert)
+        if token.numel() == 0:
+            continue
+        gate, up = F.linear(x_TH[token], gate_up[expert]).chunk(2, dim=-1)
+        rows = F.linear(F.silu(gate) * up, down[expert])
+        y_TH.index_add_(0, token, rows.to(y_TH.dtype) * weights_TK[token, choice, None])
+    return y_TH.to(x_TH.dtype)

@@ -1,0 +1,70 @@
+"""What backend "tma" needs, and one clear sentence when it is not there."""
+
+import functools
+import importlib
+import os
+import re
+
+import torch
+
+MIN_TRITON = (3, 6)
+CAPABILITY = (9, 0)
+DTYPES = (torch.bfloat16, torch.float16)
+WAY_OUT = 'use backend="reference"'
+
+
+def interpreting() -> bool:
+    """Whether triton runs kernels in its interpreter on the CPU (TRITON_INTERPRET=1 when it was imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Why triton cannot be used in this process, or None."""
+    try:
+        triton = importlib.import_module("triton")
+        importlib.import_module("triton.language")
+        importlib.import_module("triton.tools.tensor_descriptor")
+    except Exception as error:  # a broken install raises far more than ImportError
+        return f"triton >= 3.6 is needed and cannot be imported ({type(error).__name__}: {error})"
+    found = re.match(r"(\d+)\.(\d+)", triton.__version__)
+    if found is None or tuple(map(int, found.groups())) < MIN_TRITON:
+        return f"triton >= 3.6 is needed, found {triton.__version__}"
+    return None
+
+
+@functools.cache
+def _cuda_problem(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability != CAPABILITY:
+        name = torch.cuda.get_device_name(index)
+        return (
+            f"a Hopper GPU (compute capability 9.0) is needed, cuda:{index} is {name} ({capability[0]}.{capability[1]})"
+        )
+    return None
+
+
+def unavailable(device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Why backend "tma" cannot run on `device` with activations and weights of `dtype`; None if it can.
+
+    It needs triton >= 3.6, a GPU of compute capability 9.0 (H100, H200) and bfloat16 or float16. Under triton's
+    interpreter it runs on the CPU, for tests, in float16 and float32 (the interpreter's bf16 products are wrong).
+    """
+    device = torch.device(device)
+    problem = triton_problem()
+    if problem is not None:
+        return problem
+    if interpreting():
+        if device.type != "cpu":
+            return f"triton's interpreter (TRITON_INTERPRET) is on and needs CPU tensors, not {device}"
+        if dtype not in (torch.float16, torch.float32):
+            return f"triton's interpreter computes float16 and float32 only, not {dtype}"
+        return None
+    if device.type != "cuda":
+        return f"a Hopper GPU is needed, the device is {device}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU"
+    problem = _cuda_problem(torch.cuda.current_device() if device.index is None else device.index)
+    if problem is None and dtype not in DTYPES:
+        return f"bfloat16 or float16 is needed, not {dtype}"
+    return problem
