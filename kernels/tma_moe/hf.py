@@ -38,7 +38,7 @@ _weights_of: weakref.WeakKeyDictionary[nn.Module, tma_moe.ExpertWeights] = weakr
 
 
 def register() -> None:
-    """Adds `"tma_moe"` and `"tma_moe_reference"` to transformers' experts implementations (done on import; idempotent)."""
+    """Adds both names to transformers' experts implementations. Done on import; doing it again changes nothing."""
     hf_moe.ALL_EXPERTS_FUNCTIONS.register("tma_moe", tma_experts_forward)
     hf_moe.ALL_EXPERTS_FUNCTIONS.register("tma_moe_reference", reference_experts_forward)
 
@@ -65,7 +65,7 @@ def experts_forward(
     Args:
         module: a standard experts module (see the module docstring).
         hidden_TH: `[T, H]` activations. Cast to the dtype of the weights where autocast made them differ.
-        topk_ids_TK: `[T, K]` integer expert ids from the router.
+        topk_ids_TK: `[T, K]` int64 or int32 expert ids from the router.
         topk_weights_TK: `[T, K]` routing weights, any floating dtype (combined in float32).
         implementation: a key of `BACKENDS`.
 
@@ -82,12 +82,11 @@ def experts_forward(
             f"experts implementation {implementation!r} is for inference and has no backward: call the model under "
             "torch.inference_mode() or torch.no_grad(), or train with model.set_experts_implementation('grouped_mm')"
         )
+    x_TH = hidden_TH.to(experts.gate_up.dtype).contiguous()
+    if topk_weights_TK.dtype != x_TH.dtype:  # the op reads both dtypes: no conversion where the router gives either
+        topk_weights_TK = topk_weights_TK.to(torch.float32)
     y_TH = tma_moe.fused_moe(
-        hidden_TH.to(experts.gate_up.dtype).contiguous(),
-        topk_ids_TK.to(torch.int32),
-        topk_weights_TK.to(torch.float32),
-        experts,
-        backend=BACKENDS[implementation],
+        x_TH, topk_ids_TK.contiguous(), topk_weights_TK.contiguous(), experts, backend=BACKENDS[implementation]
     )
     return y_TH.to(hidden_TH.dtype)
 
@@ -115,9 +114,11 @@ def unsupported(module: nn.Module) -> str | None:
         return f"its activation act_fn is {name}, not SiLU"
     for name in ("gate_up_proj", "down_proj"):
         if name not in names:
-            # Sharded parameters are swapped for plain local tensors during the forward.
-            kind = "a plain tensor (is the model tensor- or expert-parallel?)" if hasattr(module, name) else "missing"
-            return f"its parameter {name} is {kind}; the kernel needs whole, unsharded expert weights"
+            return f"it has no parameter {name}"
+        # Tensor and expert parallelism hold DTensors, swapped for plain local tensors during the forward.
+        if type(names[name]) is not nn.Parameter:
+            kind = type(names[name]).__name__
+            return f"its {name} is a {kind}, not a plain Parameter: sharded or quantised experts are not supported"
     return _unsupported_shapes(module, names["gate_up_proj"], names["down_proj"])
 
 
@@ -138,7 +139,7 @@ def _unsupported_shapes(module: nn.Module, gate_up: Tensor, down: Tensor) -> str
 
 
 def _expert_weights(module: nn.Module, implementation: str) -> tma_moe.ExpertWeights:
-    """The `ExpertWeights` that shares the parameters of `module`, made at the first call and whenever one was re-bound."""
+    """The `ExpertWeights` that shares the module's parameters, made at the first call and when one was re-bound."""
     experts = _weights_of.get(module)
     bound = module._parameters
     if experts is None or experts.gate_up is not bound["gate_up_proj"] or experts.down is not bound["down_proj"]:
