@@ -1,0 +1,38 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes its own .venv first and is quick the second time.
+#
+# TORCH is what pip is asked for. Without a GPU, the small CPU build will do:
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+TORCH  ?= 'torch>=2.11'
+PYTHON ?= python3
+
+# One stamp per torch requirement: asking for another one installs it.
+STAMP := .venv/installed-$(shell printf '%s' "$(TORCH)" | tr -c 'A-Za-z0-9.' '_')
+PICTURE := $(wildcard ../shared/images/chelsea.png)
+ifeq ($(PICTURE),)
+PICTURE := .cache/picture.png
+endif
+
+.PHONY: demo test lint
+
+demo: $(STAMP) $(PICTURE)
+	@echo "picture: $(abspath $(PICTURE))" >&2
+	.venv/bin/python scripts/generate.py --model demo --image $(PICTURE) --prompt "What is in this picture?" --max-tokens 32
+
+test: $(STAMP)
+	.venv/bin/python -m pytest -q
+
+lint: $(STAMP)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.cache/picture.png: $(STAMP) scripts/draw_picture.py
+	.venv/bin/python scripts/draw_picture.py $@
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade pip setuptools
+	.venv/bin/pip install --quiet $(TORCH)
+	.venv/bin/pip install --quiet --no-build-isolation -e '.[test,eval]'
+	@touch $@

@@ -1,0 +1,80 @@
+"""Attention over packed segments against a plain fp64 evaluation, and the cache that it reads."""
+
+import pytest
+import torch
+
+from qwen3vl_moe.model.attention import attention, cached
+from qwen3vl_moe.model.batch import Batch, Segments
+
+
+def naive(q, k, v, segments, causal):
+    """fp64, one query at a time."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    out, q0, k0 = [], 0, 0
+    for q_len, kv_len in zip(segments.q_lens, segments.kv_lens, strict=True):
+        for i in range(q_len):
+            seen = k0 + (kv_len - q_len + i + 1 if causal else kv_len)
+            heads = []
+            for n in range(q.shape[1]):
+                weights = torch.softmax(k[k0:seen, n // group] @ q[q0 + i, n] / q.shape[2] ** 0.5, dim=0)
+                heads.append(weights @ v[k0:seen, n // group])
+            out.append(torch.stack(heads))
+        q0, k0 = q0 + q_len, k0 + kv_len
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens"),
+    [([5], [5]), ([1], [1]), ([3, 1, 4], [3, 1, 4]), ([1, 1, 1], [7, 1, 4]), ([2, 1, 5], [6, 9, 5])],
+)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_attention_equals_the_plain_one(q_lens, kv_lens, heads, kv_heads, causal):
+    generator = torch.Generator().manual_seed(sum(q_lens))
+    q = torch.randn(sum(q_lens), heads, 12, generator=generator)
+    k, v = (torch.randn(sum(kv_lens), kv_heads, 12, generator=generator) for _ in range(2))
+    segments = Segments.build(q_lens, kv_lens)
+    # Softmax averages of values near 1 in fp32: rounding of some twelve products and at most nine sums.
+    torch.testing.assert_close(
+        attention(q, k, v, segments, causal=causal).double(), naive(q, k, v, segments, causal), rtol=0, atol=5e-6
+    )
+
+
+def test_a_segment_does_not_see_another():
+    segments = Segments.build([3, 4])
+    q, k, v = (torch.randn(7, 2, 8) for _ in range(3))
+    before = attention(q, k, v, segments, causal=False)
+    k[3:], v[3:] = torch.nan, torch.nan
+    assert torch.equal(attention(q, k, v, segments, causal=False)[:3], before[:3])
+
+
+def test_the_cache_gives_back_what_earlier_steps_wrote():
+    """Two sequences in scattered blocks; the second step attends to both steps' keys, in order."""
+    block_size, cache = 4, torch.full((2, 8, 4, 1, 2), torch.nan)
+    tables = torch.tensor([[5, 2], [0, 7]], dtype=torch.int32)
+    first, second = [3, 5], [3, 1]
+    keys = {0: torch.randn(6, 1, 2), 1: torch.randn(6, 1, 2)}
+
+    def step(done, lengths):
+        slots, parts = [], []
+        for s, (start, count) in enumerate(zip(done, lengths, strict=True)):
+            for place in range(start, start + count):
+                slots.append(int(tables[s, place // block_size]) * block_size + place % block_size)
+            parts.append(keys[s][start : start + count])
+        k = torch.cat(parts)
+        batch = Batch(
+            input_ids_T=torch.zeros(len(k), dtype=torch.int64),
+            positions_3T=torch.zeros(3, len(k), dtype=torch.int64),
+            segments=Segments.build(lengths, [d + n for d, n in zip(done, lengths, strict=True)]),
+            slots_T=torch.tensor(slots),
+            block_tables=tables,
+            block_size=block_size,
+        )
+        return cached(k, -k, batch, cache)
+
+    k, v = step([0, 0], first)
+    assert torch.equal(k, torch.cat([keys[0][:3], keys[1][:5]]))
+    k, v = step(first, second)
+    assert torch.equal(k, torch.cat([keys[0], keys[1]]))
+    assert torch.equal(v, -k)

@@ -1,0 +1,68 @@
+"""The house: arrows between packages run one way, and the repository root does not shadow other libraries."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, at any depth of the code."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("kernels/tma_moe", "qwen3vl_moe"),
+        ("qwen3vl_moe/model", "qwen3vl_moe.engine"),
+        ("qwen3vl_moe", "transformers.models"),
+        ("qwen3vl_moe", "torchvision"),
+        ("kernels/tma_moe", "transformers.models"),
+    ],
+)
+def test_arrows_run_one_way(folder, forbidden):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        wrong = {name for name in imports_of(path) if name == forbidden or name.startswith(forbidden + ".")}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_transformers_modelling_code_imports_from_the_repository_root():
+    """A regular package named ``kernels`` here would hide the distribution of that name, which transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = (
+        "import sys; sys.path.insert(0, '.')\n"
+        "import transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe as m\n"
+        "print(m.Qwen3VLMoeForConditionalGeneration.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "Qwen3VLMoeForConditionalGeneration", done.stderr
+
+
+def test_importing_the_package_imports_no_transformers_models():
+    code = (
+        "import sys, qwen3vl_moe\n"
+        "from qwen3vl_moe import LLM\n"
+        "print([m for m in sys.modules if m.startswith('transformers.models.qwen3_vl')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_no_file_is_too_long_to_read():
+    for folder in ("qwen3vl_moe", "kernels", "scripts", "eval"):
+        for path in (ROOT / folder).rglob("*.py"):
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines: a file holds one idea"
