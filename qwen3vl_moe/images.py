@@ -1,0 +1,226 @@
+"""RGB pictures -> what the vision tower takes: resized to whole image tokens, cut into patches, normalised.
+
+The rules are those of transformers 5.17's ``Qwen2VLImageProcessorPil`` (bicubic resize by Pillow, values scaled by
+1/255, then ``(x - mean) / std`` in fp32), and the patches are equal bit for bit. There is one resize: nowhere else in the
+package is an image scaled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qwen3vl_moe.errors import ConfigError, OptionError, PromptError
+
+MAX_ASPECT_RATIO = 200
+
+_PROCESSOR_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+# Settings that would change the pixels, with the only value that is implemented.
+_FIXED_SETTINGS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "do_center_crop": False,
+    "do_pad": False,
+    "resample": int(Image.Resampling.BICUBIC),
+    "rescale_factor": 1 / 255,
+}
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images become patches. ``min_pixels`` and ``max_pixels`` bound the area of the resized image, in pixels.
+
+    One image token covers ``factor * factor`` pixels, so an image takes between about ``min_pixels / factor**2`` and
+    ``max_pixels / factor**2`` tokens (32 x 32 pixels a token in the published checkpoint).
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def factor(self) -> int:
+        """Side in pixels of the square that becomes one image token."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> ImageSettings:
+        """Read a checkpoint's settings: ``image_processor`` in processor_config.json (as transformers 5 saves them) or,
+        where that is not there, preprocessor_config.json (as published); the same precedence as in transformers.
+
+        Args:
+            directory: the checkpoint.
+            min_pixels, max_pixels: override the checkpoint's bounds of the resized area.
+
+        Raises:
+            ConfigError: no settings, or a value that is not supported.
+            OptionError: the bounds leave no room.
+        """
+        raw, source = _read_settings(Path(directory))
+        if raw.get("image_processor_type") not in _PROCESSOR_TYPES:
+            raise ConfigError(
+                f"{source}: image_processor_type {raw.get('image_processor_type')!r} is not supported; "
+                f"known are {', '.join(_PROCESSOR_TYPES)}"
+            )
+        for name, supported in _FIXED_SETTINGS.items():
+            if raw.get(name) is not None and raw[name] != supported:
+                raise ConfigError(f"{source}: {name} is {raw[name]!r}; only {supported!r} is supported")
+        size = raw.get("size") or {}
+        if not isinstance(size, dict) or not set(size) <= {"shortest_edge", "longest_edge"}:
+            raise ConfigError(
+                f"{source}: size is {size!r}; it may hold shortest_edge and longest_edge, areas in pixels"
+            )
+        # Checkpoints of the Qwen2-VL age spell the bounds min_pixels and max_pixels; transformers lets these win.
+        bounds = {**size, **{key: raw[key] for key in ("min_pixels", "max_pixels") if raw.get(key) is not None}}
+        settings = cls(
+            patch_size=_integer(raw, source, "patch_size"),
+            temporal_patch_size=_integer(raw, source, "temporal_patch_size"),
+            merge_size=_integer(raw, source, "merge_size"),
+            min_pixels=_integer(bounds, source, "min_pixels", "shortest_edge"),
+            max_pixels=_integer(bounds, source, "max_pixels", "longest_edge"),
+            mean=_per_channel(raw, source, "image_mean"),
+            std=_per_channel(raw, source, "image_std"),
+        )
+        return settings.with_bounds(min_pixels, max_pixels)
+
+    def with_bounds(self, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:
+        """The same settings with other bounds of the resized area; None keeps a bound.
+
+        Raises:
+            OptionError: a bound is no positive integer, or they leave no room for one image token.
+        """
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise OptionError(f"{name} is {value!r}; a positive number of pixels (width x height) is needed")
+        low = self.min_pixels if min_pixels is None else min_pixels
+        high = self.max_pixels if max_pixels is None else max_pixels
+        if high < self.factor**2:
+            raise OptionError(
+                f"max_pixels={high} is less than the {self.factor**2} pixels of one image token "
+                f"({self.factor} x {self.factor})"
+            )
+        if low > high:
+            raise OptionError(
+                f"min_pixels={low} is more than max_pixels={high}; pass both to override the checkpoint's"
+            )
+        return replace(self, min_pixels=low, max_pixels=high)
+
+    def grid(self, height: int, width: int, where: str = "the image") -> tuple[int, int, int]:
+        """Grid (frames, rows, columns), in patches, of an image of ``height`` x ``width`` pixels.
+
+        Raises:
+            PromptError: the sides differ by a factor above 200.
+        """
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise PromptError(
+                f"{where} is {width}x{height} pixels: its sides differ by a factor of "
+                f"{max(height, width) / min(height, width):.0f}, above the limit of {MAX_ASPECT_RATIO}; crop it"
+            )
+        height, width = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+        return 1, height // self.patch_size, width // self.patch_size
+
+    def num_tokens(self, grid: tuple[int, int, int]) -> int:
+        """Image tokens of a grid: merge_size x merge_size patches become one."""
+        return math.prod(grid) // self.merge_size**2
+
+    def patches(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Resize an RGB image and cut it into normalised patches: fp32 [P, patch_dim], and its grid.
+
+        Patches come in the order of the vision tower: merge_size x merge_size neighbours in a row, so that the merger
+        only has to join consecutive rows. Within a patch: channel, frame, row, column. A still image fills all
+        ``temporal_patch_size`` frames.
+        """
+        grid = _, rows, columns = self.grid(image.height, image.width)
+        patch, merge = self.patch_size, self.merge_size
+        image = image.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image).reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+        # Permuted while a value is one byte; the arithmetic then runs in place over contiguous fp32.
+        values = pixels.transpose(0, 3, 1, 4, 6, 2, 5).astype(np.float32, order="C").reshape(-1, 3, patch * patch)
+        # Division by 255 rounds as transformers' fp64 product with 1/255 does, for all 256 values; the two following
+        # steps are its own. A fused scale and shift would be one pass faster and one unit in the last place off.
+        values /= np.float32(255)
+        values -= np.array(self.mean, np.float32)[:, None]
+        values /= np.array(self.std, np.float32)[:, None]
+        patches = np.empty((rows * columns, 3, self.temporal_patch_size, patch * patch), np.float32)
+        patches[:] = values[:, :, None]
+        return patches.reshape(rows * columns, -1), grid
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Size that an image is resized to: both sides multiples of ``factor``, area within the bounds, shape about kept.
+
+    The rule of Qwen2-VL, as transformers 5.17 has it. A side never falls below ``factor``, so a very long image may
+    stay above ``max_pixels``; rounding up may carry a very small one past it.
+    """
+    rows, columns = round(height / factor), round(width / factor)
+    if rows * columns * factor**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(1, math.floor(height / shrink / factor))
+        columns = max(1, math.floor(width / shrink / factor))
+    elif rows * columns * factor**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+    return rows * factor, columns * factor
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a checkpoint.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a JSON object is needed, got {type(content).__name__}")
+    return content
+
+
+def _read_settings(directory: Path) -> tuple[dict[str, Any], str]:
+    nested, plain = directory / "processor_config.json", directory / "preprocessor_config.json"
+    if nested.exists():
+        settings = read_json(nested).get("image_processor")
+        if isinstance(settings, dict):
+            return settings, f"{nested}: image_processor"
+    if plain.exists():
+        return read_json(plain), str(plain)
+    raise ConfigError(
+        f"{directory} has no image settings: preprocessor_config.json, or image_processor in processor_config.json"
+    )
+
+
+def _integer(raw: dict[str, Any], source: str, *names: str) -> int:
+    """The first of ``names`` that is present: one value, several spellings."""
+    for name in names:
+        value = raw.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{source}: {name} is {value!r}; a positive integer is needed")
+        return value
+    raise ConfigError(f"{source}: {' or '.join(names)} is missing")
+
+
+def _per_channel(raw: dict[str, Any], source: str, name: str) -> tuple[float, float, float]:
+    value = raw.get(name)
+    if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)):
+        raise ConfigError(f"{source}: {name} is {value!r}; a list of three numbers is needed")
+    if name == "image_std" and not all(v > 0 for v in value):
+        raise ConfigError(f"{source}: {name} is {value!r}; its numbers must be positive")
+    return tuple(float(v) for v in value)
