@@ -1,0 +1,264 @@
+"""What a user calls: load a checkpoint, chat, generate, stream."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen3vl_moe import tiny
+from qwen3vl_moe.checkpoint import resolve
+from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.engine.engine import Engine, EngineOptions
+from qwen3vl_moe.engine.outputs import RequestOutput
+from qwen3vl_moe.engine.params import GenerationDefaults, SamplingParams
+from qwen3vl_moe.engine.sequence import Sequence
+from qwen3vl_moe.errors import OptionError, PromptError
+from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.processor import Processor, Prompt
+
+Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
+_DEMO = Path(__file__).resolve().parents[1] / "demo"
+_log = logging.getLogger(__name__)
+
+
+class LLM:
+    """A loaded model that answers.
+
+    ::
+
+        llm = LLM("Qwen/Qwen3-VL-30B-A3B-Instruct")
+        content = [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]
+        print(llm.chat([{"role": "user", "content": content}])[0].outputs[0].text)
+
+    Args:
+        model: a checkpoint directory, a hub id, or "demo".
+        device: "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu".
+        dtype: "auto" (the checkpoint's), or a torch dtype or its name.
+        moe: "tma" (Hopper), "reference" (plain torch), "auto".
+        min_pixels, max_pixels: area to which images are resized, in pixels; None: the checkpoint's.
+        expert_layout: "published" or "transformers5", for checkpoints that do not tell.
+        progress: show the loader's progress bar.
+        engine_options: fields of :class:`EngineOptions`: ``max_model_len``, ``max_num_seqs``, ``max_prefill_tokens``,
+            ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``.
+
+    Raises:
+        UserError: an option, or the checkpoint, cannot be used; one line says why.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "demo",
+        *,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | str = "auto",
+        moe: str = "auto",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        expert_layout: str | None = None,
+        progress: bool = True,
+        **engine_options: Any,
+    ):
+        options = _engine_options(engine_options)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.name, self.options = str(model), options
+        self.random_weights = model == "demo" and not _DEMO.is_dir()
+        with _checkpoint(model) as directory:
+            # All that is small is read before the weights, so that a mistake in it shows at once.
+            config = Qwen3VLMoeConfig.from_pretrained(directory)
+            self.processor = Processor.from_pretrained(
+                directory,
+                config,
+                min_pixels=min_pixels,
+                max_pixels=max_pixels,
+                max_model_len=options.model_len(config.text.max_positions),
+            )
+            tokenizer = self.processor.tokenizer
+            defaults = GenerationDefaults.from_pretrained(directory, tokenizer.eos_token_id)
+            weights = Qwen3VLMoe.from_pretrained(
+                directory, device, dtype, moe, expert_layout=expert_layout, progress=progress
+            )
+        self.engine = Engine(weights, tokenizer, defaults, options)
+
+    @classmethod
+    def from_parts(
+        cls, model: Qwen3VLMoe, processor: Processor, defaults: GenerationDefaults | None = None, **engine_options: Any
+    ) -> LLM:
+        """An LLM around a model that is in memory already, such as ``Qwen3VLMoe.random(config)``."""
+        self = cls.__new__(cls)
+        self.name, self.random_weights = "a model in memory", False
+        self.processor, self.options = processor, _engine_options(engine_options)
+        self.engine = Engine(model, processor.tokenizer, defaults or GenerationDefaults(), self.options)
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What "auto" and the size of the memory came to."""
+        model, engine = self.engine.model, self.engine
+        return {
+            "model": self.name,
+            "random_weights": self.random_weights,
+            "device": str(model.device),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "moe": model.moe,
+            "max_model_len": engine.max_model_len,
+            "max_num_seqs": self.options.max_num_seqs,
+            "max_prefill_tokens": self.options.max_prefill_tokens,
+            "kv_cache_tokens": engine.cache.num_blocks * engine.cache.block_size,
+        }
+
+    def chat(
+        self,
+        conversations: Conversation | list[Conversation],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several; see :meth:`generate` for the rest.
+
+        Args:
+            conversations: messages ``{"role": "user", "content": ...}`` where content is a text or a list of
+                ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": path | URL | PIL image | bytes}``.
+        """
+        many = conversations if not _is_conversation(conversations) else [conversations]
+        return self._complete(many, self.processor.chat, "conversation", sampling_params)
+
+    def generate(
+        self, prompts: Any | list[Any], sampling_params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Continue one prompt or several, with no chat template.
+
+        Args:
+            prompts: a text, a list of token ids, ``{"prompt": text, "multi_modal_data": {"image": one or a list}}``
+                (or ``"prompt_token_ids"`` for ``"prompt"``), or a list of such.
+            sampling_params: one for all, or one per prompt; None takes everything from the checkpoint.
+
+        Returns:
+            One output per prompt, in their order.
+
+        Raises:
+            PromptError: a prompt cannot be used; the others are given up, and the message says which one it was.
+            OptionError: sampling parameters that the model cannot serve, or not as many as prompts.
+        """
+        many = [prompts] if _is_prompt(prompts) else prompts
+        return self._complete(many, self.processor.prompt, "prompt", sampling_params)
+
+    def stream(
+        self, conversation_or_prompt: Any, sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """The answer to one conversation (or prompt, as in :meth:`generate`) while it is being written.
+
+        Yields an output per step that released text, and a last one with ``finished`` set. Each holds the whole answer
+        so far; ``outputs[0].new_text`` is what the previous one did not have, and joining these gives the final text.
+        A character or a stop string never shows in part. Closing the iterator gives the request up.
+
+        Raises:
+            PromptError, OptionError: at the call, before the first output.
+        """
+        is_chat = _is_conversation(conversation_or_prompt)
+        prepare = self.processor.chat if is_chat else self.processor.prompt
+        arrival = time.time()
+        prompt = prepare(conversation_or_prompt)
+        return self._stream(self.engine.add(prompt, sampling_params or SamplingParams(), arrival))
+
+    def _stream(self, sequence: Sequence) -> Iterator[RequestOutput]:
+        shown = 0
+        try:
+            while not sequence.finished:
+                self.engine.step()
+                if sequence.finished or len(sequence.text.text) > shown:
+                    shown = len(sequence.text.text)
+                    yield sequence.output()
+        finally:
+            self.engine.abort(sequence)
+
+    def _complete(
+        self,
+        items: Iterable[Any],
+        prepare: Any,
+        kind: str,
+        sampling_params: SamplingParams | list[SamplingParams] | None,
+    ) -> list[RequestOutput]:
+        if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
+            raise PromptError(f"a {kind} or a list of them is needed, got {type(items).__name__}")
+        items = list(items)
+        params = _params_per_item(sampling_params, len(items), kind)
+        for each in params:
+            self.engine.check(each)
+
+        # Images take far more memory as pixels than as files: only as many requests as can run are prepared ahead.
+        todo = deque(enumerate(zip(items, params, strict=True)))
+        going: dict[int, Sequence] = {}
+        outputs: dict[int, RequestOutput] = {}
+        try:
+            while todo or going:
+                while todo and len(self.engine.scheduler.waiting) < self.options.max_num_seqs:
+                    number, (item, each) = todo.popleft()
+                    going[number] = self._add(item, prepare, each, f"{kind} {number}: " if len(items) > 1 else "")
+                self.engine.step()
+                for number in [number for number, sequence in going.items() if sequence.finished]:
+                    outputs[number] = going.pop(number).output()
+        finally:
+            # After an error or Ctrl-C nothing of this call stays behind, and the engine can go on.
+            for sequence in going.values():
+                self.engine.abort(sequence)
+        return [outputs[number] for number in range(len(items))]
+
+    def _add(self, item: Any, prepare: Any, params: SamplingParams, where: str) -> Sequence:
+        arrival = time.time()
+        try:
+            prompt: Prompt = prepare(item)
+            return self.engine.add(prompt, params, arrival)
+        except PromptError as error:
+            raise PromptError(f"{where}{error}") from None
+
+
+@contextmanager
+def _checkpoint(model: str | Path) -> Iterator[Path]:
+    """The directory of a checkpoint while it is being loaded."""
+    if model != "demo":
+        yield resolve(model)
+    elif _DEMO.is_dir():
+        yield _DEMO
+    else:
+        _log.warning("model demo: no trained demo checkpoint is here; its weights are random and its answers noise")
+        with tempfile.TemporaryDirectory(prefix="qwen3vl_moe-demo-") as directory:
+            tiny.write_checkpoint(directory)
+            yield Path(directory)
+
+
+def _engine_options(given: dict[str, Any]) -> EngineOptions:
+    unknown = sorted(set(given) - set(EngineOptions.__dataclass_fields__))
+    if unknown:
+        raise OptionError(
+            f"unknown option {unknown[0]!r}; the engine has {', '.join(sorted(EngineOptions.__dataclass_fields__))}"
+        )
+    return EngineOptions(**given)
+
+
+def _params_per_item(
+    params: SamplingParams | list[SamplingParams] | None, count: int, kind: str
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    params = list(params)
+    if len(params) != count:
+        raise OptionError(f"{len(params)} sampling_params for {count} {kind}s: give one for all, or one for each")
+    return params
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
+    )
+
+
+def _is_prompt(value: Any) -> bool:
+    is_token_ids = isinstance(value, list | tuple) and bool(value) and all(isinstance(token, int) for token in value)
+    return isinstance(value, str | Mapping) or is_token_ids

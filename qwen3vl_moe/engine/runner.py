@@ -1,0 +1,207 @@
+"""One step on the device: encode its images, pack its tokens into a batch, run the model, choose tokens."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qwen3vl_moe.engine.kv_cache import KVCache
+from qwen3vl_moe.engine.sampler import TokenLogprob, sample, token_logprobs
+from qwen3vl_moe.engine.scheduler import Chunk
+from qwen3vl_moe.engine.sequence import Sequence
+from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
+
+_PROMPT_LOGIT_ROWS = 256  # logits held at once for prompt_logprobs: 150 MB in fp32 at the published vocabulary
+
+
+@dataclass
+class ChunkResult:
+    """What one chunk gave: the next token if it reached the sequence's end, and log-probabilities if asked for."""
+
+    token_id: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One result per chunk; the sequences whose images were encoded, and the seconds that this took."""
+
+    results: list[ChunkResult]
+    encoded: list[Sequence]
+    vision_seconds: float
+
+
+class Runner:
+    """Runs steps of a model over one cache.
+
+    Args:
+        model: any device and dtype.
+        cache: the cache whose blocks the sequences' block tables name.
+    """
+
+    def __init__(self, model: Qwen3VLMoe, cache: KVCache):
+        self.model, self.cache = model, cache
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> StepResult:
+        """Compute the chunks and write them into the cache."""
+        with _Stopwatch(self.model.device) as vision:
+            encoded = self._encode_images(chunks)
+        sampling = [number for number, chunk in enumerate(chunks) if chunk.samples]
+        spans = [_prompt_logprob_span(chunk) for chunk in chunks]
+        begins = [0, *itertools.accumulate(chunk.stop - chunk.start for chunk in chunks)]
+        sample_rows = [begins[number + 1] - 1 for number in sampling]
+        prompt_rows = [begins[i] + place - chunks[i].start for i, span in enumerate(spans) for place in span]
+        batch = self._pack(chunks, sample_rows + prompt_rows)
+        hidden_RH = self.model.text(batch, self.cache.tensor)
+
+        results = [ChunkResult() for _ in chunks]
+        if sampling:
+            sequences = [chunks[number].sequence for number in sampling]
+            self._sample(hidden_RH[: len(sampling)], sequences, [results[number] for number in sampling])
+        row = len(sampling)
+        for chunk, span, result in zip(chunks, spans, results, strict=True):
+            result.prompt_logprobs = self._prompt_logprobs(hidden_RH[row : row + len(span)], chunk.sequence, span)
+            row += len(span)
+        return StepResult(results, encoded, vision.seconds() if encoded else 0.0)
+
+    def _encode_images(self, chunks: list[Chunk]) -> list[Sequence]:
+        """Vision features of all images that the step needs and that have none yet, in one packed call."""
+        todo = [
+            (chunk.sequence, number, image)
+            for chunk in chunks
+            for number, image in chunk.sequence.images_in(chunk.start, chunk.stop)
+            if chunk.sequence.features[number] is None
+        ]
+        if todo:
+            pixel_values_PC = torch.cat([image.pixel_values for _, _, image in todo])
+            features = self.model.encode_images(pixel_values_PC, [image.grid_thw for _, _, image in todo])
+            start = 0
+            for sequence, number, image in todo:
+                sequence.features[number] = features.rows(start, start + image.num_tokens)
+                start += image.num_tokens
+        return [sequence for sequence, _, _ in todo]
+
+    def _pack(self, chunks: list[Chunk], logit_rows: list[int]) -> Batch:
+        block_size, device = self.cache.block_size, self.model.device
+        token_ids: list[int] = []
+        slots: list[Tensor] = []
+        tables = torch.zeros(len(chunks), max(len(c.sequence.block_table) for c in chunks), dtype=torch.int32)
+        visual: list[VisionFeatures] = []
+        visual_rows: list[int] = []
+        for number, chunk in enumerate(chunks):
+            sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
+            table = torch.tensor(sequence.block_table, dtype=torch.int32)
+            tables[number, : len(table)] = table
+            place = torch.arange(start, stop)
+            slots.append(table[place // block_size].long() * block_size + place % block_size)
+            # A chunk may begin or end inside an image: it takes the features of exactly its own placeholders.
+            for i, image in sequence.images_in(start, stop):
+                first, last = max(start, image.start), min(stop, image.start + image.num_tokens)
+                visual.append(sequence.features[i].rows(first - image.start, last - image.start))
+                visual_rows.extend(range(len(token_ids) + first - start, len(token_ids) + last - start))
+            token_ids.extend(sequence.token_ids[start:stop])
+
+        def to_device(values: list[int] | Tensor) -> Tensor:
+            return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+        return Batch(
+            input_ids_T=to_device(token_ids),
+            positions_3T=to_device(torch.cat([c.sequence.positions(c.start, c.stop) for c in chunks], dim=1)),
+            segments=Segments.build([c.stop - c.start for c in chunks], [c.stop for c in chunks], device),
+            slots_T=to_device(torch.cat(slots)),
+            block_tables=tables.to(device, non_blocking=True),
+            block_size=block_size,
+            visual_rows=to_device(visual_rows) if visual else None,
+            visual=VisionFeatures.cat(visual) if visual else None,
+            logit_rows=to_device(logit_rows),
+        )
+
+    def _sample(self, hidden_RH: Tensor, sequences: list[Sequence], results: list[ChunkResult]) -> None:
+        logits_RV = self.model.lm_head(hidden_RH)
+        tokens_R = sample(logits_RV, sequences)
+        for result, token_id in zip(results, tokens_R.tolist(), strict=True):
+            result.token_id = token_id
+        asked = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
+        if asked:
+            num_top = [sequences[row].params.logprobs for row in asked]
+            rows = torch.tensor(asked, device=logits_RV.device)
+            entries = token_logprobs(logits_RV[rows], tokens_R[rows], max(num_top))
+            for row, count, entry in zip(asked, num_top, entries, strict=True):
+                results[row].logprobs = entry[: 1 + count]
+
+    def _prompt_logprobs(self, hidden_RH: Tensor, sequence: Sequence, span: range) -> list[list[TokenLogprob]]:
+        entries: list[list[TokenLogprob]] = []
+        for start in range(0, len(span), _PROMPT_LOGIT_ROWS):
+            rows = span[start : start + _PROMPT_LOGIT_ROWS]
+            targets = torch.tensor([sequence.token_ids[row + 1] for row in rows], device=hidden_RH.device)
+            logits_RV = self.model.lm_head(hidden_RH[start : start + len(rows)])
+            entries += token_logprobs(logits_RV, targets, sequence.params.prompt_logprobs)
+        return entries
+
+
+class _Stopwatch:
+    """Seconds of a piece of device work, measured without making the host wait for it until they are asked for."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+
+    def _now(self) -> torch.cuda.Event | float:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def __enter__(self) -> _Stopwatch:
+        self._start = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop = self._now()
+
+    def seconds(self) -> float:
+        if not self._on_gpu:
+            return self._stop - self._start
+        self._stop.synchronize()
+        return self._start.elapsed_time(self._stop) / 1000
+
+
+def _prompt_logprob_span(chunk: Chunk) -> range:
+    """Positions of a chunk whose logits give a prompt log-probability that is not known yet."""
+    sequence = chunk.sequence
+    if sequence.params.prompt_logprobs is None:
+        return range(0)
+    return range(max(chunk.start, len(sequence.prompt_logprobs) - 1), min(chunk.stop, sequence.num_prompt_tokens - 1))
+
+
+@torch.inference_mode()
+def free_cache_bytes(model: Qwen3VLMoe, max_prefill_tokens: int, max_num_seqs: int, utilization: float) -> int | None:
+    """Device memory that the cache may take: what ``utilization`` of the device leaves beside the model and a step.
+
+    The step is measured: a forward of ``max_prefill_tokens`` text tokens with ``max_num_seqs`` rows of logits. None on
+    a CPU, where the cache has a bound of its own.
+    """
+    device = model.device
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    places = torch.arange(max_prefill_tokens, device=device)
+    batch = Batch(
+        input_ids_T=torch.zeros_like(places),
+        positions_3T=places.expand(3, -1),
+        segments=Segments.build([max_prefill_tokens], device=device),
+        logit_rows=places[:max_num_seqs],
+    )
+    model(batch).float().softmax(-1)
+    step_bytes = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free - (1 - utilization) * total - step_bytes)

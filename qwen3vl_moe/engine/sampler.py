@@ -1,0 +1,99 @@
+"""Logits to tokens: penalties, temperature, truncation, one draw per sequence; and log-probabilities.
+
+A row's token depends on its own logits, parameters and random number only, never on its neighbours: a token is drawn
+by walking the probabilities in vocabulary order until they exceed one uniform number of the request, and the sums are
+of integers, which add up exactly in any order and on any device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qwen3vl_moe.engine.sequence import Sequence
+
+_PROBABILITY_BITS = 40  # a token less likely than 2^-40 is never drawn
+
+TokenLogprob = tuple[int, float, int]  # token id, natural log-probability, rank
+
+
+def sample(logits_RV: Tensor, sequences: list[Sequence]) -> Tensor:
+    """The next token of each sequence, int64 [R], on the device of the logits.
+
+    Args:
+        logits_RV: of each sequence's last token, any floating dtype.
+        sequences: R of them, in row order; one that is not greedy draws one number from its generator.
+    """
+    logits_RV = logits_RV.float()
+    penalised = [row for row, sequence in enumerate(sequences) if sequence.params.penalised]
+    if penalised:
+        logits_RV = logits_RV.clone()  # the caller's logits stay raw: log-probabilities are taken from them
+        for row in penalised:
+            _penalise(logits_RV[row], sequences[row])
+    tokens_R = logits_RV.argmax(-1)
+    drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
+    if drawn:
+        rows = torch.tensor(drawn, device=logits_RV.device)
+        tokens_R[rows] = _draw(logits_RV[rows], [sequences[row] for row in drawn])
+    return tokens_R
+
+
+def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
+    """Apply one request's penalties in place: repetition over prompt and answer, the others over the answer."""
+    params, device = sequence.params, logits_V.device
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sequence.token_ids, device=device).unique()
+        logits = logits_V[seen]
+        penalty = params.repetition_penalty
+        logits_V[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
+    if sequence.output_ids:
+        used, counts = torch.tensor(sequence.output_ids, device=device).unique(return_counts=True)
+        logits_V[used] -= params.frequency_penalty * counts + params.presence_penalty
+
+
+def _draw(logits_RV: Tensor, sequences: list[Sequence]) -> Tensor:
+    """One random token per row, int64 [R]."""
+    columns = [(s.params.temperature, s.params.top_p, s.params.min_p, s.rng.random()) for s in sequences]
+    settings = torch.tensor(columns, dtype=torch.float64, device=logits_RV.device)
+    logits_RV = logits_RV / settings[:, :1].float()
+    truncated = [row for row, sequence in enumerate(sequences) if sequence.params.truncated]
+    if truncated:
+        rows = torch.tensor(truncated, device=logits_RV.device)
+        top_k = [sequences[row].params.top_k for row in truncated]
+        lowest_R1 = _truncation(logits_RV[rows], top_k, settings[rows, 1], settings[rows, 2])
+        logits_RV[rows] = logits_RV[rows].where(logits_RV[rows] >= lowest_R1, -torch.inf)
+    weights_RV = (logits_RV.softmax(-1).double() * 2.0**_PROBABILITY_BITS).long()
+    sums_RV = weights_RV.cumsum(-1)
+    target_R = (settings[:, 3] * sums_RV[:, -1]).long()
+    return torch.searchsorted(sums_RV, target_R[:, None], right=True)[:, 0]
+
+
+def _truncation(logits_RV: Tensor, top_k: list[int], top_p_R: Tensor, min_p_R: Tensor) -> Tensor:
+    """The lowest logit that each row may draw, [R, 1]: min_p, then top_k, then top_p over what is left.
+
+    The limit is a value, so tokens that tie with the last one kept are kept too.
+    """
+    vocabulary = logits_RV.shape[1]
+    top_k = [k if 0 < k < vocabulary else vocabulary for k in top_k]
+    # Sorting a whole vocabulary is slow; where every row has a top_k, its best few suffice.
+    sorted_RK = logits_RV.topk(max(top_k), dim=-1).values
+    k_R1 = torch.tensor(top_k, device=logits_RV.device)[:, None]
+    out_of_k = torch.arange(max(top_k), device=logits_RV.device) >= k_R1
+    too_rare = sorted_RK < sorted_RK[:, :1] + min_p_R[:, None].log()
+    probabilities_RK = sorted_RK.masked_fill(out_of_k | too_rare, -torch.inf).softmax(-1)
+    before_RK = probabilities_RK.cumsum(-1) - probabilities_RK
+    kept_RK = (probabilities_RK > 0) & (before_RK < top_p_R[:, None])
+    kept_RK[:, 0] = True
+    return sorted_RK.gather(1, kept_RK.sum(-1, keepdim=True) - 1)
+
+
+def token_logprobs(logits_RV: Tensor, tokens_R: Tensor, num_top: int) -> list[list[TokenLogprob]]:
+    """Raw log-probabilities of each row: of its own token first, then of the ``num_top`` most likely ones."""
+    logprobs_RV = logits_RV.float().log_softmax(-1)
+    own_R1 = logprobs_RV.gather(1, tokens_R[:, None])
+    rank_R = (logprobs_RV > own_R1).sum(-1) + 1
+    top = logprobs_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
+    ids = torch.cat([tokens_R[:, None], top.indices], dim=1).tolist()
+    values = torch.cat([own_R1, top.values], dim=1).tolist()
+    ranks = ([own, *range(1, len(ids[0]))] for own in rank_R.tolist())
+    return [list(zip(*row, strict=True)) for row in zip(ids, values, ranks, strict=True)]

@@ -1,0 +1,100 @@
+"""Which tokens to compute next: continuous batching, chunked prefill mixed with decode, first come first served."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from qwen3vl_moe.engine.kv_cache import KVCache
+from qwen3vl_moe.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens ``start`` to ``stop`` of one sequence, computed in one step."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the sequence's next token comes out of this step."""
+        return self.stop == len(self.sequence.token_ids)
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.start < self.sequence.num_prompt_tokens or self.stop - self.start > 1
+
+
+class Scheduler:
+    """Waiting and running sequences, both oldest first.
+
+    A sequence is admitted when the cache has room for all of its tokens, so prefills never wait for each other
+    half-way. An answer that outgrows the cache takes blocks from the youngest running sequence, which goes back to
+    the head of the queue and is computed again. The oldest never loses its blocks, and any single sequence fits
+    (``max_model_len``), so every step brings it closer to its end: nothing can block for ever.
+
+    Args:
+        cache: blocks of all sequences.
+        max_num_seqs: most sequences in a step.
+        max_prefill_tokens: most prompt tokens in a step; decoding sequences add one token each.
+    """
+
+    def __init__(self, cache: KVCache, max_num_seqs: int, max_prefill_tokens: int):
+        self.cache, self.max_num_seqs, self.max_prefill_tokens = cache, max_num_seqs, max_prefill_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, finished or given up, and free its blocks."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.cache.release(sequence.block_table)
+
+    def schedule(self) -> list[Chunk]:
+        """The next step; empty only when there is nothing left to do."""
+        preempted = self._make_room()
+        chunks: list[Chunk] = []
+        budget = self.max_prefill_tokens
+
+        def take(sequence: Sequence) -> None:
+            nonlocal budget
+            decodes = sequence.pending == 1 and sequence.num_computed > 0
+            count = 1 if decodes else min(sequence.pending, budget)
+            if not decodes:
+                budget -= count
+            if count:
+                chunks.append(Chunk(sequence, sequence.num_computed, sequence.num_computed + count))
+
+        for sequence in self.running:
+            take(sequence)
+        # A sequence that has just been preempted would take back the very blocks that were taken from it.
+        while self.waiting and not preempted and budget and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[0]
+            if not self.cache.grow(sequence.block_table, len(sequence.token_ids)):
+                break
+            self.running.append(self.waiting.popleft())
+            take(sequence)
+        return chunks
+
+    def _make_room(self) -> bool:
+        """A cache row for every token of every running sequence, oldest first; True if that took a preemption."""
+        preempted = False
+        number = 0
+        while number < len(self.running):
+            sequence = self.running[number]
+            if self.cache.grow(sequence.block_table, len(sequence.token_ids)):
+                number += 1
+                continue
+            youngest = self.running.pop()
+            self.cache.release(youngest.block_table)
+            youngest.reset()
+            self.waiting.appendleft(youngest)
+            preempted = True
+        return preempted

@@ -1,0 +1,159 @@
+"""One request, from its prompt to its last token."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qwen3vl_moe.engine.detokenizer import TextStream
+from qwen3vl_moe.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from qwen3vl_moe.engine.params import SamplingParams
+from qwen3vl_moe.model import VisionFeatures
+from qwen3vl_moe.processor import ImageInput, Prompt
+
+
+@dataclass(eq=False)
+class Sequence:
+    """State of one request.
+
+    Prompt and answer are one list of tokens; the first ``num_computed`` of them are in the cache. A step computes the
+    next few: a piece of the prompt, the last token alone, or (after a preemption) all of them again. When none is
+    left uncomputed, the step's last logits give the next token. So prefill, decode and recompute are one case.
+
+    Attributes:
+        request_id: unique within the engine.
+        prompt: token ids, positions, images.
+        params: complete sampling parameters.
+        max_len: most tokens of prompt and answer together.
+        eos_token_ids: tokens that end the answer (empty with ignore_eos).
+        text: the answer's text so far.
+        seed: of this request's own random numbers.
+        token_ids: prompt, then answer.
+        num_computed: how many of them are in the cache.
+        block_table: cache blocks in order.
+        features: vision features per image, None before they are computed and after the prompt is in the cache.
+    """
+
+    request_id: str
+    prompt: Prompt
+    params: SamplingParams
+    max_len: int
+    eos_token_ids: frozenset[int]
+    text: TextStream
+    seed: int
+    metrics: RequestMetrics
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt.token_ids)
+        self.features: list[VisionFeatures | None] = [None] * len(self.prompt.images)
+        self.rng = random.Random(self.seed)
+        self.logprobs: list[dict[int, Logprob]] = []
+        self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
+        self._shown = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt.token_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the cache yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def positions(self, start: int, stop: int) -> Tensor:
+        """M-RoPE positions [3, stop - start] (int64, CPU) of a span of tokens."""
+        known, prompt = self.prompt.positions_3T, self.num_prompt_tokens
+        inside = known[:, start : min(stop, prompt)]
+        if stop <= prompt:
+            return inside
+        # Text has the same position on all three axes, and goes on where the prompt's positions ended.
+        first = self.prompt.next_position + max(start, prompt) - prompt
+        return torch.cat([inside, torch.arange(first, self.prompt.next_position + stop - prompt).expand(3, -1)], dim=1)
+
+    def images_in(self, start: int, stop: int) -> list[tuple[int, ImageInput]]:
+        """Images (with their number) that have placeholder tokens in a span."""
+        return [
+            (number, image)
+            for number, image in enumerate(self.prompt.images)
+            if image.start < stop and start < image.start + image.num_tokens
+        ]
+
+    def advance(self, computed: int) -> None:
+        """The first ``computed`` tokens are in the cache now. Features of a cached prompt are not needed any more."""
+        self.num_computed = computed
+        if computed >= self.num_prompt_tokens:
+            self.features = [None] * len(self.features)
+
+    def reset(self) -> None:
+        """The cache has lost this sequence: compute it again from the start."""
+        self.num_computed = 0
+        self.metrics.num_preemptions += 1
+
+    def append(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
+        """Take the next token of the answer, and end the answer if it has to."""
+        if self.metrics.first_token_time is None:
+            self.metrics.first_token_time = time.time()
+        self.token_ids.append(token_id)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+
+        num_output = len(self.token_ids) - self.num_prompt_tokens
+        if token_id in self.eos_token_ids:
+            self.finish("stop")
+        elif token_id in self.params.stop_token_ids:
+            self.finish("stop", token_id)
+        elif (stop := self.text.push(token_id)) is not None:
+            self.finish("stop", stop)
+        elif num_output == self.params.max_tokens or len(self.token_ids) >= self.max_len:
+            self.finish("length")
+
+    def finish(self, reason: str, stop: int | str | None = None) -> None:
+        self.finish_reason, self.stop_reason = reason, stop
+        self.metrics.finished_time = time.time()
+        self.text.flush()
+
+    def output(self) -> RequestOutput:
+        """The answer so far; ``new_text`` is what this call adds to the one before it."""
+        text, asked = self.text.text, self.params.logprobs is not None
+        token_ids = self.output_ids
+        completion = CompletionOutput(
+            index=0,
+            text=text,
+            new_text=text[self._shown :],
+            token_ids=token_ids,
+            logprobs=list(self.logprobs) if asked else None,
+            cumulative_logprob=(
+                sum(entry[token].logprob for entry, token in zip(self.logprobs, token_ids, strict=True))
+                if asked
+                else None
+            ),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+        self._shown = len(text)
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt.text,
+            prompt_token_ids=list(self.prompt.token_ids),
+            prompt_logprobs=list(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None,
+            outputs=[completion],
+            finished=self.finished,
+            metrics=self.metrics,
+            num_image_tokens=sum(image.num_tokens for image in self.prompt.images),
+        )
