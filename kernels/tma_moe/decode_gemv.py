@@ -1,0 +1,91 @@
+"""A few tokens: matrix times vector on the ordinary cores, straight from the weights, without grouping.
+
+With about one token per expert the tensor cores have nothing to reuse and the work is to read the weights at full speed.
+Each program asks for its whole slice of weights at once, so many bytes are under way; experts that two tokens share are
+read twice, the second time mostly from L2. The down product sums over the token's experts by itself, so two launches
+do the whole operation.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def decode_up(
+    x_ptr,  # [T, H]
+    ids_ptr,  # [T, K]
+    gate_up_ptr,  # [E, 2I, H]
+    h_ptr,  # [T * K, I], by slot
+    E: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    TOPK: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """h[slot, n] = silu(gate[e, n] . x[t]) * (up[e, n] . x[t]) for COLS values of n."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    slot = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    e = tl.load(ids_ptr + slot).to(tl.int64)
+    real = (e >= 0) & (e < E)
+    gate_rows = (gate_up_ptr + (e * 2 * I + n) * H)[:, None]
+    up_rows = gate_rows + I * H
+    gate = tl.zeros([COLS, BLOCK_K], tl.float32)
+    up = tl.zeros([COLS, BLOCK_K], tl.float32)
+    for at in tl.static_range(0, H, BLOCK_K):
+        i = at + tl.arange(0, BLOCK_K)
+        read = (n < I)[:, None] & (i < H)[None, :] & real
+        w_gate = tl.load(gate_rows + i[None, :], mask=read, other=0.0, eviction_policy="evict_first")
+        w_up = tl.load(up_rows + i[None, :], mask=read, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + slot // TOPK * H + i, mask=i < H, other=0.0).to(tl.float32)[None, :]
+        gate += w_gate.to(tl.float32) * x
+        up += w_up.to(tl.float32) * x
+    g = tl.sum(gate, axis=1)
+    h = g / (1.0 + tl.exp(-g)) * tl.sum(up, axis=1)
+    tl.store(h_ptr + slot * I + n, h.to(h_ptr.dtype.element_ty), mask=(n < I) & real)
+
+
+@triton.jit
+def decode_down(
+    h_ptr,  # [T * K, I], by slot
+    ids_ptr,  # [T, K]
+    weights_ptr,  # [T, K]
+    down_ptr,  # [E, H, I]
+    y_ptr,  # [T, H]
+    E: tl.constexpr,
+    H: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    TOPK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y[t, n] = sum over k of weight[t, k] * (down[e, n] . h[slot]) for COLS values of n."""
+    t = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    slot = tl.arange(0, SLOTS)
+    if PDL:
+        gdc_launch_dependents()
+    # Read before the wait: ids come from before `decode_up`, which waited for them itself, and weights are constant.
+    e = tl.load(ids_ptr + t * TOPK + slot, mask=slot < TOPK, other=-1).to(tl.int64)
+    real = (e >= 0) & (e < E)
+    rows = down_ptr + (e[:, None] * H + n[None, :])[:, :, None] * I
+    partial = tl.zeros([SLOTS, COLS, BLOCK_K], tl.float32)
+    for at in tl.static_range(0, I, BLOCK_K):
+        i = at + tl.arange(0, BLOCK_K)
+        read = real[:, None, None] & (n < H)[None, :, None] & (i < I)[None, None, :]
+        w = tl.load(rows + i[None, None, :], mask=read, other=0.0, eviction_policy="evict_first")
+        if PDL and at == 0:
+            gdc_wait()
+        h_at = h_ptr + (t * TOPK + slot)[:, None] * I + i[None, :]
+        h = tl.load(h_at, mask=real[:, None] & (i < I)[None, :], other=0.0)
+        partial += w.to(tl.float32) * h.to(tl.float32)[:, None, :]
+    weights = tl.load(weights_ptr + t * TOPK + slot, mask=real, other=0.0).to(tl.float32)
+    y = tl.sum(tl.sum(partial, axis=2) * weights[:, None], axis=0)
+    tl.store(y_ptr + t * H + n, y.to(y_ptr.dtype.element_ty), mask=n < H)
