@@ -1,0 +1,158 @@
+"""Are our logits right in bf16? Ours and transformers' beside an fp32 evaluation of the same weights.
+
+    python scripts/compare_transformers.py --model DIR --image cat.jpg --prompt "What is this?"
+    python scripts/compare_transformers.py --model random          # full size, random weights: needs 80 GB
+
+Both models share one copy of the weights. An answer counts as right if its error against the fp32 evaluation is at most
+twice that of transformers in the same dtype. Exit status 1 if one is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.errors import OptionError, UserError
+from qwen3vl_moe.model import Qwen3VLMoe, resolve_moe
+from qwen3vl_moe.transformers_twin import in_float32, transformers_twin
+
+console = Console(stderr=True)
+
+
+def random_prompts(config: Qwen3VLMoeConfig) -> dict[str, tuple]:
+    """A text prompt of 450 tokens, and a 560x560 image (324 visual tokens) between 128 text tokens."""
+    generator = torch.Generator().manual_seed(0)
+    highest = min(config.text.vocab_size, config.image_token_id)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(0, highest, (count,), generator=generator).tolist()
+
+    # 560 pixels are resized to the next multiple of 32: 576, or 36 x 36 patches of 16.
+    merge = config.vision.merge_size
+    grid = (1, 18 * merge, 18 * merge)
+    image = [config.vision_start_token_id, *[config.image_token_id] * 324, config.vision_end_token_id]
+    pixels = torch.rand(grid[1] * grid[2], config.vision.patch_dim, generator=generator) * 2 - 1
+    return {
+        "text, 450 tokens": (words(450), None, None),
+        "image 560x560 + 128 text tokens": (words(64) + image + words(64), pixels, [grid]),
+    }
+
+
+def real_prompts(model: str, config: Qwen3VLMoeConfig, prompt: str, image: Path | None) -> dict[str, tuple]:
+    from qwen3vl_moe.checkpoint import resolve
+    from qwen3vl_moe.processor import Processor
+
+    processor = Processor.from_pretrained(resolve(model), config)
+    content = [{"type": "text", "text": prompt}]
+    prompts = {"text": content}
+    if image is not None:
+        prompts[f"image {image.name} + text"] = [{"type": "image", "image": str(image)}, *content]
+    out = {}
+    for name, items in prompts.items():
+        ready = processor.chat([{"role": "user", "content": items}])
+        pixels = torch.cat([i.pixel_values for i in ready.images]) if ready.images else None
+        out[name] = (list(ready.token_ids), pixels, [i.grid_thw for i in ready.images] or None)
+    return out
+
+
+def twin_logits(twin, config: Qwen3VLMoeConfig, device: torch.device, ids, pixels, grids) -> torch.Tensor:
+    """transformers' logits [T, V]."""
+    ids = torch.tensor([ids], device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+    if pixels is not None:
+        inputs |= {"pixel_values": pixels.to(device), "image_grid_thw": torch.tensor(grids, device=device)}
+    with torch.no_grad():
+        return twin(**inputs).logits[0]
+
+
+def errors(logits: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """Distances of one model's logits [T, V] from the fp32 evaluation, over all positions."""
+    ours, theirs = logits.float(), exact
+    log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+    return {
+        "relative": float((ours - theirs).norm() / theirs.norm()),
+        "largest": float((ours - theirs).abs().max() / theirs.abs().max()),
+        "kl": float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
+        "top1": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+    }
+
+
+def main(
+    model: str = typer.Option("random", help="Checkpoint directory, hub id, or 'random': N(0, 0.02) at full size."),
+    prompt: str = typer.Option("Describe what you see, and count from one to twenty.", help="Text of the prompt."),
+    image: Path | None = typer.Option(None, help="An image for the second prompt (with a real checkpoint)."),
+    device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
+    dtype: str = typer.Option("bfloat16", help="bfloat16 or float16: what is judged."),
+    moe: str = typer.Option("auto", help="Comma-separated: tma, reference, auto."),
+    layers: int | None = typer.Option(None, help="Fewer decoder layers (random weights only)."),
+    json_file: Path | None = typer.Option(None, "--json", help="Write the figures here."),
+) -> None:
+    """Compare our logits and transformers' with an fp32 evaluation of the same weights."""
+    try:
+        rows = compare(model, prompt, image, torch.device(device), getattr(torch, dtype, None), moe, layers)
+    except (UserError, RuntimeError) as error:
+        console.print(f"error: {error}", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    table = Table("prompt", "model", "relative error", "largest / scale", "mean KL", "top-1", "verdict")
+    for row in rows:
+        numbers = (f"{row['relative']:.3e}", f"{row['largest']:.3e}", f"{row['kl']:.2e}", f"{row['top1']:.1%}")
+        table.add_row(row["prompt"], row["model"], *numbers, row["verdict"])
+    Console().print(table)
+    if json_file:
+        json_file.write_text(json.dumps(rows, indent=2))
+    if any(row["verdict"] == "WRONG" for row in rows):
+        raise typer.Exit(1)
+
+
+def compare(model, prompt, image, device, dtype, moe, layers) -> list[dict]:
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise OptionError("--dtype must be bfloat16 or float16: the yardstick is an fp32 evaluation")
+    # Products in full fp32: TF32 would make the yardstick as coarse as what it measures.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    backends = list(dict.fromkeys(resolve_moe(name, device, dtype) for name in moe.split(",")))
+    if model == "random":
+        config = Qwen3VLMoeConfig.qwen3_vl_30b_a3b()
+        if layers:
+            config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=layers))
+        ours = Qwen3VLMoe.random(config, device, dtype, moe=backends[0])
+        prompts = random_prompts(config)
+    else:
+        ours = Qwen3VLMoe.from_pretrained(model, device, dtype, moe=backends[0])
+        config = ours.config
+        prompts = real_prompts(model, config, prompt, image)
+
+    logits: dict[str, dict[str, torch.Tensor]] = {name: {} for name in prompts}
+    for backend in backends:
+        for layer in ours.text.layers:
+            layer.moe.backend = backend
+        for name, (ids, pixels, grids) in prompts.items():
+            logits[name][f"ours, moe={backend}"] = ours.logits(ids, pixels, grids)
+    twin = transformers_twin(ours)
+    for name, inputs in prompts.items():
+        logits[name]["transformers"] = twin_logits(twin, config, device, *inputs)
+    started = time.perf_counter()
+    yardstick = in_float32(twin)
+    rows = []
+    for name, inputs in prompts.items():
+        exact = twin_logits(yardstick, config, device, *inputs).float()
+        peer = errors(logits[name]["transformers"], exact)
+        for who, values in logits[name].items():
+            row = {"prompt": name, "model": who, **errors(values, exact)}
+            within = row["relative"] <= 2 * peer["relative"] and row["largest"] <= 2 * peer["largest"]
+            row["verdict"] = "the peer" if who == "transformers" else "right" if within else "WRONG"
+            rows.append(row)
+    console.print(f"fp32 evaluation: {time.perf_counter() - started:.1f} s", highlight=False)
+    return rows
+
+
+if __name__ == "__main__":
+    typer.run(main)
