@@ -2,8 +2,8 @@
 
 In two steps, because a prompt has to be refused before its pixels cost memory: :func:`open_image` fetches the bytes and
 reads the header, which tells the size; :func:`decode_rgb` decodes. Colours are those of transformers' ``load_image``
-(Pillow's ``convert("RGB")``) for every mode that it converts faithfully, so alpha is dropped, not blended: the model sees
-the colours stored under transparent pixels. Whoever wants a background pastes the image on one first.
+(Pillow's ``convert("RGB")``) for every mode that it converts faithfully, so alpha is dropped, not blended: the model
+sees the colours stored under transparent pixels. Whoever wants a background pastes the image on one first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """RGB pictures -> what the vision tower takes: resized to whole image tokens, cut into patches, normalised.
 
 The rules are those of transformers 5.17's ``Qwen2VLImageProcessorPil`` (bicubic resize by Pillow, values scaled by
-1/255, then ``(x - mean) / std`` in fp32), and the patches are equal bit for bit. There is one resize: nowhere else in the
-package is an image scaled.
+1/255, then ``(x - mean) / std`` in fp32), and the patches are equal bit for bit. There is one resize: nowhere else in
+the package is an image scaled.
 """
 
 from __future__ import annotations
