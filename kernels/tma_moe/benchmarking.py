@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Call = Callable[[], object]
-
 
 @dataclass(frozen=True)
 class MoeShape:
@@ -139,18 +137,23 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(samples), "p20": fifths[0], "p80": fifths[3]}
 
 
-class CudaTimer:
-    """Times calls on the current CUDA device. Every time is in microseconds per call.
+@dataclass(frozen=True)
+class Candidate:
+    """Something to time: `run()` makes `num_calls` calls of the op, over weight sets that together exceed the L2."""
 
-    `samples` is the number of samples per candidate, `sample_us` the least length of one: many short calls go into
-    one sample, so that the resolution of events and the launch of a graph stay small beside it.
+    run: Callable[[], object]
+    num_calls: int
+
+
+class CudaTimer:
+    """Times candidates on the current CUDA device, in microseconds per call.
+
+    Candidates are sampled in turns, so that a drift of the clocks falls on all alike. `samples` is the number of
+    samples of each, `sample_us` the least length of a sample of graph replay.
     """
 
     def __init__(self, samples: int = 30, sample_us: float = 2000.0):
         self.samples, self.sample_us = samples, sample_us
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize()
 
     def card(self) -> dict[str, str]:
         """Name, driver and clocks as nvidia-smi reads them now."""
@@ -166,84 +169,86 @@ class CudaTimer:
         command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
         try:
             line = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
+            return dict(zip(fields, (value.strip() for value in line.split(",")), strict=True))
+        except (OSError, subprocess.SubprocessError, ValueError):
             return {"name": torch.cuda.get_device_name()}
-        return dict(zip(fields, (value.strip() for value in line.split(",")), strict=True))
 
     def ceilings(self) -> Ceilings:
         """Measures the card: a 2 GiB device-to-device copy and a bf16 8192^3 matrix product, on random data."""
         source = torch.randn(2**29, device="cuda")
         target = torch.empty_like(source)
         copy_us = self._median_us(lambda: target.copy_(source))
-        moved = 2 * source.numel() * source.element_size()
-        del source, target
-        a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-        b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         matmul_us = self._median_us(lambda: torch.mm(a, b))
+        moved = 2 * source.numel() * source.element_size()
         return Ceilings(moved / copy_us * 1e6, 2 * 8192**3 / matmul_us * 1e6)
 
-    def interleaved_us(self, candidates: dict[str, Sequence[Call]], *, graph: bool) -> dict[str, list[float]]:
-        """Samples of each candidate, taken in turns so that a drift of the clocks falls on all alike.
-
-        A candidate is a list of calls (one per weight set), run in rotation: replayed from a CUDA graph, or launched
-        one by one from Python on an empty queue, where the time is the longer of host work and GPU work.
-        """
-        runs = {name: self._prepare(calls, graph) for name, calls in candidates.items()}
-        samples: dict[str, list[float]] = {name: [] for name in runs}
+    def graph_us(self, candidates: dict[str, Candidate]) -> dict[str, list[float]]:
+        """Samples of each candidate replayed from a CUDA graph: the work of the GPU alone."""
+        graphs = {}
+        for name, candidate in candidates.items():
+            candidate.run()  # compiles, and fills workspaces, before anything is captured
+            one_run_us = self._median_us(self._capture(candidate.run, 1).replay, repeats=3)
+            rounds = min(200, max(1, round(self.sample_us / one_run_us)))
+            graphs[name] = (self._capture(candidate.run, rounds), rounds * candidate.num_calls)
         events = []
-        for _ in range(self.samples):
-            for name, (run, num_calls) in runs.items():
-                if not graph:
-                    torch.cuda.synchronize()
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                run()
-                end.record()
-                events.append((name, start, end, num_calls))
+        for name, (graph, num_calls) in list(graphs.items()) * (self.samples + 1):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            events.append((name, start, end, num_calls))
         torch.cuda.synchronize()
-        for name, start, end, num_calls in events:
+        samples: dict[str, list[float]] = {name: [] for name in graphs}
+        for name, start, end, num_calls in events[len(graphs) :]:  # the first of each warms up
             samples[name].append(start.elapsed_time(end) * 1e3 / num_calls)
         return samples
 
-    def host_us(self, calls: Sequence[Call]) -> list[float]:
-        """Host time per call: the calls launched back to back onto an empty queue, by the host's clock."""
-        for call in calls:
-            call()
-        samples = []
-        for _ in range(self.samples):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for call in calls:
-                call()
-            samples.append((time.perf_counter() - start) * 1e6 / len(calls))
-        torch.cuda.synchronize()
+    def eager_us(self, candidates: dict[str, Candidate], seconds: float = 1.0) -> dict[str, dict[str, list[float]]]:
+        """Samples of each candidate launched from Python onto an empty queue, for about `seconds` each.
+
+        `"host"` is what the launches cost the host, `"total"` lasts until the GPU is done: the longer of the two works.
+        """
+        passes = {}
+        for name, candidate in candidates.items():
+            candidate.run()
+            passes[name] = max(5, min(self.samples, int(seconds * 1e6 / self._median_us(candidate.run, repeats=1))))
+        samples: dict[str, dict[str, list[float]]] = {name: {"total": [], "host": []} for name in candidates}
+        for index in range(max(passes.values())):
+            for name, candidate in candidates.items():
+                if index >= passes[name]:
+                    continue
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                start.record()
+                candidate.run()
+                end.record()
+                host = time.perf_counter() - begin
+                torch.cuda.synchronize()
+                samples[name]["host"].append(host * 1e6 / candidate.num_calls)
+                samples[name]["total"].append(start.elapsed_time(end) * 1e3 / candidate.num_calls)
         return samples
 
-    def _prepare(self, calls: Sequence[Call], graph: bool) -> tuple[Call, int]:
-        """A function that runs all calls in rotation for about `sample_us`, and how many calls that is."""
-        for call in calls:  # compiles, and fills the caches of the allocator and of descriptors
-            call()
+    def replayed(self, call: Callable[[], Tensor]) -> Tensor:
+        """What `call` computes when it is captured and replayed; its buffers are poisoned in between."""
+        call()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+        out.fill_(float("nan"))
+        graph.replay()
+        return out.clone()
 
-        def prepared(rounds: int) -> Call:
-            def run() -> None:
-                for _ in range(rounds):
-                    for call in calls:
-                        call()
-
-            if not graph:
-                return run
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
+    def _capture(self, run: Callable[[], object], rounds: int) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(rounds):
                 run()
-            return captured.replay
+        graph.replay()
+        return graph
 
-        rounds = max(1, round(self.sample_us / self._median_us(prepared(1), repeats=3)))
-        rounds = min(rounds, max(1, 200 // len(calls)))  # about a thousand launches fill the queue and block the host
-        run = prepared(rounds)
-        run()
-        return run, rounds * len(calls)
-
-    def _median_us(self, call: Call, repeats: int = 10) -> float:
+    def _median_us(self, call: Callable[[], object], repeats: int = 10) -> float:
         times = []
         for _ in range(repeats + 2):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

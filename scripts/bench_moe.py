@@ -1,0 +1,361 @@
+"""Times one fused MoE layer against torch's grouped_mm and the floor of the card.
+
+    python scripts/bench_moe.py --json moe.json --plot moe.png
+
+For every token count and routing, in one run and in turns: the op replayed from a CUDA graph, and launched eagerly
+under the three descriptor policies with the host's time per op, beside a baseline of torch parts. The weights rotate,
+so that L2 never holds them; data are random; every timed result is first compared with the op in float32, and a wrong
+one makes the program fail. The floor uses the copy bandwidth and matrix rate measured at the start of the same run.
+Exit status: 0, 1 if a result is wrong, 2 for a bad option or a machine that cannot run the kernels.
+"""
+
+import dataclasses
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tma_moe
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from tma_moe.benchmarking import (
+    Candidate,
+    CudaTimer,
+    MoeShape,
+    draw_routing,
+    floor_us,
+    grouped_mm_moe,
+    parse_tokens,
+    relative_error,
+    spread,
+)
+from tma_moe.descriptors import POLICIES, clear_descriptor_cache
+from torch import Tensor
+
+DEFAULT_TOKENS = "1,8,32,128,450,1024,2048,4096,8192,16384"
+QUICK_TOKENS = "1,32,450,4096"
+ROTATION = 4  # weight sets that a CUDA graph cycles through: 0.3 GB touched at one token, against 50 MB of L2
+ROUTINGS = ("uniform", "zipf")
+console = Console(width=150 if not sys.stdout.isatty() else None)
+
+
+class Layers:
+    """Random weights of several layers, so that neither L2 nor a small descriptor cache ever holds all of them."""
+
+    def __init__(self, shape: MoeShape, count: int, device: str, dtype: torch.dtype):
+        self.shape, self.device, self.dtype = shape, device, dtype
+        self.experts = []
+        for _ in range(count):
+            experts = tma_moe.ExpertWeights(
+                shape.num_experts, shape.hidden_size, shape.expert_width, device=device, dtype=dtype
+            )
+            experts.gate_up.normal_(std=shape.hidden_size**-0.5)
+            experts.down.normal_(std=shape.expert_width**-0.5)
+            self.experts.append(experts)
+        # The first layer again in float32: the definition of correct.
+        first = self.experts[0]
+        self.exact = tma_moe.ExpertWeights.from_checkpoint(first.gate_up.float(), first.down.float(), "transformers5")
+
+
+@dataclasses.dataclass
+class Point:
+    """One token count under one routing: inputs, and the calls that are timed."""
+
+    layers: Layers
+    routing: str
+    num_tokens: int
+    backend: str
+
+    def __post_init__(self) -> None:
+        layers = self.layers
+        self.x_TH = torch.randn(self.num_tokens, layers.shape.hidden_size, device=layers.device, dtype=layers.dtype)
+        self.routes = [
+            draw_routing(self.routing, self.num_tokens, layers.shape, seed=seed, device=layers.device)
+            for seed in range(ROTATION)
+        ]
+
+    def ours(self, layer: int) -> Tensor:
+        route = self.routes[layer % ROTATION]
+        return tma_moe.fused_moe(self.x_TH, *route, self.layers.experts[layer], backend=self.backend)
+
+    def baseline(self, layer: int) -> Tensor:
+        experts = self.layers.experts[layer]
+        return grouped_mm_moe(self.x_TH, *self.routes[layer % ROTATION], experts.gate_up, experts.down)
+
+    def candidate(self, call: Callable[[int], Tensor], num_layers: int, policy: str = "owned") -> Candidate:
+        """`call` over the first `num_layers` layers, as one forward pass of a model would."""
+
+        def run() -> None:
+            with tma_moe.descriptor_policy(policy):
+                for layer in range(num_layers):
+                    call(layer)
+
+        return Candidate(run, num_layers)
+
+    def errors(self, timer: Any) -> dict[str, float]:
+        """Relative errors against float32: ours under every policy and from a graph, the baseline, what is allowed.
+
+        Allowed is twice the error of the plain-torch reference in the working dtype.
+        """
+        route, first = self.routes[0], self.layers.experts[0]
+        exact = tma_moe.fused_moe(self.x_TH.float(), *route, self.layers.exact, backend="reference")
+        working = tma_moe.fused_moe(self.x_TH, *route, first, backend="reference")
+        errors = {"allowed": 2 * relative_error(working, exact), "grouped_mm": relative_error(self.baseline(0), exact)}
+        for policy in POLICIES:
+            # The allocator hands this memory to the output next: an element that is never written shows as NaN.
+            torch.full_like(self.x_TH, float("nan"))
+            with tma_moe.descriptor_policy(policy):
+                errors[policy] = relative_error(self.ours(0), exact)
+        errors["graph"] = relative_error(timer.replayed(lambda: self.ours(0)), exact)
+        return errors
+
+
+def descriptor_counts(candidate: Candidate) -> dict[str, int]:
+    """The counters of one more pass of a candidate that has already run."""
+    tma_moe.descriptor_stats(reset=True)
+    candidate.run()
+    return dataclasses.asdict(tma_moe.descriptor_stats(reset=True))
+
+
+def measure(point: Point, timer: Any, floor: tuple[float, str], eager: bool) -> dict[str, Any]:
+    """One row of the results: errors first, then samples of every candidate in microseconds."""
+    row: dict[str, Any] = {
+        "routing": point.routing,
+        "tokens": point.num_tokens,
+        "floor_us": floor[0],
+        "limit": floor[1],
+    }
+    row["errors"] = point.errors(timer)
+    row["correct"] = all(row["errors"][name] <= row["errors"]["allowed"] for name in (*POLICIES, "graph"))
+    graphs = {
+        "fused_moe": point.candidate(point.ours, ROTATION),
+        "grouped_mm": point.candidate(point.baseline, ROTATION),
+    }
+    row["graph"] = timer.graph_us(graphs)
+    if eager:
+        every = len(point.layers.experts)
+        candidates = {policy: point.candidate(point.ours, every, policy) for policy in POLICIES}
+        candidates["grouped_mm"] = point.candidate(point.baseline, every)
+        row["eager"] = timer.eager_us(candidates)
+        row["descriptors"] = {policy: descriptor_counts(candidates[policy]) for policy in POLICIES}
+        clear_descriptor_cache()
+    return row
+
+
+def run(
+    shape: MoeShape,
+    tokens: list[int],
+    routings: tuple[str, ...],
+    num_layers: int,
+    timer: Any,
+    *,
+    backend: str = "tma",
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Any]:
+    """Measures everything and returns the JSON document. Host work does not depend on the routing: first one only."""
+    ceilings = timer.ceilings()
+    results: dict[str, Any] = {
+        "shape": str(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "layers": num_layers,
+        "rotation": ROTATION,
+        "card": timer.card(),
+        "versions": versions(),
+        "ceilings": dataclasses.asdict(ceilings),
+        "points": [],
+    }
+    print_header(results)
+    torch.manual_seed(0)
+    layers = Layers(shape, num_layers, device, dtype)
+    for routing in routings:
+        for num_tokens in tokens:
+            point = Point(layers, routing, num_tokens, backend)
+            floors = [floor_us(shape, ids, ceilings, dtype.itemsize) for ids, _ in point.routes]
+            floor = (sum(us for us, _ in floors) / len(floors), floors[0][1])
+            row = measure(point, timer, floor, eager=routing == routings[0])
+            results["points"].append(row)
+            ours, baseline = (spread(row["graph"][name])["median"] for name in ("fused_moe", "grouped_mm"))
+            verdict = "" if row["correct"] else "  [bold red]WRONG[/]"
+            console.print(f"{routing:8} T={num_tokens:<6} {ours:8.1f} us, grouped_mm {baseline:8.1f} us{verdict}")
+    results["card_after"] = timer.card()
+    return results
+
+
+def versions() -> dict[str, str]:
+    import triton
+
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = "unknown (no git here)"
+    found = {"commit": commit, "torch": torch.__version__, "triton": triton.__version__}
+    return found | {"cuda": str(torch.version.cuda), "python": platform.python_version()}
+
+
+def print_header(results: dict[str, Any]) -> None:
+    ceilings = results["ceilings"]
+    console.print("  ".join(f"{name} {value}" for name, value in (results["card"] | results["versions"]).items()))
+    console.print(
+        f"shape E,K,H,I = {results['shape']} {results['dtype']}; "
+        f"measured copy {ceilings['bytes_per_second'] / 1e12:.2f} TB/s (read + written), "
+        f"matmul {ceilings['flops_per_second'] / 1e12:.0f} TFLOP/s"
+    )
+
+
+def graph_table(results: dict[str, Any]) -> Table:
+    """Medians from CUDA-graph replay, the floor, the gain over grouped_mm, and the error beside the allowed one."""
+    table = Table(title="CUDA-graph replay, whole op, microseconds (median, 20th-80th percentile)")
+    for name in ("routing", "tokens", "floor", "limit", "fused_moe", "p20-p80", "x floor", "grouped_mm", "gain"):
+        table.add_column(name, justify="left" if name in ("routing", "limit") else "right")
+    table.add_column("error / allowed", justify="right")
+    for row in results["points"]:
+        ours, baseline = (spread(row["graph"][name]) for name in ("fused_moe", "grouped_mm"))
+        worst = max(row["errors"][name] for name in (*POLICIES, "graph"))
+        error = f"{worst:.2e} / {row['errors']['allowed']:.2e}"
+        table.add_row(
+            row["routing"],
+            str(row["tokens"]),
+            f"{row['floor_us']:.0f}",
+            row["limit"],
+            f"[bold]{ours['median']:.1f}[/]",
+            f"{ours['p20']:.1f}-{ours['p80']:.1f}",
+            f"{ours['median'] / row['floor_us']:.2f}",
+            f"{baseline['median']:.1f}",
+            f"{baseline['median'] / ours['median']:.2f}x",
+            error if row["correct"] else f"[bold red]{error} WRONG[/]",
+        )
+    return table
+
+
+def eager_table(results: dict[str, Any]) -> Table:
+    """Eager launches over all layers: time until the GPU is done, host time per op, and the table's counters per op."""
+    title = f"Launched eagerly over {results['layers']} layers, microseconds per op: until done (of it host)"
+    table = Table(title=title)
+    for name in ("tokens", *POLICIES, "grouped_mm", "objects built per op", "lru hits / misses per pass"):
+        table.add_column(name, justify="right")
+    for row in results["points"]:
+        if "eager" not in row:
+            continue
+        cells = []
+        for name in (*POLICIES, "grouped_mm"):
+            total, host = (spread(row["eager"][name][kind])["median"] for kind in ("total", "host"))
+            cells.append(f"{total:.1f} ({host:.1f})")
+        counts = row["descriptors"]
+        built = ", ".join(f"{policy} {counts[policy]['built'] / results['layers']:.1f}" for policy in POLICIES)
+        lru = f"{counts['lru']['hits']} / {counts['lru']['misses']}"
+        table.add_row(str(row["tokens"]), *cells, built, lru)
+    return table
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Time over tokens, one panel per routing, with the floor; saved to `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    routings = list(dict.fromkeys(row["routing"] for row in results["points"]))
+    figure, axes = pyplot.subplots(1, len(routings), figsize=(6.5 * len(routings), 5), sharey=True, squeeze=False)
+    for axis, routing in zip(axes[0], routings, strict=True):
+        rows = [row for row in results["points"] if row["routing"] == routing]
+        tokens = [row["tokens"] for row in rows]
+        for name, style in (("grouped_mm", "s-"), ("fused_moe", "o-")):
+            line = [spread(row["graph"][name]) for row in rows]
+            label = f"{'torch ' if name == 'grouped_mm' else ''}{name}, CUDA graph"
+            axis.plot(tokens, [point["median"] for point in line], style, label=label)
+            axis.fill_between(tokens, [point["p20"] for point in line], [point["p80"] for point in line], alpha=0.2)
+        if all("eager" in row for row in rows):
+            eager = [spread(row["eager"]["owned"]["total"])["median"] for row in rows]
+            axis.plot(tokens, eager, "^:", label="fused_moe, launched eagerly")
+        axis.plot(tokens, [row["floor_us"] for row in rows], "k--", label="floor (measured bandwidth and rate)")
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{routing} routing")
+        axis.set_xticks(tokens, [str(count) for count in tokens], rotation=45)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("microseconds per layer")
+    axes[0][0].legend()
+    card = results["card"].get("name", "unknown card")
+    figure.suptitle(f"One MoE layer, E,K,H,I = {results['shape']}, {results['dtype']}, {card}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def fail(message: str) -> typer.Exit:
+    typer.echo(f"error: {message}", err=True)
+    return typer.Exit(2)
+
+
+def check_outputs(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.resolve().parent.is_dir():
+            raise fail(f"cannot write {path}: the folder {path.resolve().parent} does not exist")
+
+
+def report(results: dict[str, Any], json_path: Path | None, plot_path: Path | None) -> None:
+    """Writes the files, prints the tables, and leaves with status 1 if any result was wrong."""
+    if json_path is not None:
+        json_path.write_text(json.dumps(results, indent=1) + "\n")
+    if plot_path is not None:
+        plot(results, plot_path)
+    console.print(graph_table(results))
+    console.print(eager_table(results))
+    wrong = [f"{row['routing']} T={row['tokens']}" for row in results["points"] if not row["correct"]]
+    if wrong:
+        typer.echo(f"error: wrong results at {', '.join(wrong)}: see the error column", err=True)
+        raise typer.Exit(1)
+
+
+def main(
+    tokens: str = typer.Option(DEFAULT_TOKENS, help="Token counts, comma separated."),
+    shape: str = typer.Option("128,8,2048,768", help="E,K,H,I: experts, experts per token, hidden size, expert width."),
+    routing: str = typer.Option("uniform,zipf", help="Routings: uniform, zipf or both."),
+    layers: int = typer.Option(48, min=ROTATION, help="Weight sets for the eager passes (30B model: 48, 1.2 GB each)."),
+    samples: int = typer.Option(30, min=3, help="Samples of every candidate."),
+    quick: bool = typer.Option(False, help=f"Only T = {QUICK_TOKENS}, 10 samples."),
+    load: Path | None = typer.Option(None, help="Print and plot the results of this --json file; needs no GPU."),
+    json_path: Path | None = typer.Option(None, "--json", help="Write everything measured, all samples, to this file."),
+    plot_path: Path | None = typer.Option(None, "--plot", help="Write a PNG with time over tokens."),
+) -> None:
+    """Times one fused MoE layer against torch's grouped_mm and the floor of the card."""
+    check_outputs(json_path, plot_path)
+    if load is not None:
+        try:
+            results = json.loads(load.read_text())
+            print_header(results)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise fail(f"--load {load}: not a results file of this program ({type(error).__name__}: {error})") from None
+        report(results, None, plot_path)
+        return
+    try:
+        moe_shape, counts = MoeShape.parse(shape), parse_tokens(QUICK_TOKENS if quick else tokens)
+    except ValueError as error:
+        raise fail(str(error)) from None
+    routings = tuple(routing.split(","))
+    if not set(routings) <= set(ROUTINGS):
+        raise fail(f"--routing {routing!r}: choose uniform, zipf or uniform,zipf")
+    reason = tma_moe.unavailable("cuda", torch.bfloat16)
+    if reason is not None:
+        raise fail(f"nothing to measure here: {reason}")
+    needed, free = layers * moe_shape.num_experts * moe_shape.expert_bytes(2), torch.cuda.mem_get_info()[0]
+    if needed + 12 * 2**30 > free:
+        raise fail(
+            f"{layers} layers need {needed / 2**30:.0f} GiB and about 12 GiB beside them, but "
+            f"{free / 2**30:.0f} GiB are free: pass a smaller --layers"
+        )
+    with torch.inference_mode():
+        results = run(moe_shape, counts, routings, layers, CudaTimer(10 if quick else samples))
+    report(results, json_path, plot_path)
+
+
+if __name__ == "__main__":
+    typer.run(main)
