@@ -229,7 +229,7 @@ def _checkpoint(model: str | Path) -> Iterator[Path]:
     else:
         _log.warning("model demo: no trained demo checkpoint is here; its weights are random and its answers noise")
         with tempfile.TemporaryDirectory(prefix="qwen3vl_moe-demo-") as directory:
-            tiny.write_checkpoint(directory)
+            tiny.write_random_checkpoint(directory)
             yield Path(directory)
 
 
