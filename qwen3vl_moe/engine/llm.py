@@ -168,11 +168,13 @@ class LLM:
         return self._stream(self.engine.add(prompt, sampling_params or SamplingParams(), arrival))
 
     def _stream(self, sequence: Sequence) -> Iterator[RequestOutput]:
-        shown = 0
+        finished, shown = False, 0
         try:
-            while not sequence.finished:
-                self.engine.step()
-                if sequence.finished or len(sequence.text.text) > shown:
+            while not finished:
+                if not sequence.finished:  # another call may have brought it to its end meanwhile
+                    self.engine.step()
+                finished = sequence.finished
+                if finished or len(sequence.text.text) > shown:
                     shown = len(sequence.text.text)
                     yield sequence.output()
         finally:

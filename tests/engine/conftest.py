@@ -1,0 +1,72 @@
+"""Engines around the tiny checkpoints, and prompts for them. Everything is fp32 on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.engine import LLM
+from qwen3vl_moe.engine.params import GenerationDefaults
+from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.processor import IMAGE_PLACEHOLDER, Processor
+
+MakeLLM = Callable[..., LLM]
+
+
+@pytest.fixture(scope="session")
+def make_llm() -> MakeLLM:
+    """``make_llm(checkpoint, **engine_options)``: a fresh engine; model and processor are loaded once."""
+    loaded = {}
+
+    def make(checkpoint, **options) -> LLM:
+        if checkpoint.name not in loaded:
+            config = Qwen3VLMoeConfig.from_pretrained(checkpoint.path)
+            loaded[checkpoint.name] = (
+                Qwen3VLMoe.from_pretrained(checkpoint.path, dtype=torch.float32, progress=False),
+                Processor.from_pretrained(checkpoint.path, config),
+                GenerationDefaults.from_pretrained(checkpoint.path),
+            )
+        model, processor, defaults = loaded[checkpoint.name]
+        options = {"num_blocks": 256, "max_num_seqs": 16, **options}
+        return LLM.from_parts(model, processor, defaults, **options)
+
+    return make
+
+
+@pytest.fixture
+def llm(plain, make_llm) -> LLM:
+    return make_llm(plain)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def mixed_prompt(*sizes: tuple[int, int], text: str = "The picture shows", seed: int = 0) -> dict:
+    """Text with images of the given sizes (width, height in pixels) between its pieces."""
+    images = [picture(width, height, seed + number) for number, (width, height) in enumerate(sizes)]
+    return {
+        "prompt": text + "".join(f" one {IMAGE_PLACEHOLDER} and then" for _ in images),
+        "multi_modal_data": {"image": images},
+    }
+
+
+PROMPTS = {
+    "text": mixed_prompt(text="Hello, how are you today? Answer in"),
+    "one image": mixed_prompt((40, 30), seed=1),
+    "three odd images": mixed_prompt((61, 23), (17, 53), (35, 37), seed=2),
+}
+
+
+def check_leaks(llm: LLM) -> None:
+    """Nothing is running, and every block is free exactly once."""
+    engine = llm.engine
+    assert not engine.scheduler.running
+    assert not engine.scheduler.waiting
+    assert sorted(engine.cache._free) == list(range(engine.cache.num_blocks))
