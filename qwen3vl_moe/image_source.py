@@ -150,9 +150,11 @@ def _read(source: Any, where: str) -> bytes:
         return _read_file(Path(source), where)
     if not isinstance(source, str):
         raise PromptError(
-            f"{where} is of a type that is not understood; give a path, a URL, the bytes of an image file or a PIL "
+            f"{where} is of a type that is not understood: give a path, a URL, the bytes of an image file or a PIL "
             "image (PIL.Image.fromarray makes one of an array)"
         )
+    if not source:
+        raise PromptError(f"{where} is an empty string: a path or a URL is needed")
     scheme = source[:8].lower()
     if scheme.startswith("data:"):
         return _limited(_decode_data_url(source, where), where)
@@ -180,7 +182,8 @@ def _read_file(path: Path, where: str) -> bytes:
     except (OSError, ValueError) as error:
         if isinstance(error, PromptError):
             raise
-        raise PromptError(f"{where} cannot be read: {error}") from None
+        # Not the whole OSError: it repeats the path, which may be a base64 string of megabytes.
+        raise PromptError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _decode_data_url(url: str, where: str) -> bytes:
