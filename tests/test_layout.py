@@ -1,6 +1,7 @@
 """The house: arrows between packages run one way, and the repository root does not shadow other libraries."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints, run from the repository root."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 def imports_of(path: Path) -> set[str]:
@@ -47,8 +58,7 @@ def test_transformers_modelling_code_imports_from_the_repository_root():
         "import transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe as m\n"
         "print(m.Qwen3VLMoeForConditionalGeneration.__name__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "Qwen3VLMoeForConditionalGeneration", done.stderr
+    assert python(code) == "Qwen3VLMoeForConditionalGeneration"
 
 
 def test_importing_the_package_imports_no_transformers_models():
@@ -57,8 +67,7 @@ def test_importing_the_package_imports_no_transformers_models():
         "from qwen3vl_moe import LLM\n"
         "print([m for m in sys.modules if m.startswith('transformers.models.qwen3_vl')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "[]", done.stderr
+    assert python(code) == "[]"
 
 
 def test_no_file_is_too_long_to_read():
