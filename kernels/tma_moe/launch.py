@@ -69,16 +69,16 @@ class Recipe:
             self.down = Launch(decode_gemv.decode_down, constants, down.warps)
             return
         self.run = self.run_grouped
-        self.bins = triton.next_power_of_2(E + 1)
+        self.bins = triton.next_power_of_2(E)
         block = routing.GROUP_BLOCK
-        self.count = Launch(routing.count_by_expert, (E, self.bins, block, pdl), warps=8)
+        self.count = Launch(routing.count_by_expert, (self.bins, block, pdl))
+        rows = (choice.up.rows, choice.down.rows)
+        # By splits; 0 is the single launch for few pairs.
         self.group = {
             splits: Launch(
-                routing.group_by_expert,
-                (E, self.bins, choice.up.rows, choice.down.rows, splits, block, pdl),
-                warps=8,
+                routing.group_by_expert, (E, self.bins, *rows, max(1, splits), splits > 0, block, pdl)
             )
-            for splits in (1, SPLITS)
+            for splits in (0, *(2**i for i in range(routing.MAX_SPLITS.bit_length())))
         }
         self.up = self._product(choice.up, swap_gemm.swap_up, grouped_gemm.grouped_up, (H, I, K), pdl)
         self.down = self._product(choice.down, swap_gemm.swap_down, grouped_gemm.grouped_down, (H, I), pdl)
@@ -116,18 +116,11 @@ class Recipe:
         down_bound = _tiles_bound(pairs, self.E, self.down_tiles.rows)
         up_at = routing.HEADER.value + pairs
         down_at = up_at + 4 * up_bound
-        counts_at = down_at + 4 * down_bound
-        splits = 1 if pairs < routing.SPLIT_PAIRS else SPLITS
-        plan = torch.empty(counts_at, dtype=torch.int32, device=x_TH.device)
+        plan = torch.empty(down_at + 4 * down_bound, dtype=torch.int32, device=x_TH.device)
         h = x_TH.new_empty(pairs, self.I)
         rows = x_TH.new_empty(pairs, self.H)
         y_TH = torch.empty_like(x_TH)
-        per_split = -(-pairs // splits)
-        counts = plan
-        if splits > 1:
-            counts = torch.empty(splits, self.bins, dtype=torch.int32, device=x_TH.device)
-            self.count((splits, 1, 1), ids_TK, counts, pairs, per_split)
-        self.group[splits]((self.E, splits, 1), ids_TK, counts, plan, pairs, per_split, up_at, down_at)
+        self._group_pairs(ids_TK, plan, pairs, up_at, down_at)
         gate_up_desc = weight_descriptor(experts, "gate_up", self.up_block)
         self.up(self._grid(self.up_tiles, up_bound, self.I), x_TH, gate_up_desc, plan, h, up_at)
         down_desc = weight_descriptor(experts, "down", self.down_block)
@@ -137,8 +130,15 @@ class Recipe:
         self.combine((T, self.combine_grid, 1), rows, ids_TK, weights_TK, y_TH)
         return y_TH
 
-
-SPLITS = 16
+    def _group_pairs(self, ids_TK: Tensor, plan: Tensor, pairs: int, up_at: int, down_at: int) -> None:
+        if pairs <= routing.GROUP_BLOCK:
+            self.group[0]((self.E, 1, 1), ids_TK, plan, plan, pairs, pairs, up_at, down_at)
+            return
+        splits = routing.splits_for(pairs)
+        per_split = -(-pairs // splits)
+        counts = torch.empty(splits * self.bins, dtype=torch.int32, device=plan.device)
+        self.count((self.E, splits, 1), ids_TK, counts, pairs, per_split)
+        self.group[splits]((self.E, splits, 1), ids_TK, counts, plan, pairs, per_split, up_at, down_at)
 
 
 class _Buckets:

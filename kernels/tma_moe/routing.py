@@ -21,9 +21,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tma_moe.support import interpreting
 
 HEADER = tl.constexpr(16)
-# From this many pairs on, counting is its own launch and each expert's list is written by several programs.
-SPLIT_PAIRS = 16384
-GROUP_BLOCK = 2048
+# Pairs that one pass of a program covers. Up to so many pairs, grouping is one launch.
+GROUP_BLOCK = 1024
+# Pairs that one program may have to look through before the list of an expert is split over several programs.
+SPLIT_PAIRS = 8192
+MAX_SPLITS = 16
+
+
+def splits_for(pairs: int) -> int:
+    """Over how many programs (a power of two) the pairs are split for each expert."""
+    return min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(pairs, SPLIT_PAIRS)))
 
 
 @triton.jit
@@ -69,45 +76,28 @@ def route_topk(
     tl.store(weights_ptr + at, weights, mask=keep)
 
 
-@triton.jit
-def _count(ids_ptr, first, last, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """Pairs of each expert in [first, last); ids outside [0, E) fall into bin E, which exists because BINS > E."""
-    counts = tl.zeros([BINS], tl.int32)
-    for at in range(first, last, BLOCK):
-        pair = at + tl.arange(0, BLOCK)
-        ids = tl.load(ids_ptr + pair, mask=pair < last, other=E).to(tl.int32)
-        ids = tl.where((ids >= 0) & (ids < E), ids, E)
-        counts += tl.histogram(ids, BINS)
-    return counts
-
-
 @triton.jit(do_not_specialize=["pairs", "pairs_per_split"])
-def count_by_expert(
-    ids_ptr,
-    counts_ptr,
-    pairs,
-    pairs_per_split,
-    E: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """counts[split, expert], for calls so large that one program cannot count all pairs in passing."""
+def count_by_expert(ids_ptr, counts_ptr, pairs, pairs_per_split, BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """counts[split, e]: the pairs of expert e in each split of the pairs. One program per expert and split."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    split = tl.program_id(0)
+    e = tl.program_id(0)
+    split = tl.program_id(1)
     first = split * pairs_per_split
-    counts = _count(ids_ptr, first, tl.minimum(first + pairs_per_split, pairs), E, BINS, BLOCK)
-    tl.store(counts_ptr + split * BINS + tl.arange(0, BINS), counts)
+    last = tl.minimum(first + pairs_per_split, pairs)
+    mine = tl.zeros([BLOCK], tl.int32)
+    for at in range(first, last, BLOCK):
+        pair = at + tl.arange(0, BLOCK)
+        mine += (tl.load(ids_ptr + pair, mask=pair < last, other=-1).to(tl.int32) == e).to(tl.int32)
+    tl.store(counts_ptr + split * BINS + e, tl.sum(mine))
 
 
 @triton.jit
-def _write_tiles(plan_ptr, tiles_at, role, counts, e, start, count, BINS: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr):
+def _write_tiles(plan_ptr, tiles_at, role, counts, e, start, count, BINS: tl.constexpr, ROWS: tl.constexpr):
     """The row tiles of expert e, after those of the experts before it; expert 0 also writes how many there are in all."""
-    experts = tl.arange(0, BINS)
-    tiles = tl.where(experts < E, (counts + ROWS - 1) // ROWS, 0)
-    before = tl.sum(tl.where(experts < e, tiles, 0))
+    tiles = (counts + ROWS - 1) // ROWS
+    before = tl.sum(tl.where(tl.arange(0, BINS) < e, tiles, 0))
     mine = (count + ROWS - 1) // ROWS
     for at in range(0, mine, 32):
         tile = at + tl.arange(0, 32)
@@ -134,10 +124,15 @@ def group_by_expert(
     UP_ROWS: tl.constexpr,
     DOWN_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (e, split) writes the rows of expert e that lie in its split of the pairs; see the module's docstring."""
+    """Program (e, split) writes the rows of expert e that lie in its split of the pairs; see the module's docstring.
+
+    The counts of all experts come from `count_by_expert`, or, if not COUNTED, each program makes them from the at most
+    BLOCK pairs that there are.
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -145,25 +140,27 @@ def group_by_expert(
     split = tl.program_id(1)
     experts = tl.arange(0, BINS)
     earlier = 0
-    if SPLITS == 1:
-        counts = _count(ids_ptr, 0, pairs, E, BINS, BLOCK)
-    else:
+    if COUNTED:
         splits = tl.arange(0, SPLITS)
-        table = tl.load(counts_ptr + splits[:, None] * BINS + experts[None, :])
+        table = tl.load(counts_ptr + splits[:, None] * BINS + experts[None, :], mask=(experts < E)[None, :], other=0)
         counts = tl.sum(table, axis=0)
         earlier = tl.sum(tl.where((splits < split)[:, None] & (experts == e)[None, :], table, 0))
+    else:
+        pair = tl.arange(0, BLOCK)
+        ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1).to(tl.int32)
+        counts = tl.histogram(ids, BINS, mask=(ids >= 0) & (ids < E))
     start = tl.sum(tl.where(experts < e, counts, 0))
     count = tl.sum(tl.where(experts == e, counts, 0))
     if split == 0:
-        _write_tiles(plan_ptr, up_tiles_at, 0, counts, e, start, count, BINS, E, UP_ROWS)
-        _write_tiles(plan_ptr, down_tiles_at, 1, counts, e, start, count, BINS, E, DOWN_ROWS)
+        _write_tiles(plan_ptr, up_tiles_at, 0, counts, e, start, count, BINS, UP_ROWS)
+        _write_tiles(plan_ptr, down_tiles_at, 1, counts, e, start, count, BINS, DOWN_ROWS)
     if count > 0:
         row = start + earlier
         first = split * pairs_per_split
         last = tl.minimum(first + pairs_per_split, pairs)
         for at in range(first, last, BLOCK):
             pair = at + tl.arange(0, BLOCK)
-            mine = tl.load(ids_ptr + pair, mask=pair < last, other=E).to(tl.int32) == e
+            mine = tl.load(ids_ptr + pair, mask=pair < last, other=-1).to(tl.int32) == e
             rank = tl.cumsum(mine.to(tl.int32), axis=0)
             tl.store(plan_ptr + HEADER + row + rank - 1, pair, mask=mine)
             row += tl.sum(mine.to(tl.int32))

@@ -1,0 +1,105 @@
+"""Compiles the kernels for Hopper on a machine without a GPU, with the arguments that the launcher would pass."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import tma_moe
+from tma_moe import launch
+from tma_moe.tuning import Choice
+
+SHORT = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ptxas made of one kernel: PTX text, bytes of shared memory, threads, registers and spilled bytes."""
+
+    name: str
+    ptx: str
+    ttgir: str
+    shared: int
+    warps: int
+    registers: int
+    spilled: int
+    scratch: int
+
+    def count(self, instruction: str) -> int:
+        return self.ptx.count(instruction)
+
+
+def _type(argument: object) -> str:
+    if isinstance(argument, torch.Tensor):
+        return f"*{SHORT[argument.dtype]}"
+    if isinstance(argument, TensorDescriptor):
+        return f"tensordesc<{SHORT[argument.base.dtype]}{list(argument.block_shape)}>"
+    return "i32"
+
+
+def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict) -> Compiled:
+    names = kernel.arg_names
+    signature, constexprs, attrs = {}, {}, {}
+    for index, name in enumerate(names):
+        if index < len(args):
+            signature[name] = _type(args[index])
+            if isinstance(args[index], torch.Tensor):
+                attrs[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constexprs[(index,)] = constants[index - len(args)]
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    registers, spilled = _resources(made.asm["cubin"])
+    return Compiled(
+        name=made.metadata.name,
+        ptx=made.asm["ptx"],
+        ttgir=made.asm["ttgir"],
+        shared=made.metadata.shared,
+        warps=made.metadata.num_warps,
+        registers=registers,
+        spilled=spilled,
+        scratch=made.metadata.global_scratch_size,
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of stack (where spills go), as cuobjdump reports them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def kernels_of(choice: Choice, T: int, E: int, K: int, H: int, I: int, dtype: torch.dtype, patch) -> dict[str, tuple]:  # noqa: E741
+    """The launches of one call, by kernel name: (kernel, arguments, constants, options). `patch` is pytest's monkeypatch."""
+    seen: dict[str, tuple] = {}
+
+    def record(self, grid, *args):
+        seen[self.kernel.__name__] = (self.kernel, args, self.constants, self.options)
+
+    patch.setattr(launch.Launch, "__call__", record)
+    patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    meta = torch.device("meta")
+    experts = tma_moe.ExpertWeights(E, H, I, device=meta, dtype=dtype)
+    recipe = launch.Recipe(meta, E, K, H, I, choice)
+    ids = torch.empty(T, K, dtype=torch.int32, device=meta)
+    recipe.run(torch.empty(T, H, dtype=dtype, device=meta), ids, ids.float(), experts)
+    return seen
