@@ -1,4 +1,4 @@
-"""One attention over a packed batch, and the paged cache rows that it reads.
+"""One attention over a packed batch, and the paged cache that it reads.
 
 Sequences and images never see each other: boundaries are passed as lengths, so no mask over the whole batch exists.
 """
@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen3vl_moe.model.batch import Batch, Segments
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether our small Triton kernels and torch's flash attention take this tensor; else plain torch does."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *, causal: bool) -> Tensor:
@@ -24,7 +29,7 @@ def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *
     Returns:
         [T, N, D] in the dtype of the queries.
     """
-    if q_TND.is_cuda and q_TND.dtype in (torch.bfloat16, torch.float16):
+    if runs_kernels(q_TND) and q_TND.shape[-1] % 8 == 0:
         return _flash(q_TND, k_UGD, v_UGD, segments, causal)
     return _per_segment(q_TND, k_UGD, v_UGD, segments, causal)
 
@@ -64,21 +69,43 @@ def _per_segment(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments
     return out_TND
 
 
-def cached(k_TGD: Tensor, v_TGD: Tensor, batch: Batch, layer_cache: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Write a step's keys and values into one layer's cache; return those that the step attends to.
+def store(k_TGD: Tensor, v_TGD: Tensor, batch: Batch, layer_cache: Tensor | None) -> None:
+    """Write a step's keys and values into one layer's cache, [2, blocks, block_size, G, D], at ``batch.slots_T``."""
+    if layer_cache is not None:
+        k_rows, v_rows = layer_cache.flatten(1, 2)
+        k_rows.index_copy_(0, batch.slots_T, k_TGD)
+        v_rows.index_copy_(0, batch.slots_T, v_TGD)
+
+
+def cached_attention(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, batch: Batch, layer_cache: Tensor | None) -> Tensor:
+    """Causal attention of a step's tokens over their sequences, what the cache holds of them included.
 
     Args:
-        k_TGD, v_TGD: the step's own keys and values.
+        q_TND, k_TGD, v_TGD: the step's own; keys and values are in the cache already (:func:`store`).
         layer_cache: [2, blocks, block_size, G, D], or None to attend within the batch only.
-
-    Returns:
-        k_UGD, v_UGD for :func:`attention`. They are the arguments themselves where no sequence has a past.
     """
-    if layer_cache is None:
-        return k_TGD, v_TGD
-    k_rows, v_rows = layer_cache.flatten(1, 2)
-    k_rows.index_copy_(0, batch.slots_T, k_TGD)
-    v_rows.index_copy_(0, batch.slots_T, v_TGD)
-    if not batch.reads_cache:
-        return k_TGD, v_TGD
-    return k_rows[batch.cache_rows_U], v_rows[batch.cache_rows_U]
+    decodes = batch.num_decodes
+    if decodes == 0:
+        return _prefill(q_TND, k_TGD, v_TGD, batch, layer_cache)
+    decoded_SND = _decode(q_TND[:decodes], batch, layer_cache)
+    if decodes == len(q_TND):
+        return decoded_SND
+    rest = _prefill(q_TND[decodes:], k_TGD[decodes:], v_TGD[decodes:], batch.prefills, layer_cache)
+    return torch.cat((decoded_SND, rest))
+
+
+def _decode(q_SND: Tensor, batch: Batch, layer_cache: Tensor) -> Tensor:
+    """One query per sequence, over its whole cache."""
+    if runs_kernels(q_SND):
+        from qwen3vl_moe.model.paged_decode import paged_decode  # needs triton, which a CPU may lack
+
+        return paged_decode(q_SND, layer_cache, batch.block_tables, batch.segments.kv_starts)
+    return _prefill(q_SND, q_SND, q_SND, batch.decodes, layer_cache)
+
+
+def _prefill(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, batch: Batch, layer_cache: Tensor | None) -> Tensor:
+    """Any number of queries per sequence; where one has a past, all keys of the batch are gathered from the cache."""
+    if layer_cache is not None and batch.reads_cache:
+        k_rows, v_rows = layer_cache.flatten(1, 2)
+        k_TGD, v_TGD = k_rows[batch.cache_rows_U], v_rows[batch.cache_rows_U]
+    return attention(q_TND, k_TGD, v_TGD, batch.segments, causal=True)

@@ -43,6 +43,15 @@ class Segments:
         q_starts = starts(q_lens)
         return cls(tuple(q_lens), tuple(kv_lens), q_starts, q_starts if kv_lens is q_lens else starts(kv_lens))
 
+    def span(self, start: int, stop: int) -> Segments:
+        """Sequences ``start`` to ``stop`` alone."""
+        return Segments(
+            self.q_lens[start:stop],
+            self.kv_lens[start:stop],
+            self.q_starts[start : stop + 1] - self.q_starts[start],
+            self.kv_starts[start : stop + 1] - self.kv_starts[start],
+        )
+
     @property
     def max_q(self) -> int:
         return max(self.q_lens)
@@ -89,6 +98,8 @@ class Batch:
         block_tables: int32 [S, B] cache blocks of each sequence in order, padded with 0; needed where a sequence has
             more keys than queries.
         block_size: tokens in a cache block.
+        num_decodes: how many of the sequences, all of them before the others, ask with one token over a cached past:
+            their attention reads the cache in place. The others' keys are gathered.
         visual_rows: int64 [M] rows of the step that are image tokens.
         visual: features for exactly these rows, in this order.
         logit_rows: int64 rows whose logits are wanted; None means all.
@@ -100,6 +111,7 @@ class Batch:
     slots_T: Tensor | None = None
     block_tables: Tensor | None = None
     block_size: int = 0
+    num_decodes: int = 0
     visual_rows: Tensor | None = None
     visual: VisionFeatures | None = None
     logit_rows: Tensor | None = None
@@ -108,6 +120,29 @@ class Batch:
     def reads_cache(self) -> bool:
         """Whether some sequence attends to tokens of earlier steps."""
         return self.segments.q_lens != self.segments.kv_lens
+
+    @cached_property
+    def decodes(self) -> Batch:
+        """The cache places of the decoding sequences alone (see ``num_decodes``)."""
+        return self._sequences(0, self.num_decodes)
+
+    @cached_property
+    def prefills(self) -> Batch:
+        """The cache places of the other sequences alone."""
+        return self._sequences(self.num_decodes, len(self.segments.q_lens))
+
+    def _sequences(self, start: int, stop: int) -> Batch:
+        segments, tables = self.segments.span(start, stop), self.block_tables
+        first = sum(self.segments.q_lens[:start])
+        rows = slice(first, first + sum(segments.q_lens))
+        return Batch(
+            input_ids_T=self.input_ids_T[rows],
+            positions_3T=self.positions_3T[:, rows],
+            segments=segments,
+            slots_T=None if self.slots_T is None else self.slots_T[rows],
+            block_tables=None if tables is None else tables[start:stop],
+            block_size=self.block_size,
+        )
 
     @cached_property
     def cache_rows_U(self) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3vl_moe.config import TextConfig
-from qwen3vl_moe.model.attention import attention, cached
+from qwen3vl_moe.model.attention import cached_attention, runs_kernels, store
 from qwen3vl_moe.model.batch import Batch
 from qwen3vl_moe.model.rope import inverse_frequencies, mrope_angles, rotate
 
@@ -24,6 +24,16 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def add_norm(x_TH: Tensor, y_TH: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """Add a layer's output to the residual stream (None: nothing yet), and norm the sum for the next layer."""
+    if runs_kernels(x_TH):
+        from qwen3vl_moe.model.fused_ops import add_rms_norm  # needs triton, which a CPU may lack
+
+        return add_rms_norm(x_TH, y_TH, norm.weight, norm.eps)
+    x_TH = x_TH if y_TH is None else x_TH + y_TH
+    return x_TH, norm(x_TH)
 
 
 class Attention(nn.Module):
@@ -39,12 +49,26 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer_cache: Tensor | None) -> Tensor:
-        heads_TND = self.qkv(x_TH).view(len(x_TH), -1, self.head_dim)
-        q_TND, k_TGD, v_TGD = heads_TND.split(self.heads, dim=1)
-        q_TND = rotate(self.q_norm(q_TND).float(), cos, sin).to(x_TH.dtype)
-        k_TGD = rotate(self.k_norm(k_TGD).float(), cos, sin).to(x_TH.dtype)
-        k_UGD, v_UGD = cached(k_TGD, v_TGD, batch, layer_cache)
-        return self.out(attention(q_TND, k_UGD, v_UGD, batch.segments, causal=True).flatten(1))
+        rotated = self._fused if runs_kernels(x_TH) else self._plain
+        q_TND, k_TGD, v_TGD = rotated(self.qkv(x_TH), cos, sin, batch, layer_cache)
+        return self.out(cached_attention(q_TND, k_TGD, v_TGD, batch, layer_cache).flatten(1))
+
+    def _plain(self, qkv_TA: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer_cache: Tensor | None):
+        q_TND, k_TGD, v_TGD = qkv_TA.view(len(qkv_TA), -1, self.head_dim).split(self.heads, dim=1)
+        # The rotation is done in fp32: large positions times small frequencies do not fit into bf16.
+        q_TND = rotate(self.q_norm(q_TND).float(), cos, sin).to(qkv_TA.dtype)
+        k_TGD = rotate(self.k_norm(k_TGD).float(), cos, sin).to(qkv_TA.dtype)
+        store(k_TGD, v_TGD, batch, layer_cache)
+        return q_TND, k_TGD, v_TGD
+
+    def _fused(self, qkv_TA: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer_cache: Tensor | None):
+        """The same in one launch."""
+        from qwen3vl_moe.model.fused_ops import norm_rotate_store
+
+        weights = self.q_norm.weight, self.k_norm.weight
+        return norm_rotate_store(
+            qkv_TA, self.heads[:2], *weights, self.q_norm.eps, cos, sin, batch.slots_T, layer_cache
+        )
 
 
 class MoE(nn.Module):
@@ -69,9 +93,14 @@ class DecoderLayer(nn.Module):
         self.moe_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.moe = MoE(config, moe_backend)
 
-    def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer_cache: Tensor | None) -> Tensor:
-        x_TH = x_TH + self.attn(self.attn_norm(x_TH), cos, sin, batch, layer_cache)
-        return x_TH + self.moe(self.moe_norm(x_TH))
+    def forward(
+        self, x_TH: Tensor, y_TH: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch, layer_cache: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what the layer before left to add to it; returns the same of this layer."""
+        x_TH, normed_TH = add_norm(x_TH, y_TH, self.attn_norm)
+        y_TH = self.attn(normed_TH, cos, sin, batch, layer_cache)
+        x_TH, normed_TH = add_norm(x_TH, y_TH, self.moe_norm)
+        return x_TH, self.moe(normed_TH)
 
 
 class Decoder(nn.Module):
@@ -85,13 +114,15 @@ class Decoder(nn.Module):
     def forward(self, batch: Batch, kv_cache: Tensor | None) -> Tensor:
         """Normed hidden states of the rows whose logits are wanted, [R, H]. For kv_cache see ``Qwen3VLMoe.forward``."""
         config, visual = self.config, batch.visual
-        x_TH = self.embed(batch.input_ids_T)
+        x_TH, y_TH = self.embed(batch.input_ids_T), None
         if visual is not None:
             x_TH.index_copy_(0, batch.visual_rows, visual.embeds_MH)
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, device=x_TH.device)
         cos, sin = mrope_angles(batch.positions_3T, frequencies, config.mrope_section)
         for number, layer in enumerate(self.layers):
-            x_TH = layer(x_TH, cos, sin, batch, None if kv_cache is None else kv_cache[number])
+            x_TH, y_TH = layer(x_TH, y_TH, cos, sin, batch, None if kv_cache is None else kv_cache[number])
             if visual is not None and number < len(visual.deepstack_LMH):
-                x_TH.index_add_(0, batch.visual_rows, visual.deepstack_LMH[number])
-        return self.norm(x_TH if batch.logit_rows is None else x_TH[batch.logit_rows])
+                y_TH.index_add_(0, batch.visual_rows, visual.deepstack_LMH[number])
+        if batch.logit_rows is not None:
+            x_TH, y_TH = x_TH[batch.logit_rows], y_TH[batch.logit_rows]
+        return add_norm(x_TH, y_TH, self.norm)[1]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen3vl_moe.model.attention import attention, cached
+from qwen3vl_moe.model.attention import attention, cached_attention, store
 from qwen3vl_moe.model.batch import Batch, Segments
 
 
@@ -49,32 +49,35 @@ def test_a_segment_does_not_see_another():
     assert torch.equal(attention(q, k, v, segments, causal=False)[:3], before[:3])
 
 
-def test_the_cache_gives_back_what_earlier_steps_wrote():
-    """Two sequences in scattered blocks; the second step attends to both steps' keys, in order."""
-    block_size, cache = 4, torch.full((2, 8, 4, 1, 2), torch.nan)
-    tables = torch.tensor([[5, 2], [0, 7]], dtype=torch.int32)
-    first, second = [3, 5], [3, 1]
-    keys = {0: torch.randn(6, 1, 2), 1: torch.randn(6, 1, 2)}
+@pytest.mark.parametrize("decodes_first", [True, False])
+def test_a_step_attends_to_what_earlier_steps_wrote(decodes_first):
+    """Two steps over scattered blocks give the queries of the second what one step over everything gives them."""
+    generator = torch.Generator().manual_seed(0)
+    block_size, tables = 4, torch.tensor([[5, 2], [0, 7], [3, 1]], dtype=torch.int32)
+    cache = torch.full((2, 8, block_size, 1, 8), torch.nan)
+    first, second = [3, 5, 1], [1, 1, 4]
+    total = [a + b for a, b in zip(first, second, strict=True)]
+    q, k, v = ([torch.randn(n, heads, 8, generator=generator) for n in total] for heads in (2, 1, 1))
+    whole = attention(torch.cat(q), torch.cat(k), torch.cat(v), Segments.build(total), causal=True).split(total)
 
-    def step(done, lengths):
-        slots, parts = [], []
-        for s, (start, count) in enumerate(zip(done, lengths, strict=True)):
-            for place in range(start, start + count):
-                slots.append(int(tables[s, place // block_size]) * block_size + place % block_size)
-            parts.append(keys[s][start : start + count])
-        k = torch.cat(parts)
+    def step(done, lengths, num_decodes):
+        def rows(parts):
+            return torch.cat([x[d : d + n] for x, d, n in zip(parts, done, lengths, strict=True)])
+
+        places = [range(d, d + n) for d, n in zip(done, lengths, strict=True)]
+        slots = [int(tables[s, p // 4]) * 4 + p % 4 for s, span in enumerate(places) for p in span]
         batch = Batch(
-            input_ids_T=torch.zeros(len(k), dtype=torch.int64),
-            positions_3T=torch.zeros(3, len(k), dtype=torch.int64),
+            input_ids_T=torch.zeros(len(slots), dtype=torch.int64),
+            positions_3T=torch.zeros(3, len(slots), dtype=torch.int64),
             segments=Segments.build(lengths, [d + n for d, n in zip(done, lengths, strict=True)]),
             slots_T=torch.tensor(slots),
             block_tables=tables,
             block_size=block_size,
+            num_decodes=num_decodes,
         )
-        return cached(k, -k, batch, cache)
+        store(rows(k), rows(v), batch, cache)
+        return cached_attention(rows(q), rows(k), rows(v), batch, cache).split(lengths)
 
-    k, v = step([0, 0], first)
-    assert torch.equal(k, torch.cat([keys[0][:3], keys[1][:5]]))
-    k, v = step(first, second)
-    assert torch.equal(k, torch.cat([keys[0], keys[1]]))
-    assert torch.equal(v, -k)
+    step([0, 0, 0], first, 0)
+    for ours, theirs, n in zip(step(first, second, 2 * decodes_first), whole, second, strict=True):
+        torch.testing.assert_close(ours, theirs[-n:], rtol=0, atol=5e-6)

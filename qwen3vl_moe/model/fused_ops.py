@@ -1,0 +1,155 @@
+"""Small Triton kernels around the big products: what torch would do in many launches, in one.
+
+Residual add + RMSNorm, and QK-norm + rotation + cache write. Each has its plain torch form beside its caller (text.py);
+these run on CUDA devices, and in Triton's interpreter for tests. Nothing here depends on the host knowing a length, so
+all of it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _add_rms_norm(x_ptr, y_ptr, weight_ptr, out_ptr, H, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * H
+    i = tl.arange(0, BLOCK)
+    inside = i < H
+    x = tl.load(x_ptr + at + i, mask=inside, other=0.0)
+    if HAS_Y:
+        # Rounded as the residual stream is stored, so that the norm sees what later layers will add to.
+        total = x.to(tl.float32) + tl.load(y_ptr + at + i, mask=inside, other=0.0).to(tl.float32)
+        x = total.to(x_ptr.dtype.element_ty)
+        tl.store(x_ptr + at + i, x, mask=inside)
+    x = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / H + eps)
+    weight = tl.load(weight_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at + i, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def add_rms_norm(x_TH: Tensor, y_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y and its RMSNorm, in one launch. x is updated in place and returned; y None means 0."""
+    out_TH = torch.empty_like(x_TH)
+    if len(x_TH):
+        width = x_TH.shape[1]
+        block = triton.next_power_of_2(width)
+        warps = min(max(block // 256, 1), 8)
+        _add_rms_norm[(len(x_TH),)](
+            x_TH, x_TH if y_TH is None else y_TH, weight_H, out_TH, width, eps, y_TH is not None, block, num_warps=warps
+        )
+    return x_TH, out_TH
+
+
+@triton.jit
+def _norm_rotate_store(
+    qkv_ptr,  # [T, N + 2G, D]
+    cos_ptr,  # [T, D / 2] fp32
+    sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    slots_ptr,  # [T] cache rows, negative: nothing is written
+    q_ptr,  # [T, N, D]
+    k_ptr,  # [T, G, D]
+    k_rows_ptr,  # [rows, G, D]
+    v_rows_ptr,
+    eps,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    HAS_CACHE: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    i = tl.arange(0, HALF)[None, :]
+    inside = (head < N + 2 * G) & (i < D // 2)
+    source = qkv_ptr + (t * (N + 2 * G) + head) * D + i
+    first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + D // 2, mask=inside, other=0.0).to(tl.float32)
+
+    is_q, is_v = head < N, head >= N + G
+    scale = tl.rsqrt(tl.sum(first * first + second * second, axis=1)[:, None] / D + eps)
+    half = i < D // 2
+    q_w1, q_w2 = tl.load(q_weight_ptr + i, mask=half), tl.load(q_weight_ptr + D // 2 + i, mask=half)
+    k_w1, k_w2 = tl.load(k_weight_ptr + i, mask=half), tl.load(k_weight_ptr + D // 2 + i, mask=half)
+    n1 = first * scale * tl.where(is_q, q_w1, k_w1).to(tl.float32)
+    n2 = second * scale * tl.where(is_q, q_w2, k_w2).to(tl.float32)
+    cos = tl.load(cos_ptr + t * (D // 2) + i, mask=half)
+    sin = tl.load(sin_ptr + t * (D // 2) + i, mask=half)
+    first = tl.where(is_v, first, n1 * cos - n2 * sin).to(q_ptr.dtype.element_ty)
+    second = tl.where(is_v, second, n2 * cos + n1 * sin).to(q_ptr.dtype.element_ty)
+
+    q_at = q_ptr + (t * N + head) * D + i
+    tl.store(q_at, first, mask=inside & is_q)
+    tl.store(q_at + D // 2, second, mask=inside & is_q)
+    is_k = (head >= N) & (head < N + G)
+    k_at = k_ptr + (t * G + head - N) * D + i
+    tl.store(k_at, first, mask=inside & is_k)
+    tl.store(k_at + D // 2, second, mask=inside & is_k)
+    if HAS_CACHE:
+        slot = tl.load(slots_ptr + t)
+        k_row = k_rows_ptr + (slot * G + head - N) * D + i
+        v_row = v_rows_ptr + (slot * G + head - N - G) * D + i
+        tl.store(k_row, first, mask=inside & is_k & (slot >= 0))
+        tl.store(k_row + D // 2, second, mask=inside & is_k & (slot >= 0))
+        tl.store(v_row, first, mask=inside & is_v & (slot >= 0))
+        tl.store(v_row + D // 2, second, mask=inside & is_v & (slot >= 0))
+
+
+def norm_rotate_store(
+    qkv_TA: Tensor,
+    heads: tuple[int, int],
+    q_weight_D: Tensor,
+    k_weight_D: Tensor,
+    eps: float,
+    cos_TF: Tensor,
+    sin_TF: Tensor,
+    slots_T: Tensor | None,
+    layer_cache: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RMS-norm and rotate queries and keys, and write keys and values into the cache, in one launch.
+
+    Args:
+        qkv_TA: [T, (N + 2G) * D], contiguous.
+        heads: (N, G).
+        q_weight_D, k_weight_D, eps: of the two norms.
+        cos_TF, sin_TF: fp32 [T, D / 2].
+        slots_T: int64 cache rows; a negative row is not written.
+        layer_cache: [2, blocks, block_size, G, D], contiguous, or None.
+
+    Returns:
+        q_TND, k_TGD (new memory) and v_TGD (a view of qkv).
+    """
+    (N, G), D = heads, len(q_weight_D)
+    T = len(qkv_TA)
+    q_TND, k_TGD = qkv_TA.new_empty(T, N, D), qkv_TA.new_empty(T, G, D)
+    v_TGD = qkv_TA.view(T, N + 2 * G, D)[:, N + G :]
+    if T:
+        has_cache = layer_cache is not None
+        k_rows, v_rows = layer_cache.unbind(0) if has_cache else (k_TGD, k_TGD)
+        block = 8
+        _norm_rotate_store[(T, triton.cdiv(N + 2 * G, block))](
+            qkv_TA,
+            cos_TF,
+            sin_TF,
+            q_weight_D,
+            k_weight_D,
+            slots_T if has_cache else cos_TF,
+            q_TND,
+            k_TGD,
+            k_rows,
+            v_rows,
+            eps,
+            N,
+            G,
+            D,
+            block,
+            triton.next_power_of_2(D // 2),
+            has_cache,
+            num_warps=4,
+        )
+    return q_TND, k_TGD, v_TGD

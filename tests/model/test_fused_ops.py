@@ -1,0 +1,147 @@
+"""The decoder's small Triton kernels against the plain torch they stand for.
+
+On a GPU they run compiled, in bf16 and fp16. Elsewhere this file runs itself once more in Triton's interpreter, in
+fp32.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qwen3vl_moe.model.attention import attention
+from qwen3vl_moe.model.batch import Batch, Segments
+from qwen3vl_moe.model.fused_ops import add_rms_norm, norm_rotate_store
+from qwen3vl_moe.model.paged_decode import paged_decode
+from qwen3vl_moe.model.rope import rotate
+
+ON_GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
+
+runs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs in the interpreter's own process")
+
+
+@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run here directly")
+def test_in_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+
+
+def within_rounding(ours, exact, plain):
+    """At most twice the error that the same operation has in torch in the working dtype, plus half a unit of it."""
+    unit = torch.finfo(ours.dtype).eps * exact.abs().max()
+    error, allowed = (ours - exact).abs().max(), 2 * (plain - exact).abs().max() + unit / 2
+    assert torch.isfinite(ours).all()
+    assert error <= allowed, f"error {float(error):.3g}, allowed {float(allowed):.3g}"
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 32), (5, 48), *([(300, 2048)] if ON_GPU else [])])
+@pytest.mark.parametrize("with_y", [True, False])
+def test_add_and_norm(dtype, shape, with_y):
+    x, y = (torch.randn(shape, device=DEVICE, dtype=dtype) for _ in range(2))
+    weight = torch.rand(shape[1], device=DEVICE, dtype=dtype) + 0.5
+    total = x + y if with_y else x.clone()
+    exact = F.rms_norm(total.double(), total.shape[1:], weight.double(), 1e-6)
+    plain = F.rms_norm(total, total.shape[1:], weight, 1e-6)
+    new_x, out = add_rms_norm(x, y if with_y else None, weight, 1e-6)
+    assert new_x is x
+    assert torch.equal(x, total)
+    within_rounding(out, exact, plain)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "width"), [((4, 2), 16), ((6, 1), 12), *([((32, 4), 128)] if ON_GPU else [])])
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_norm_rotate_and_store(dtype, heads, width, with_cache):
+    N, G = heads
+    T = 5
+    qkv = torch.randn(T, (N + 2 * G) * width, device=DEVICE, dtype=dtype)
+    q_weight, k_weight = (torch.rand(width, device=DEVICE, dtype=dtype) + 0.5 for _ in range(2))
+    angle = torch.rand(T, width // 2, device=DEVICE) * 6
+    cos, sin = angle.cos(), angle.sin()
+    cache = torch.full((2, 3, 4, G, width), torch.nan, device=DEVICE, dtype=dtype)
+    slots = torch.tensor([7, 2, -1, 11, 0], device=DEVICE)
+    q, k, v = norm_rotate_store(
+        qkv, heads, q_weight, k_weight, 1e-6, cos, sin, slots if with_cache else None, cache if with_cache else None
+    )
+
+    def expected(part, weight, kind):
+        normed = F.rms_norm(part.to(kind), (width,), weight.to(kind), 1e-6)
+        return (
+            rotate(normed, cos.to(kind), sin.to(kind))
+            if kind == torch.float64
+            else rotate(normed.float(), cos, sin).to(kind)
+        )
+
+    parts = qkv.view(T, N + 2 * G, width).split((N, G, G), dim=1)
+    for ours, part, weight in ((q, parts[0], q_weight), (k, parts[1], k_weight)):
+        within_rounding(ours, expected(part, weight, torch.float64), expected(part, weight, dtype))
+    assert torch.equal(v, parts[2])
+    if with_cache:
+        k_rows, v_rows = cache.flatten(1, 2)
+        written = [7, 2, 11, 0]
+        assert torch.equal(k_rows[written], k[[0, 1, 3, 4]])
+        assert torch.equal(v_rows[written], v[[0, 1, 3, 4]])
+        others = [row for row in range(12) if row not in written]
+        assert k_rows[others].isnan().all()
+        assert v_rows[others].isnan().all()
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "width"), [((4, 2), 16), ((6, 1), 24), ((8, 8), 32)])
+@pytest.mark.parametrize("lens", [[1], [0, 5], [3, 64, 65, 1, 130], *([[2000]] if ON_GPU else [])])
+def test_paged_decode(dtype, heads, width, lens):
+    N, G = heads
+    block_size, S = 16, len(lens)
+    blocks = -(-max(lens) // block_size)
+    tables = torch.randperm(S * blocks).view(S, blocks).int().to(DEVICE)
+    cache = torch.full((2, S * blocks, block_size, G, width), torch.nan, device=DEVICE, dtype=dtype)
+    k_rows, v_rows = cache.flatten(1, 2)
+    batch = Batch(torch.zeros(S), torch.zeros(3, S), Segments.build([1] * S, lens, DEVICE), None, tables, block_size)
+    rows = batch.cache_rows_U
+    keys, values = (torch.randn(sum(lens), G, width, device=DEVICE, dtype=dtype) for _ in range(2))
+    k_rows[rows], v_rows[rows] = keys, values
+    q = torch.randn(S, N, width, device=DEVICE, dtype=dtype)
+    ours = paged_decode(q, cache, tables, batch.segments.kv_starts)
+
+    full = [number for number, length in enumerate(lens) if length]
+    segments = Segments.build([1] * len(full), [lens[number] for number in full], DEVICE)
+    exact, plain = (
+        attention(q[full].to(kind), keys.to(kind), values.to(kind), segments, causal=True)
+        for kind in (torch.float64, dtype)
+    )
+    within_rounding(ours[full], exact, plain)
+    assert all((ours[number] == 0).all() for number in range(S) if number not in full)
+
+
+@runs_kernels
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+def test_paged_decode_replays_in_a_graph_while_sequences_grow():
+    N, G, width, block_size = 32, 4, 128, 16
+    cache = torch.randn(2, 64, block_size, G, width, device=DEVICE, dtype=torch.bfloat16)
+    tables = torch.randperm(64).view(4, 16).int().to(DEVICE)
+    q = torch.randn(4, N, width, device=DEVICE, dtype=torch.bfloat16)
+    starts = torch.tensor([0, 1, 3, 6, 10], dtype=torch.int32, device=DEVICE)
+    paged_decode(q, cache, tables, starts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_decode(q, cache, tables, starts)
+    for longer in ([256, 1, 77, 128], [5, 250, 16, 17]):
+        starts[1:] = torch.tensor(longer).cumsum(0)
+        graph.replay()
+        assert torch.equal(out, paged_decode(q, cache, tables, starts))
