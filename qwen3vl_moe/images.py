@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,11 @@ from PIL import Image
 from qwen3vl_moe.errors import ConfigError, OptionError, PromptError
 
 MAX_ASPECT_RATIO = 200
+
+# Pillow and numpy release the interpreter lock where they work. These threads run single channels of an image, which
+# wait for nothing, so any number of callers may share them; they start when first needed.
+_WORKERS = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="resize")
+_PARALLEL_PIXELS = 2**17  # about 2 ms of work; below that, handing it over costs more than it saves
 
 _PROCESSOR_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 # Settings that would change the pixels, with the only value that is implemented.
@@ -146,18 +153,27 @@ class ImageSettings:
         """
         grid = _, rows, columns = self.grid(image.height, image.width)
         patch, merge = self.patch_size, self.merge_size
-        image = image.resize((columns * patch, rows * patch), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image).reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
-        # Permuted while a value is one byte; the arithmetic then runs in place over contiguous fp32.
-        values = pixels.transpose(0, 3, 1, 4, 6, 2, 5).astype(np.float32, order="C").reshape(-1, 3, patch * patch)
-        # Division by 255 rounds as transformers' fp64 product with 1/255 does, for all 256 values; the two following
-        # steps are its own. A fused scale and shift would be one pass faster and one unit in the last place off.
-        values /= np.float32(255)
-        values -= np.array(self.mean, np.float32)[:, None]
-        values /= np.array(self.std, np.float32)[:, None]
-        patches = np.empty((rows * columns, 3, self.temporal_patch_size, patch * patch), np.float32)
-        patches[:] = values[:, :, None]
-        return patches.reshape(rows * columns, -1), grid
+        size = (columns * patch, rows * patch)
+        blocks = np.empty(
+            (rows // merge, columns // merge, merge, merge, 3, self.temporal_patch_size, patch, patch), np.float32
+        )
+
+        def fill(channel: int, plane: Image.Image) -> None:
+            pixels = np.asarray(plane.resize(size, Image.Resampling.BICUBIC))
+            pixels = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch)
+            # Permuted while a value is one byte; the arithmetic then runs in place over contiguous fp32.
+            values = pixels.transpose(0, 3, 1, 4, 2, 5).astype(np.float32, order="C")
+            # Division by 255 rounds as transformers' fp64 product with 1/255 does, for all 256 values, and the other
+            # two steps are its own. A fused scale and shift would be a pass less, and one unit in the last place off.
+            values /= np.float32(255)
+            values -= np.float32(self.mean[channel])
+            values /= np.float32(self.std[channel])
+            blocks[:, :, :, :, channel] = values[:, :, :, :, None]
+
+        # Pillow resizes the channels of an image independently, so each can have a core of its own.
+        parallel = size[0] * size[1] >= _PARALLEL_PIXELS
+        list((_WORKERS.map if parallel else map)(fill, range(3), image.split()))  # a list: errors are raised here
+        return blocks.reshape(rows * columns, -1), grid
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
