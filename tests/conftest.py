@@ -75,6 +75,13 @@ VOCAB_SIZE = 512
 PATCH_SIZE = 4
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @dataclass(frozen=True)
 class TinyCheckpoint:
     """A random model that transformers made, and two directories of it (processor files included).

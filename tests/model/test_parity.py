@@ -36,6 +36,7 @@ def steps_of(model, prompts, cuts, block_size=4):
         (config.text.num_layers, 2, tables.numel(), block_size, config.text.num_kv_heads, config.text.head_dim),
         torch.nan,
     )
+    cache = cache.to(model.dtype).to(model.device)
     features = [model.encode_images(p.pixels, p.grids) if p.grids else None for p in prompts]
     positions = [mrope_positions(p.ids, p.grids, config.vision.merge_size, config.image_token_id)[0] for p in prompts]
     out = [[] for _ in prompts]
@@ -58,13 +59,14 @@ def steps_of(model, prompts, cuts, block_size=4):
             lengths.append(stop - done[i])
             done[i] = stop
         batch = Batch(
-            input_ids_T=torch.tensor(ids),
-            positions_3T=torch.cat(places, dim=1),
-            segments=Segments.build(lengths, [done[i] for i in chosen]),
-            slots_T=torch.tensor(slots),
-            block_tables=tables[chosen],
+            input_ids_T=torch.tensor(ids, device=model.device),
+            positions_3T=torch.cat(places, dim=1).to(model.device),
+            segments=Segments.build(lengths, [done[i] for i in chosen], model.device),
+            slots_T=torch.tensor(slots, device=model.device),
+            block_tables=tables[chosen].to(model.device),
             block_size=block_size,
-            visual_rows=torch.tensor(rows) if rows else None,
+            num_decodes=len(chosen) if cut == 1 else 0,
+            visual_rows=torch.tensor(rows, device=model.device) if rows else None,
             visual=VisionFeatures.cat(visual) if visual else None,
         )
         for i, logits in zip(chosen, model(batch, cache).split(lengths), strict=True):
@@ -148,6 +150,20 @@ def test_pixels_and_grids_go_together(models, tiny):
         model.logits(prompt.ids, prompt.pixels)
     with pytest.raises(ValueError, match="belong to no image"):
         model.logits(prompt.ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cut", [10_000, 7, 1])
+def test_the_gpu_path_is_as_good_as_plain_torch(tiny, cut):
+    """bf16 on the card, through flash attention and our kernels: at most twice the error of plain torch in bf16."""
+    prompts = [make_prompt(tiny.oracle.config, images, seed) for seed, images in enumerate(CASES.values())]
+    cuts = [cut] * -(-max(len(prompt.ids) for prompt in prompts) // cut)
+    plain = Qwen3VLMoe.from_pretrained(tiny.path, dtype=torch.bfloat16, progress=False)
+    exact = Qwen3VLMoe.from_pretrained(tiny.path, dtype=torch.bfloat16, progress=False).float()
+    fused = Qwen3VLMoe.from_pretrained(tiny.path, device="cuda", dtype=torch.bfloat16, moe="reference", progress=False)
+    ours = torch.cat(steps_of(fused, prompts, cuts)).float().cpu()
+    truth, peer = (torch.cat([model.logits(*p.our_inputs()).float() for p in prompts]) for model in (exact, plain))
+    assert (ours - truth).norm() <= 2 * (peer - truth).norm()
 
 
 def test_random_weights_are_reproducible_and_finite(plain):
