@@ -1,5 +1,7 @@
 """Greedy answers against transformers' generate(), and against the engine itself under every way of batching."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -97,15 +99,27 @@ def test_images_of_a_step_are_encoded_once_and_together(plain, make_llm, monkeyp
     assert calls == [4], "one packed call for all images of a step"
 
 
+def run(llm, prompt, params):
+    """One prepared prompt through the engine."""
+    sequence = llm.engine.add(prompt, params)
+    while not sequence.finished:
+        llm.engine.step()
+    return sequence.output()
+
+
 def test_decode_equals_prefill(llm):
     """Log-probabilities of generated tokens equal those of the same tokens given as a prompt."""
-    prompt = mixed_prompt((61, 23), (35, 37), seed=5)
-    (output,) = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=0))
+    prompt = llm.processor.prompt(PROMPTS["three odd images"])
+    output = run(llm, prompt, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=0))
     answer = output.outputs[0].token_ids
-    assert max(answer) <= max(llm.processor.tokenizer.vocab.values())
-    assert not set(answer) & set(llm.processor.tokenizer.added_tokens_decoder), "a placeholder cannot be given again"
-    whole = {"prompt_token_ids": output.prompt_token_ids + answer, "multi_modal_data": prompt["multi_modal_data"]}
-    (again,) = llm.generate(whole, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
+    places = torch.arange(prompt.next_position, prompt.next_position + len(answer)).expand(3, -1)
+    whole = dataclasses.replace(
+        prompt,
+        token_ids=prompt.token_ids + answer,
+        positions_3T=torch.cat([prompt.positions_3T, places], dim=1),
+        next_position=prompt.next_position + len(answer),
+    )
+    again = run(llm, whole, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
     decoded = [entry[token].logprob for entry, token in zip(output.outputs[0].logprobs, answer, strict=True)]
     prefilled = [entry[token].logprob for entry, token in zip(again.prompt_logprobs[-32:], answer, strict=True)]
     # The same fp32 mathematics in another order of summation: 1e-4 of the logits' scale, as for the model itself.
@@ -116,13 +130,8 @@ def test_decode_equals_prefill(llm):
 def test_answer_goes_on_after_a_picture_at_the_right_position(llm, expected):
     """Moving the first generated token by one position changes the answer, so positions are really tested above."""
     prompt = llm.processor.prompt(PROMPTS["one image"])
-    shifted = type(prompt)(
-        prompt.text, prompt.token_ids, prompt.positions_3T, prompt.next_position + 3, prompt.images
-    )
-    sequence = llm.engine.add(shifted, GREEDY)
-    while not sequence.finished:
-        llm.engine.step()
-    assert sequence.output_ids != expected["one image"]
+    shifted = dataclasses.replace(prompt, next_position=prompt.next_position + 3)
+    assert run(llm, shifted, GREEDY).outputs[0].token_ids != expected["one image"]
 
 
 def test_a_stream_and_a_batch_side_by_side(llm, expected):

@@ -1,0 +1,177 @@
+"""Choosing tokens: penalties and truncation against transformers' logits processors, draws by their distribution."""
+
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from qwen3vl_moe.engine import SamplingParams
+from qwen3vl_moe.engine.params import GenerationDefaults
+from qwen3vl_moe.engine.sampler import sample, token_logprobs
+
+VOCABULARY = 50
+
+
+class FixedRandom:
+    """In place of a request's generator: the uniform number that the test chose."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def random(self):
+        return self.value
+
+
+def sequence(prompt=(1, 2, 3), answer=(), uniform=0.5, **params):
+    """What the sampler reads of a sequence."""
+    complete = GenerationDefaults().complete(SamplingParams(**params))
+    return SimpleNamespace(
+        params=complete, token_ids=[*prompt, *answer], output_ids=list(answer), rng=FixedRandom(uniform)
+    )
+
+
+@pytest.fixture
+def logits():
+    return 3 * torch.randn(4, VOCABULARY, generator=torch.Generator().manual_seed(0))
+
+
+def distribution(logits_V, **arguments):
+    """Probabilities with which tokens are drawn, measured on an even grid of uniform numbers, and its spacing."""
+    count = 2000
+    row = sequence(**arguments)
+    rows = [SimpleNamespace(**{**vars(row), "rng": FixedRandom((i + 0.5) / count)}) for i in range(count)]
+    drawn = Counter(sample(logits_V.expand(count, -1), rows).tolist())
+    return torch.tensor([drawn[token] / count for token in range(VOCABULARY)]), 1 / count
+
+
+def warped(logits_V, *processors, tokens=(1, 2, 3)):
+    return LogitsProcessorList(processors)(torch.tensor([list(tokens)]), logits_V[None].clone())[0].softmax(-1)
+
+
+TRUNCATIONS = {
+    "temperature": ({"temperature": 1.7}, [TemperatureLogitsWarper(1.7)]),
+    "cold": ({"temperature": 0.3}, [TemperatureLogitsWarper(0.3)]),
+    "top_k": ({"temperature": 1.0, "top_k": 5}, [TopKLogitsWarper(5)]),
+    "top_k of one": ({"temperature": 1.0, "top_k": 1}, [TopKLogitsWarper(1)]),
+    "top_k beyond the vocabulary": ({"temperature": 1.0, "top_k": 10**6}, []),
+    "top_p": ({"temperature": 1.0, "top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+    "small top_p": ({"temperature": 1.0, "top_p": 0.01}, [TopPLogitsWarper(0.01)]),
+    "min_p": ({"temperature": 1.0, "min_p": 0.1}, [MinPLogitsWarper(0.1)]),
+    "all of the published defaults": (
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8},
+        [TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8)],
+    ),
+    "min_p before top_k before top_p": (
+        {"temperature": 1.5, "min_p": 0.05, "top_k": 9, "top_p": 0.9},
+        [TemperatureLogitsWarper(1.5), MinPLogitsWarper(0.05), TopKLogitsWarper(9), TopPLogitsWarper(0.9)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(TRUNCATIONS))
+def test_draws_follow_the_truncated_distribution(logits, name):
+    params, processors = TRUNCATIONS[name]
+    expected = warped(logits[0], *processors)
+    measured, grid = distribution(logits[0], **params)
+    # An interval of length p holds p / grid points of an even grid, give or take one.
+    assert (measured - expected).abs().max() <= grid * 1.01
+    assert not measured[expected == 0].any()
+
+
+def test_greedy_is_argmax_and_draws_nothing(logits):
+    rows = [sequence(temperature=0) for _ in logits]
+    for row in rows:
+        row.rng = None
+    assert sample(logits, rows).tolist() == logits.argmax(-1).tolist()
+
+
+def test_repetition_penalty_is_that_of_transformers(logits):
+    """Over prompt and answer, once per token however often it is there."""
+    row = sequence(prompt=range(20), answer=[20, 20, 21], temperature=0, repetition_penalty=1.6)
+    expected = warped(logits[0], RepetitionPenaltyLogitsProcessor(1.6), tokens=row.token_ids)
+    untouched = logits.clone()
+    for shift in range(-3, 4):  # several alignments of positive and negative logits
+        shifted = logits + shift
+        expected = warped(shifted[0], RepetitionPenaltyLogitsProcessor(1.6), tokens=row.token_ids)
+        assert sample(shifted[:1], [row]).item() == expected.argmax().item()
+    measured, grid = distribution(
+        logits[0], prompt=range(20), answer=[20, 20, 21], temperature=1.0, repetition_penalty=1.6
+    )
+    expected = warped(logits[0], RepetitionPenaltyLogitsProcessor(1.6), tokens=row.token_ids)
+    assert (measured - expected).abs().max() <= grid * 1.01
+    assert torch.equal(logits, untouched), "raw logits are needed for log-probabilities"
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(1.5, 0.0), (0.0, 0.7), (-1.0, 0.4)])
+def test_presence_and_frequency_penalties(logits, presence, frequency):
+    """By their definition: over the answer only, once per token and once per occurrence."""
+    prompt, answer = [0, 1, 2], [3, 4, 4, 4, 5, 1]
+    penalised = logits[0].clone()
+    for token, count in Counter(answer).items():
+        penalised[token] -= presence + frequency * count
+    measured, grid = distribution(
+        logits[0],
+        prompt=prompt,
+        answer=answer,
+        temperature=1.0,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+    )
+    assert (measured - penalised.softmax(-1)).abs().max() <= grid * 1.01
+
+
+def test_a_row_does_not_depend_on_its_neighbours(logits):
+    rows = [
+        sequence(uniform=0.9, temperature=1.0, top_k=7),
+        sequence(temperature=0),
+        sequence(uniform=0.2, temperature=2.0, top_p=0.9),
+        sequence(uniform=0.6, temperature=1.0, answer=[4, 5], repetition_penalty=1.3),
+    ]
+    together = sample(logits, rows).tolist()
+    assert together == [sample(logits[i : i + 1], rows[i : i + 1]).item() for i in range(4)]
+    assert together == sample(logits.flip(0), rows[::-1]).tolist()[::-1]
+
+
+@pytest.mark.parametrize("uniform", [0.0, math.nextafter(1.0, 0.0)])
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(uniform):
+    logits = torch.full((1, VOCABULARY), -torch.inf)
+    logits[0, 10], logits[0, 20] = 0.0, 1.0
+    token = sample(logits, [sequence(uniform=uniform, temperature=1.0)]).item()
+    assert token == (10 if uniform == 0.0 else 20)
+
+
+def test_tied_logits_are_kept_together():
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, :4] = 2.0
+    measured, grid = distribution(logits[0], temperature=1.0, top_k=2)
+    assert (measured[:4] - 0.25).abs().max() <= grid * 1.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_logprobs_are_log_softmax(logits, dtype):
+    logits = logits.to(dtype)
+    tokens = torch.tensor([0, 7, 49, 3])
+    expected = logits.double().log_softmax(-1)
+    for row, entries in enumerate(token_logprobs(logits, tokens, 5)):
+        own, *top = entries
+        order = expected[row].argsort(descending=True).tolist()
+        assert own[0] == tokens[row]
+        assert own[1] == pytest.approx(expected[row, tokens[row]].item(), abs=1e-5)
+        assert own[2] == 1 + (expected[row] > expected[row, tokens[row]]).sum()
+        assert [rank for _, _, rank in top] == [1, 2, 3, 4, 5]
+        assert [value for _, value, _ in top] == pytest.approx(expected[row, order[:5]].tolist(), abs=1e-5)
+        if dtype == torch.float32:
+            assert [token for token, _, _ in top] == order[:5]
+
+
+def test_more_top_logprobs_than_tokens(logits):
+    assert len(token_logprobs(logits, torch.zeros(4, dtype=torch.int64), 1000)[0]) == 1 + VOCABULARY
