@@ -326,15 +326,17 @@ class _Meter:
         self._device, self._total, self._name = device, total_bytes, directory.name
         # The device is in use by now (its context takes host memory too), so that only the load itself is counted.
         self._first_rss = self._peak_rss = _resident_bytes()
+        self._sampled = 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._bar = tqdm(total=total_bytes, desc="loading", unit="B", unit_scale=True, disable=not self._show)
 
     def add(self, count: int) -> None:
-        resident = _resident_bytes()
         with self._lock:
             self._bar.update(count)
-            self._peak_rss = max(self._peak_rss, resident)
+            if time.perf_counter() - self._sampled > 0.01:  # thousands of pieces a second need not all be counted
+                self._peak_rss = max(self._peak_rss, _resident_bytes())
+                self._sampled = time.perf_counter()
 
     def finish(self, model_bytes: int) -> None:
         self._bar.close()
@@ -378,6 +380,7 @@ def resolve(path_or_id: str | Path) -> Path:
             f"{path_or_id} is neither a directory nor a hub id such as Qwen/Qwen3-VL-30B-A3B-Instruct"
         )
 
+    import httpx  # what huggingface_hub downloads with; its errors pass through
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -387,7 +390,7 @@ def resolve(path_or_id: str | Path) -> Path:
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         reason = "there is no such model on the hub (or it is private: log in with `hf auth login`)"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        reason = "the hub cannot be reached and it is not in the local cache; give a local directory instead"
-    except OSError as error:  # connection and HTTP errors
+        reason = "the hub cannot be reached and the local cache does not hold it whole; give a local directory instead"
+    except (OSError, httpx.HTTPError) as error:
         reason = f"the download failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     raise CheckpointError(f"{path_or_id} is no local directory, and from the Hugging Face hub: {reason}")
