@@ -85,25 +85,21 @@ def cached_attention(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, batch: Batch, 
         layer_cache: [2, blocks, block_size, G, D], or None to attend within the batch only.
     """
     decodes = batch.num_decodes
-    if decodes == 0:
-        return _prefill(q_TND, k_TGD, v_TGD, batch, layer_cache)
-    decoded_SND = _decode(q_TND[:decodes], batch, layer_cache)
+    # The kernel needs triton, which a CPU may lack; gathering the keys gives the same.
+    in_place = decodes > 0 and runs_kernels(q_TND)
+    if not in_place:
+        return _gathered(q_TND, k_TGD, v_TGD, batch, layer_cache)
+    from qwen3vl_moe.model.paged_decode import paged_decode
+
+    tables, starts = batch.block_tables[:decodes], batch.segments.kv_starts[: decodes + 1]
+    decoded_SND = paged_decode(q_TND[:decodes], layer_cache, tables, starts)
     if decodes == len(q_TND):
         return decoded_SND
-    rest = _prefill(q_TND[decodes:], k_TGD[decodes:], v_TGD[decodes:], batch.prefills, layer_cache)
+    rest = _gathered(q_TND[decodes:], k_TGD[decodes:], v_TGD[decodes:], batch.prefills, layer_cache)
     return torch.cat((decoded_SND, rest))
 
 
-def _decode(q_SND: Tensor, batch: Batch, layer_cache: Tensor) -> Tensor:
-    """One query per sequence, over its whole cache."""
-    if runs_kernels(q_SND):
-        from qwen3vl_moe.model.paged_decode import paged_decode  # needs triton, which a CPU may lack
-
-        return paged_decode(q_SND, layer_cache, batch.block_tables, batch.segments.kv_starts)
-    return _prefill(q_SND, q_SND, q_SND, batch.decodes, layer_cache)
-
-
-def _prefill(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, batch: Batch, layer_cache: Tensor | None) -> Tensor:
+def _gathered(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, batch: Batch, layer_cache: Tensor | None) -> Tensor:
     """Any number of queries per sequence; where one has a past, all keys of the batch are gathered from the cache."""
     if layer_cache is not None and batch.reads_cache:
         k_rows, v_rows = layer_cache.flatten(1, 2)

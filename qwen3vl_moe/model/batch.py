@@ -99,7 +99,7 @@ class Batch:
             more keys than queries.
         block_size: tokens in a cache block.
         num_decodes: how many of the sequences, all of them before the others, ask with one token over a cached past:
-            their attention reads the cache in place. The others' keys are gathered.
+            their attention may read the cache in place. The others' keys are gathered.
         visual_rows: int64 [M] rows of the step that are image tokens.
         visual: features for exactly these rows, in this order.
         logit_rows: int64 rows whose logits are wanted; None means all.
@@ -122,25 +122,15 @@ class Batch:
         return self.segments.q_lens != self.segments.kv_lens
 
     @cached_property
-    def decodes(self) -> Batch:
-        """The cache places of the decoding sequences alone (see ``num_decodes``)."""
-        return self._sequences(0, self.num_decodes)
-
-    @cached_property
     def prefills(self) -> Batch:
-        """The cache places of the other sequences alone."""
-        return self._sequences(self.num_decodes, len(self.segments.q_lens))
-
-    def _sequences(self, start: int, stop: int) -> Batch:
-        segments, tables = self.segments.span(start, stop), self.block_tables
-        first = sum(self.segments.q_lens[:start])
-        rows = slice(first, first + sum(segments.q_lens))
+        """The sequences after the decoding ones: their tokens, boundaries and cache places."""
+        first, tables = self.num_decodes, self.block_tables
         return Batch(
-            input_ids_T=self.input_ids_T[rows],
-            positions_3T=self.positions_3T[:, rows],
-            segments=segments,
-            slots_T=None if self.slots_T is None else self.slots_T[rows],
-            block_tables=None if tables is None else tables[start:stop],
+            input_ids_T=self.input_ids_T[first:],
+            positions_3T=self.positions_3T[:, first:],
+            segments=self.segments.span(first, len(self.segments.q_lens)),
+            slots_T=None if self.slots_T is None else self.slots_T[first:],
+            block_tables=None if tables is None else tables[first:],
             block_size=self.block_size,
         )
 
