@@ -175,7 +175,10 @@ class Processor:
 
     def _encode(self, text: str) -> list[int]:
         # Not tokenizer(text): that sets truncation and padding on the shared tokenizer, which fails when threads meet.
-        return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        try:
+            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise PromptError("the text is not valid Unicode: it holds half of a surrogate pair") from None
 
     def _build(self, text: str | None, ids: list[int], sources: list[Any]) -> Prompt:
         if not ids:
@@ -195,7 +198,7 @@ class Processor:
                     f"image has tokens ({count})"
                 )
         self._check_length(ids, runs, counts, opened)
-        prepared = self._map(self._prepare, opened)
+        prepared = self._map(self._prepare, opened, counts)
 
         token_ids: list[int] = []
         images: list[ImageInput] = []
@@ -257,8 +260,13 @@ class Processor:
             f"with {count} image tokens; lower max_pixels (now {self.image_settings.max_pixels}) or raise max_model_len"
         )
 
-    def _prepare(self, opened: OpenedImage) -> tuple[torch.Tensor, tuple[int, int, int]]:
-        patches, grid = self.image_settings.patches(decode_rgb(opened))
+    def _prepare(self, opened: OpenedImage, count: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        image = decode_rgb(opened)
+        patches, grid = self.image_settings.patches(image)
+        if self.image_settings.num_tokens(grid) != count:  # would put every later token in the wrong place
+            raise PromptError(
+                f"{opened.where} is not of the size that its header gives: it decodes to {image.width}x{image.height}"
+            )
         return torch.from_numpy(patches), grid
 
     def _map(self, function, *arguments) -> list:

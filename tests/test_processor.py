@@ -212,6 +212,11 @@ class TestChat:
         upright = image.transpose(Image.Transpose.ROTATE_270)
         assert torch.equal(prompt.images[0].pixel_values, processor.chat(user(upright)).images[0].pixel_values)
 
+    def test_header_that_lies_about_the_size(self, processor, monkeypatch):
+        monkeypatch.setattr("qwen3vl_moe.processor.decode_rgb", lambda _: picture(80, 80))
+        with pytest.raises(PromptError, match=r"image 0 .* its header gives: it decodes to 80x80"):
+            processor.chat(user(picture(8, 8)))
+
     @pytest.mark.parametrize(
         ("messages", "message"),
         [
@@ -318,6 +323,7 @@ class TestPrompt:
         ("prompt", "message"),
         [
             ("", "the prompt is empty"),
+            ("half \ud83d", "the text is not valid Unicode"),
             ([], "the prompt is empty"),
             ({"prompt": ""}, "the prompt is empty"),
             ([VOCAB_SIZE], f"token id {VOCAB_SIZE} at index 0 is outside the vocabulary of {VOCAB_SIZE}"),
