@@ -1,0 +1,200 @@
+"""scripts/generate.py as a person uses it: what is on stdout, what is on stderr, and how it ends."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from qwen3vl_moe.engine import LLM, SamplingParams
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "generate.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def program():
+    spec = importlib.util.spec_from_file_location("generate_program", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(program):
+    """Run the program in this process: (exit status, stdout, stderr)."""
+
+    def call(*arguments, stdin=""):
+        result = CliRunner().invoke(program.app, [str(a) for a in arguments], input=stdin)
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two image files, one wide and red, one high and blue."""
+    directory = tmp_path_factory.mktemp("pictures")
+    paths = directory / "red.png", directory / "blue.jpg"
+    Image.new("RGB", (48, 24), "red").save(paths[0])
+    Image.new("RGB", (16, 40), "blue").save(paths[1])
+    return paths
+
+
+def start(*arguments, **options):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], env=ENVIRONMENT, **pipes | options)
+
+
+def test_the_answer_alone_goes_to_stdout(plain, pictures):
+    process = start(
+        "--model", plain.path, "--device", "cpu", "--image", pictures[0], "--prompt", "Hi", "--max-tokens", 9
+    )
+    stdout, stderr = process.communicate(timeout=300)
+    content = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "Hi"}]
+    llm = LLM(plain.path, device="cpu", progress=False)
+    (output,) = llm.chat([{"role": "user", "content": content}], SamplingParams(max_tokens=9))
+    assert process.returncode == 0
+    assert stdout == output.outputs[0].text + "\n"
+    for text in (
+        str(plain.path),
+        "device cpu",
+        "dtype float32",
+        "moe reference",
+        "max_model_len 4096",
+        "9 answer tokens",
+    ):
+        assert text in stderr
+
+
+def test_json_is_one_object(run, plain, pictures):
+    """Images come before the text, in the order given."""
+    images = ["--image", pictures[0], "--image", pictures[1]]
+    arguments = ["--model", plain.path, "--device", "cpu", "--prompt", "Hi", "--max-tokens", 5, "--seed", 3, "--json"]
+    status, stdout, stderr = run(*arguments, *images, "--temperature", 0.9)
+    answer = json.loads(stdout)
+    assert (status, stdout.count("\n")) == (0, 1)
+    assert "model" in stderr
+
+    content = [*({"type": "image", "image": path} for path in pictures), {"type": "text", "text": "Hi"}]
+    llm = LLM(plain.path, device="cpu", progress=False)
+    params = SamplingParams(max_tokens=5, seed=3, temperature=0.9)
+    (output,) = llm.chat([{"role": "user", "content": content}], params)
+    assert answer["text"] == output.outputs[0].text
+    assert answer["token_ids"] == output.outputs[0].token_ids
+    assert answer["finish_reason"] == output.outputs[0].finish_reason
+    assert answer["prompt_tokens"] == len(output.prompt_token_ids)
+    assert answer["image_tokens"] == output.num_image_tokens > 0
+    assert (answer["device"], answer["dtype"], answer["moe"]) == ("cpu", "float32", "reference")
+    assert answer["random_weights"] is False
+    stages = {"to_first_token", "total", "preprocess", "queue", "vision", "prefill", "decode"}
+    assert set(answer["seconds"]) == stages
+
+    swapped = json.loads(run(*arguments, "--image", pictures[1], "--image", pictures[0])[1])
+    assert swapped["image_tokens"] == answer["image_tokens"]
+    assert swapped["token_ids"] != answer["token_ids"]
+
+
+def test_demo_says_that_its_weights_are_random():
+    """A chat from a pipe: one answer per line that holds something."""
+    process = start("--max-tokens", 4, "--device", "cpu")
+    stdout, stderr = process.communicate("Hello\n\nHow are you?\n", timeout=300)
+    assert process.returncode == 0
+    assert "random_weights True" in stderr
+    assert "its answers noise" in stderr
+    assert stderr.count("4 answer tokens") == 2
+    assert stdout.count("\n") >= 2
+
+
+def test_chat_keeps_the_history(run, plain, pictures):
+    arguments = ["--model", plain.path, "--device", "cpu", "--max-tokens", 6, "--image", pictures[0]]
+    status, stdout, _ = run(*arguments, stdin="Hello\nAnd now?\n")
+    llm = LLM(plain.path, device="cpu", progress=False)
+    params = SamplingParams(max_tokens=6)
+    content = [{"type": "image", "image": pictures[0]}, {"type": "text", "text": "Hello"}]
+    conversation = [{"role": "user", "content": content}]
+    first = llm.chat(conversation, params)[0].outputs[0].text
+    conversation += [{"role": "assistant", "content": first}, {"role": "user", "content": "And now?"}]
+    second = llm.chat(conversation, params)[0].outputs[0].text
+    assert (status, stdout) == (0, f"{first}\n{second}\n")
+
+
+def test_empty_stdin_ends_the_chat(run, plain):
+    assert run("--model", plain.path, "--device", "cpu")[:2] == (0, "")
+
+
+def test_a_reader_that_has_seen_enough(plain):
+    process = start("--model", plain.path, "--device", "cpu", "--prompt", "Hi", "--max-tokens", 3000)
+    assert process.stdout.read(1)
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(timeout=300) == 0
+    assert "Traceback" not in stderr
+    assert "Error" not in stderr
+
+
+@pytest.mark.parametrize(("prompt", "status"), [(["--prompt", "Hi"], 130), ([], 0)])
+def test_ctrl_c(plain, prompt, status):
+    process = start("--model", plain.path, "--device", "cpu", "--max-tokens", 4000, *prompt)
+    process.stdin.write("Hi\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)  # it is in the middle of an answer
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == status
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all is neither a directory nor a hub id"),
+        (["--image", "nowhere.png"], "'nowhere.png'): there is no such file"),
+        (["--image", str(SCRIPT)], "is not an image"),
+        (["--temperature", "-1"], "temperature=-1.0: 0 (greedy) or a positive number is needed"),
+        (["--max-tokens", "0"], "max_tokens=0"),
+        (["--dtype", "float7"], "float7"),
+        (["--device", "toaster"], "toaster"),
+        (["--moe", "fast"], "moe='fast' is unknown"),
+        (["--moe", "tma"], "moe='tma' cannot run here"),
+        (["--max-model-len", "0"], "max_model_len=0"),
+        (["--max-model-len", "4"], "max_model_len=4"),
+        (["--max-pixels", "1"], "max_pixels"),
+    ],
+)
+def test_mistakes_are_one_line(run, plain, arguments, message):
+    common = [] if "--model" in arguments else ["--model", plain.path]
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    status, stdout, stderr = run(*common, *device, "--prompt", "Hello there", *arguments)
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert (status, stdout) == (2, "")
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in stderr
+
+
+def test_json_needs_a_prompt(run):
+    status, stdout, stderr = run("--json")
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith("error: --json needs --prompt")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_an_error(plain):
+    with open("/dev/full", "w") as full:
+        process = start("--model", plain.path, "--device", "cpu", "--prompt", "Hi", "--max-tokens", 5, stdout=full)
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "error: the answer cannot be written to stdout: No space left on device" in stderr
+    assert "Traceback" not in stderr
