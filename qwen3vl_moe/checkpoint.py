@@ -258,7 +258,7 @@ def load_model(
         OptionError: an unknown or unavailable device, dtype, moe or expert_layout; not enough device memory.
     """
     directory = resolve(path_or_id)
-    meter = _Meter(progress)
+    started = time.perf_counter()
     stored = read_headers(directory)
     config = Qwen3VLMoeConfig.from_pretrained(directory)
     table = expand_table(config)
@@ -270,7 +270,7 @@ def load_model(
         model = Qwen3VLMoe(config, resolve_moe(moe, device, dtype)).to(dtype)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     _require_memory(device, model_bytes, directory, dtype)
-    meter.start(device, sum(tensor.nbytes for tensor in stored.values()), directory)
+    meter = _Meter(device, sum(tensor.nbytes for tensor in stored.values()), progress)
     model = model.to_empty(device=device)
 
     parameters = dict(model.named_parameters())
@@ -278,7 +278,9 @@ def load_model(
     entries = sorted(table, key=lambda entry: (stored[entry.source].file, stored[entry.source].offset))
     copies = [(stored[e.source], e.destination(parameters[e.target], layout)) for e in entries]
     stream(copies, device, meter.add)
-    meter.finish(model_bytes)
+    line = meter.finish(time.perf_counter() - started, model_bytes)
+    if progress:
+        print(f"loaded {directory.name}: {line}", file=sys.stderr)
     return model
 
 
@@ -304,32 +306,38 @@ def _parse_dtype(dtype: torch.dtype | str, config: Qwen3VLMoeConfig) -> torch.dt
 
 def _require_memory(device: torch.device, model_bytes: int, directory: Path, dtype: torch.dtype) -> None:
     """Refuse what cannot fit before the first allocation, with both numbers."""
-    if device.type != "cuda":
-        return
-    # Memory that torch holds but does not use counts as taken for the driver and as free for us.
-    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + idle
-    if model_bytes > free:
+    free = _free_bytes(device)
+    if free is not None and model_bytes > free:
         raise OptionError(
             f"{directory} takes {model_bytes / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, but {device} has "
             f"{free / 1e9:.1f} GB free: free some, or use another device"
         )
 
 
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that parameters could take on ``device``; None where that is not known."""
+    if device.type == "cuda":
+        # What torch holds but does not use counts as taken for the driver and as free for us.
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return sum(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError):
+        return None
+
+
 class _Meter:
-    """Progress bar and the closing line. ``add`` is called from several threads."""
+    """Progress bar and peak of host memory while the parameters are filled. ``add`` is called from several threads."""
 
-    def __init__(self, show: bool):
-        self._show, self._started, self._lock = show, time.perf_counter(), threading.Lock()
-
-    def start(self, device: torch.device, total_bytes: int, directory: Path) -> None:
-        self._device, self._total, self._name = device, total_bytes, directory.name
-        # The device is in use by now (its context takes host memory too), so that only the load itself is counted.
-        self._first_rss = self._peak_rss = _resident_bytes()
-        self._sampled = 0.0
+    def __init__(self, device: torch.device, total_bytes: int, show: bool):
+        # The device is in use by now (its context takes host memory too), so only the load itself is counted.
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        self._bar = tqdm(total=total_bytes, desc="loading", unit="B", unit_scale=True, disable=not self._show)
+        self._first_rss = self._peak_rss = _resident_bytes()
+        self._sampled, self._lock = 0.0, threading.Lock()
+        self._device, self._total = device, total_bytes
+        self._bar = tqdm(total=total_bytes, desc="loading", unit="B", unit_scale=True, disable=not show)
 
     def add(self, count: int) -> None:
         with self._lock:
@@ -338,18 +346,16 @@ class _Meter:
                 self._peak_rss = max(self._peak_rss, _resident_bytes())
                 self._sampled = time.perf_counter()
 
-    def finish(self, model_bytes: int) -> None:
+    def finish(self, seconds: float, model_bytes: int) -> str:
+        """Close the bar; the line to print."""
         self._bar.close()
-        if not self._show:
-            return
-        seconds, growth = time.perf_counter() - self._started, self._peak_rss - self._first_rss
+        growth = max(self._peak_rss, _resident_bytes()) - self._first_rss
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)
             memory = f"host memory grew by {_size(growth)} at most, {self._device} held {_size(peak)}"
         else:
             memory = f"host memory grew by {_size(max(0, growth - model_bytes))} at most beside the model"
-        rate = _size(self._total / seconds)
-        print(f"loaded {self._name}: {_size(self._total)} in {seconds:.2f} s ({rate}/s); {memory}", file=sys.stderr)
+        return f"{_size(self._total)} in {seconds:.2f} s ({_size(self._total / seconds)}/s); {memory}"
 
 
 def _size(count: float) -> str:

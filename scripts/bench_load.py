@@ -9,7 +9,8 @@ fuses q, k and v, and transposes the experts. Time counts from the call until th
 
 "cold" means that the operating system was asked to drop the files from its page cache (posix_fadvise DONTNEED) before
 the measurement; "in cache" says how much of them was still there. A layer below (a virtual disk's own cache) may still
-hold them. "host peak" is the growth of the process's resident memory, and of that what is not pages of mapped files.
+hold them. "host peak" is the growth of the process's resident memory, and of that what Linux does not count as shared:
+pages of mapped files are, and so may be the pinned buffers.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class HostPeak:
     """Growth of this process's resident memory while the block runs, sampled every few milliseconds."""
 
     def __enter__(self) -> HostPeak:
-        self.total = self.unmapped = 0
+        self.total = self.unshared = 0
         self._first = self._now()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -158,13 +159,13 @@ class HostPeak:
 
     def _watch(self) -> None:
         while not self._done.wait(0.005):
-            resident, mapped = self._now()
+            resident, shared = self._now()
             self.total = max(self.total, resident - self._first[0])
-            self.unmapped = max(self.unmapped, resident - mapped - (self._first[0] - self._first[1]))
+            self.unshared = max(self.unshared, resident - shared - (self._first[0] - self._first[1]))
 
     @staticmethod
     def _now() -> tuple[int, int]:
-        """Resident bytes, and how many of them are pages of mapped files."""
+        """Resident bytes, and how many of them are shared: pages of mapped files."""
         resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
         return int(resident) * mmap.PAGESIZE, int(shared) * mmap.PAGESIZE
 
@@ -212,7 +213,7 @@ def measure(loader: str, state: str, directory: Path, files: list[Path], device:
         "seconds": seconds,
         "gb_per_s": size / GB / seconds,
         "host_peak_gb": host.total / GB,
-        "host_peak_unmapped_gb": host.unmapped / GB,
+        "host_peak_unshared_gb": host.unshared / GB,
         "device_peak_gb": (torch.cuda.max_memory_allocated(device) - before) / GB if cuda else None,
     }
     del loaded
@@ -255,7 +256,7 @@ def summary(rows: list[dict]) -> Table:
                 f"{statistics.median(row['seconds'] for row in found):.2f}",
                 f"{statistics.median(rates):.2f} ({rates[0]:.2f} - {rates[-1]:.2f})",
                 f"{max(row['host_peak_gb'] for row in found):.2f} "
-                f"({max(row['host_peak_unmapped_gb'] for row in found):.2f} unmapped)",
+                f"({max(row['host_peak_unshared_gb'] for row in found):.2f} unshared)",
                 f"{max(device):.2f}" if device else "-",
             )
     return table

@@ -271,20 +271,24 @@ print(peak - before, sum(parameter.nbytes for parameter in model.parameters()))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
-def test_host_memory_stays_near_the_model(plain, tmp_path):
-    """In a process of its own, by the kernel's count: a 340 MB checkpoint in the layout that needs transposing."""
-    shutil.copytree(plain.published, tmp_path, dirs_exist_ok=True)
-    raw = json.loads((tmp_path / "config.json").read_text())
+def write_large(plain, directory: Path) -> int:
+    """A checkpoint of 340 MB in the layout that needs transposing; returns the bytes of its largest tensor."""
+    shutil.copytree(plain.published, directory, dirs_exist_ok=True)
+    raw = json.loads((directory / "config.json").read_text())
     raw["dtype"] = "bfloat16"
     raw["text_config"] |= {"num_experts": 96, "moe_intermediate_size": 768, "hidden_size": 256}
     raw["vision_config"]["out_hidden_size"] = 256
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    table = expand_table(Qwen3VLMoeConfig.from_pretrained(tmp_path))
+    (directory / "config.json").write_text(json.dumps(raw))
+    table = expand_table(Qwen3VLMoeConfig.from_pretrained(directory))
     tensors = {entry.source: torch.full(entry.shape, 0.5, dtype=torch.bfloat16) for entry in table}
-    save_file(tensors, tmp_path / "model.safetensors")
-    largest = max(tensor.nbytes for tensor in tensors.values())
+    save_file(tensors, directory / "model.safetensors")
+    return max(tensor.nbytes for tensor in tensors.values())
 
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs")
+def test_host_memory_stays_near_the_model(plain, tmp_path):
+    """In a process of its own, by the kernel's count."""
+    largest = write_large(plain, tmp_path)
     command = [sys.executable, "-c", MEASURE, str(plain.path), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 0, done.stderr
@@ -292,6 +296,21 @@ def test_host_memory_stays_near_the_model(plain, tmp_path):
     assert model_bytes > 300e6
     # A mapped or doubled copy would add the model's size again; the pieces in flight add up to a few tensors at most.
     assert growth - model_bytes < 2 * largest < 0.5 * model_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_device_memory_stays_near_the_model(plain, tmp_path, monkeypatch):
+    largest = write_large(plain, tmp_path)
+    monkeypatch.setattr(shards, "PIECE_BYTES", largest // 20)
+    load(plain.path, device="cuda")
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = load(tmp_path, device="cuda")
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert torch.cuda.memory_allocated() - before < 1.05 * model_bytes
+    assert torch.cuda.max_memory_allocated() - before < 1.05 * model_bytes + largest
 
 
 def environment() -> dict[str, str]:

@@ -282,6 +282,14 @@ def test_options(plain, options, text):
     assert message(plain.path, OptionError, **options).startswith(text)
 
 
+def test_a_model_that_does_not_fit_the_host_is_refused(plain, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_free_bytes", lambda device: 100_000)
+    text = message(plain.path, OptionError)
+    assert text.startswith(f"{plain.path} takes 0.0 GB in float32, but cpu has 0.0 GB free")
+    monkeypatch.undo()
+    assert 1e6 < checkpoint._free_bytes(torch.device("cpu")) < 1e15
+
+
 def test_a_model_that_does_not_fit_is_refused_with_both_numbers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3_000_000_000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000_000_000)
