@@ -2,6 +2,9 @@
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -27,6 +30,7 @@ COMMON = {
     "head_dim": 16,
     "pad_token_id": 0,
 }
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HOPPER = pytest.mark.skipif(
     tma_moe.unavailable(torch.device("cuda"), torch.bfloat16) is not None, reason="needs a Hopper GPU"
 )
@@ -132,6 +136,36 @@ def wide_experts(dtype: torch.dtype) -> nn.Module:
     return module.to("cuda", dtype)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="this process runs the kernels itself")
+def test_kernels_through_transformers_in_the_interpreter():
+    this = f"{__file__}::test_interpreted_kernels_equal_eager"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", this],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "2 passed" in done.stdout, done.stdout[-5000:]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
+@pytest.mark.parametrize("num_tokens", [3, 9])  # both sides of the decode kernels' limit
+def test_interpreted_kernels_equal_eager(num_tokens):
+    model = build(qwen3_moe)
+    module = experts_modules(model)[0]
+    args = torch.randn(num_tokens, 32), torch.rand(num_tokens, 6).topk(3).indices, torch.rand(num_tokens, 3)
+    outputs = {}
+    for name in ("eager", "tma_moe"):
+        model.set_experts_implementation(name)
+        with torch.no_grad():
+            outputs[name] = module(*args)
+    torch.testing.assert_close(
+        outputs["tma_moe"], outputs["eager"], rtol=1e-5, atol=1e-5 * outputs["eager"].abs().max()
+    )
+
+
 def test_autocast_like_inputs_are_cast_to_the_weights():
     model = build(qwen3_moe, dtype=torch.bfloat16)
     module = experts_modules(model)[0]
@@ -206,6 +240,7 @@ def test_gradients_are_refused():
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs them")
 def test_the_kernels_are_refused_where_they_cannot_run():
     model = build(qwen3_moe)
     with pytest.raises(RuntimeError, match=r"'tma_moe' cannot run here: .*tma_moe_reference") as caught:

@@ -1,6 +1,9 @@
 """The tuner: what it tries, what it rejects, what it finds with a made-up cost, and the file it writes."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -16,6 +19,7 @@ from typer.testing import CliRunner
 
 from scripts import tune_moe
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPE = MoeShape()
 SMALL = MoeShape(num_experts=8, experts_per_token=2, hidden_size=256, expert_width=128)
 CURRENT = tuning.default_choices(128, 8, 2048, 768)
@@ -278,6 +282,45 @@ def invoke(*arguments):
     program = typer.Typer()
     program.command()(tune_moe.main)
     return CliRunner().invoke(program, list(arguments))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process runs the kernels itself")
+def test_the_real_op_in_the_interpreter():
+    this = f"{__file__}::test_interpreted_op_runs_given_tiles_and_sees_their_error"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", this],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "2 passed" in done.stdout, done.stdout[-5000:]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(None, Tiles("decode", 1, 8, 16, 4, 1), Tiles("decode", 1, 16, 8, 4, 1)),
+        Choice(None, Tiles("swap", 16, 8, 16, 4, 1), Tiles("swap", 16, 16, 16, 4, 1)),
+    ],
+)
+def test_interpreted_op_runs_given_tiles_and_sees_their_error(choice, monkeypatch):
+    op = tune_moe.GpuOp(MoeShape(2, 1, 16, 8), "cpu", torch.float16)
+    candidate = op.candidate(choice, 2)
+    candidate.run()
+    assert candidate.num_calls == len(op.experts) == 4
+    assert 0 < op.error(choice, 2) <= 1
+
+    class Wrong(tune_moe.Recipe):
+        def __init__(self, *args):
+            super().__init__(*args)
+            right = self.run
+            self.run = lambda *operands: 1.5 * right(*operands)
+
+    monkeypatch.setattr(tune_moe, "Recipe", Wrong)
+    assert op.error(choice, 2) > 1
 
 
 def test_the_whole_program_with_a_fake_gpu(tmp_path, monkeypatch):
