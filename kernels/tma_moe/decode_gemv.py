@@ -1,9 +1,9 @@
 """A few tokens: matrix times vector on the ordinary cores, straight from the weights, without grouping.
 
-With about one token per expert the tensor cores have nothing to reuse and the work is to read the weights at full speed.
-Each program asks for its whole slice of weights at once, so many bytes are under way; experts that two tokens share are
-read twice, the second time mostly from L2. The down product sums over the token's experts by itself, so two launches
-do the whole operation.
+With about one token per expert the tensor cores have nothing to reuse and the work is to read the weights at full
+speed. Each program asks for its whole slice of weights at once, so many bytes are under way; experts that two tokens
+share are read twice, the second time mostly from L2. The down product sums over the token's experts by itself, so two
+launches do the whole operation.
 """
 
 import triton

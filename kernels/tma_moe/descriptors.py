@@ -101,8 +101,8 @@ def lru_capacity() -> int:
 def _view(weight: Tensor, rank: int) -> tuple[list[int], list[int]]:
     """Shape and strides under which a block of this rank addresses a weight [E, N, K].
 
-    Rank 2 is all rows of all experts. Rank 4, for gate_up, is [E, 2, I, H]: one block then holds the same rows of the gate
-    and of the up half, with no repacking.
+    Rank 2 is all rows of all experts. Rank 4, for gate_up, is [E, 2, I, H]: one block then holds the same rows of the
+    gate and of the up half, with no repacking.
     """
     E, N, K = weight.shape
     if rank == 2:

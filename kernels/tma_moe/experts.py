@@ -50,16 +50,17 @@ class ExpertWeights(nn.Module):
     def from_checkpoint(cls, gate_up: Tensor, down: Tensor, layout: str) -> "ExpertWeights":
         """Experts from checkpoint tensors.
 
-        layout "published": gate_up [E, H, 2I] and down [E, I, H] (input-major, as the published files hold them; they are
-        transposed into new memory). layout "transformers5": gate_up [E, 2I, H] and down [E, H, I], taken without a copy.
-        The layout is declared, never guessed: the sizes of some models fit both. Raises ValueError for an unknown layout
-        or for shapes, dtypes or devices that do not belong together.
+        layout "published": gate_up [E, H, 2I] and down [E, I, H] (input-major, as the published files hold them; they
+        are transposed into new memory). layout "transformers5": gate_up [E, 2I, H] and down [E, H, I], taken without a
+        copy. The layout is declared, never guessed: the sizes of some models fit both. Raises ValueError for an unknown
+        layout or for shapes, dtypes or devices that do not belong together.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"ExpertWeights: unknown layout {layout!r}; use one of {', '.join(map(repr, LAYOUTS))}")
         if gate_up.dim() != 3 or down.dim() != 3:
             raise ValueError(
-                f"ExpertWeights: gate_up and down must have 3 dimensions, got shapes {tuple(gate_up.shape)} and {tuple(down.shape)}"
+                "ExpertWeights: gate_up and down must have 3 dimensions, "
+                f"got shapes {tuple(gate_up.shape)} and {tuple(down.shape)}"
             )
         given = f"layout {layout!r} with gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)}"
         if layout == "published":
@@ -72,8 +73,8 @@ class ExpertWeights(nn.Module):
             )
         if gate_up.dtype != down.dtype or gate_up.device != down.device:
             raise ValueError(
-                f"ExpertWeights: gate_up is {gate_up.dtype} on {gate_up.device}, down is {down.dtype} on {down.device}; "
-                "both must be the same"
+                f"ExpertWeights: gate_up is {gate_up.dtype} on {gate_up.device}, "
+                f"down is {down.dtype} on {down.device}; both must be the same"
             )
         experts = cls(num_experts, hidden, width, device="meta", dtype=down.dtype)
         experts.gate_up = nn.Parameter(gate_up.detach().contiguous(), requires_grad=False)

@@ -24,7 +24,7 @@ def route(logits_TE: Tensor, k: int, *, backend: str = "tma") -> tuple[Tensor, T
     | operand | shape  | dtype                    | layout          |
     | logits  | [T, E] | float32, bf16 or float16 | rows contiguous |
 
-    Returns ids [T, K] int32, by falling probability, and weights [T, K] float32. Among equal probabilities backend "tma"
+    Returns ids [T, K] int32, by falling probability, and weights [T, K] float32. Of equal probabilities backend "tma"
     takes the lowest id, as torch.topk does on CUDA; backend "reference" does what torch.topk does on its device.
     Raises TypeError, ValueError (shape, dtype, k) or RuntimeError (backend "tma" cannot run on this device).
     """
@@ -57,10 +57,11 @@ def fused_moe(
     | experts.gate_up | [E, 2I, H] | bf16, float16, float32, ...    | contiguous, 16-byte aligned      |
     | experts.down    | [E, H, I]  | that of gate_up                | I multiple of 8                  |
 
-    Returns y [T, H] in the dtype of x. Products accumulate in float32, the weighted sum is taken in float32 in the order
-    of k, and no atomics touch an output: the result is bitwise the same from run to run. Ids outside [0, E) contribute
-    nothing. Backend "tma" makes no host synchronisation and can be captured in a CUDA graph (run once before capture, so
-    that kernels are compiled); no gradients. Raises TypeError, ValueError or RuntimeError, each with one clear line.
+    Returns y [T, H] in the dtype of x. Products accumulate in float32, the weighted sum is taken in float32 in the
+    order of k, and no atomics touch an output: the result is bitwise the same from run to run. Ids outside [0, E)
+    contribute nothing. Backend "tma" makes no host synchronisation and can be captured in a CUDA graph (run once before
+    capture, so that kernels are compiled); no gradients. Raises TypeError, ValueError or RuntimeError, each with one
+    clear line.
     """
     _check_operands(x_TH, topk_ids_TK, topk_weights_TK, experts)
     _check_backend("fused_moe", backend, x_TH.device, x_TH.dtype)
@@ -86,8 +87,8 @@ def _check_operands(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: E
         )
     if gate_up.shape != (down.shape[0], 2 * down.shape[2], down.shape[1]):
         raise ValueError(
-            f"fused_moe: experts.gate_up {tuple(gate_up.shape)} and experts.down {tuple(down.shape)} do not belong together; "
-            "they must be [E, 2I, H] and [E, H, I]"
+            f"fused_moe: experts.gate_up {tuple(gate_up.shape)} and experts.down {tuple(down.shape)} "
+            "do not belong together; they must be [E, 2I, H] and [E, H, I]"
         )
     if ids_TK.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"fused_moe: topk_ids must be int32 or int64, got {ids_TK.dtype}")

@@ -75,7 +75,7 @@ def grouped_down(
     FLATTEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """rows[slot, n] = down[e, n] . h[row]. A tile may run into the rows of the next expert; only the store is masked."""
+    """rows[slot, n] = down[e, n] . h[row]. Tiles may run into the next expert's rows; only the store is masked."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()

@@ -27,8 +27,8 @@ from tma_moe.tuning import Choice, Tiles, choices_for
 class Launch:
     """A kernel with its constants. The first call compiles; later ones skip triton's argument binding.
 
-    That is safe because a recipe fixes every dtype, all pointers are multiples of 16 bytes, and the kernels are declared
-    not to specialise on the values of their integers.
+    That is safe because a recipe fixes every dtype, all pointers are multiples of 16 bytes, and the kernels are
+    declared not to specialise on the values of their integers.
     """
 
     def __init__(self, kernel, constants: tuple, warps: int = 4, stages: int = 1) -> None:
@@ -75,9 +75,7 @@ class Recipe:
         rows = (choice.up.rows, choice.down.rows)
         # By splits; 0 is the single launch for few pairs.
         self.group = {
-            splits: Launch(
-                routing.group_by_expert, (E, self.bins, *rows, max(1, splits), splits > 0, block, pdl)
-            )
+            splits: Launch(routing.group_by_expert, (E, self.bins, *rows, max(1, splits), splits > 0, block, pdl))
             for splits in (0, *(2**i for i in range(routing.MAX_SPLITS.bit_length())))
         }
         self.up = self._product(choice.up, swap_gemm.swap_up, grouped_gemm.grouped_up, (H, I, K), pdl)

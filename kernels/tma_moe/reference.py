@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def route_reference(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Softmax in float32, the k largest, renormalised to sum to one. Returns ids [T, K] int32, weights [T, K] float32."""
+    """Softmax in float32, the k largest, renormalised. Returns ids [T, K] int32 and weights [T, K] float32."""
     probs_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
     weights_TK, ids_TK = torch.topk(probs_TE, k, dim=-1)
     return ids_TK.to(torch.int32), weights_TK / weights_TK.sum(dim=-1, keepdim=True)

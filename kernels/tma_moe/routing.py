@@ -77,7 +77,9 @@ def route_topk(
 
 
 @triton.jit(do_not_specialize=["pairs", "pairs_per_split"])
-def count_by_expert(ids_ptr, counts_ptr, pairs, pairs_per_split, BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def count_by_expert(
+    ids_ptr, counts_ptr, pairs, pairs_per_split, BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """counts[split, e]: the pairs of expert e in each split of the pairs. One program per expert and split."""
     if PDL:
         gdc_wait()
@@ -95,7 +97,7 @@ def count_by_expert(ids_ptr, counts_ptr, pairs, pairs_per_split, BINS: tl.conste
 
 @triton.jit
 def _write_tiles(plan_ptr, tiles_at, role, counts, e, start, count, BINS: tl.constexpr, ROWS: tl.constexpr):
-    """The row tiles of expert e, after those of the experts before it; expert 0 also writes how many there are in all."""
+    """The row tiles of expert e, after those of the experts before it; expert 0 also writes the number of all."""
     tiles = (counts + ROWS - 1) // ROWS
     before = tl.sum(tl.where(tl.arange(0, BINS) < e, tiles, 0))
     mine = (count + ROWS - 1) // ROWS

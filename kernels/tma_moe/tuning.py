@@ -76,14 +76,16 @@ class Choice:
 
     def __post_init__(self) -> None:
         if (self.up.kernel == "decode") != (self.down.kernel == "decode"):
-            raise ValueError("tiles: the decode kernels keep h by slot, so up and down must both be 'decode' or neither")
+            raise ValueError(
+                "tiles: the decode kernels keep h by slot, so up and down must both be 'decode' or neither"
+            )
 
 
 def choices_for(device: str, triton: str, experts: int, topk: int, hidden: int, width: int) -> tuple[Choice, ...]:
     """The choices for a device (by name) and shape, by rising `max_tokens`.
 
-    A file of the same triton version is preferred, then any file of the device. Raises ValueError, naming the file, for a
-    file that cannot be understood.
+    A file of the same triton version is preferred, then any file of the device. Raises ValueError, naming the file, for
+    a file that cannot be understood.
     """
     files = [file for file in _files() if device in file["devices"]]
     files.sort(key=lambda file: file["triton"] != triton)
@@ -130,7 +132,11 @@ def load(path: Path) -> dict:
 def dump_buckets(choices: tuple[Choice, ...]) -> list[dict]:
     """Choices as the "buckets" of a configuration file."""
     return [
-        {**({"max_tokens": c.max_tokens} if c.max_tokens is not None else {}), "up": asdict(c.up), "down": asdict(c.down)}
+        {
+            **({"max_tokens": c.max_tokens} if c.max_tokens is not None else {}),
+            "up": asdict(c.up),
+            "down": asdict(c.down),
+        }
         for c in choices
     ]
 

@@ -8,15 +8,14 @@ import tempfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import tma_moe
 import torch
 import triton
+from tma_moe import launch
+from tma_moe.tuning import Choice
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-import tma_moe
-from tma_moe import launch
-from tma_moe.tuning import Choice
 
 SHORT = {
     torch.bfloat16: "bf16",
@@ -84,12 +83,14 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
 def kernels_of(choice: Choice, T: int, E: int, K: int, H: int, I: int, dtype: torch.dtype, patch) -> dict[str, tuple]:  # noqa: E741
-    """The launches of one call, by kernel name: (kernel, arguments, constants, options). `patch` is pytest's monkeypatch."""
+    """The launches of one call by kernel name: (kernel, arguments, constants, options). `patch`: a monkeypatch."""
     seen: dict[str, tuple] = {}
 
     def record(self, grid, *args):

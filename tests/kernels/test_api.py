@@ -1,0 +1,157 @@
+"""What a caller may get wrong, and what is missing: one clear line each, on any machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tma_moe
+import torch
+from tma_moe import support
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def operands(**changes):
+    given = {
+        "x_TH": torch.randn(3, 16),
+        "topk_ids_TK": torch.zeros(3, 2, dtype=torch.int32),
+        "topk_weights_TK": torch.ones(3, 2),
+        "experts": tma_moe.ExpertWeights(4, 16, 8, dtype=torch.float32),
+    }
+    return {**given, **changes}
+
+
+WRONG = [
+    ({"x_TH": torch.randn(3, 24)}, ValueError, r"x must be \[T, H\] with H = 16, got shape \(3, 24\)"),
+    ({"topk_ids_TK": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, r"must both be \[T, K\] with T = 3"),
+    ({"topk_weights_TK": torch.ones(3, 1)}, ValueError, r"got shapes \(3, 2\) and \(3, 1\)"),
+    ({"topk_ids_TK": torch.zeros(3, 2)}, TypeError, "topk_ids must be int32 or int64, got torch.float32"),
+    ({"x_TH": torch.randn(3, 16).half()}, TypeError, "must share one floating dtype, got x torch.float16"),
+    ({"topk_weights_TK": torch.ones(3, 2).half()}, TypeError, "topk_weights must be float32"),
+    ({"topk_ids_TK": torch.zeros(3, 2, dtype=torch.int32, device="meta")}, ValueError, "topk_ids on meta"),
+    ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), WRONG)
+def test_wrong_operands(changes, error, message):
+    with pytest.raises(error, match=message) as caught:
+        tma_moe.fused_moe(**operands(**{"backend": "reference", **changes}))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_do_not_belong_together():
+    given = operands()
+    given["experts"].gate_up = torch.nn.Parameter(torch.empty(4, 20, 16), requires_grad=False)
+    with pytest.raises(ValueError, match=r"gate_up \(4, 20, 16\) and experts.down \(4, 16, 8\) do not belong together"):
+        tma_moe.fused_moe(**given, backend="reference")
+
+
+@pytest.mark.parametrize(
+    ("logits", "k", "error", "message"),
+    [
+        (torch.randn(3), 1, ValueError, r"logits must be \[T, E\]"),
+        (torch.zeros(3, 4, dtype=torch.int32), 1, TypeError, "must be floating point"),
+        (torch.randn(3, 4), 5, ValueError, "k must be between 1 and the 4 experts, got 5"),
+        (torch.randn(3, 4), 0, ValueError, "got 0"),
+    ],
+)
+def test_wrong_logits(logits, k, error, message):
+    with pytest.raises(error, match=message):
+        tma_moe.route(logits, k, backend="reference")
+
+
+@pytest.mark.skipif(support.interpreting(), reason="the interpreter runs backend 'tma' on the CPU")
+def test_backend_tma_names_what_is_missing_on_a_cpu():
+    assert "Hopper GPU is needed, the device is cpu" in tma_moe.unavailable("cpu", torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r'backend "tma" cannot run here: .*cpu; use backend="reference"'):
+        tma_moe.fused_moe(**operands())
+    with pytest.raises(RuntimeError, match='route: backend "tma" cannot run here'):
+        tma_moe.route(torch.randn(3, 4), 2)
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """A CUDA GPU of some capability, as far as `unavailable` can tell."""
+
+    def pretend(capability):
+        support._cuda_problem.cache_clear()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+
+    yield pretend
+    support._cuda_problem.cache_clear()
+
+
+@pytest.mark.skipif(support.interpreting(), reason="about real GPUs")
+def test_unavailable_by_capability_and_dtype(pretend_gpu):
+    pretend_gpu((8, 0))
+    assert tma_moe.unavailable("cuda", torch.bfloat16) == (
+        "a Hopper GPU (compute capability 9.0) is needed, cuda:0 is Some GPU (8.0)"
+    )
+    pretend_gpu((9, 0))
+    assert tma_moe.unavailable("cuda", torch.bfloat16) is None
+    assert tma_moe.unavailable("cuda:0", torch.float16) is None
+    assert tma_moe.unavailable("cuda", torch.float32) == "bfloat16 or float16 is needed, not torch.float32"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: g.update(x_TH=torch.randn(16, 3).T), "needs x contiguous"),
+        (lambda g: g.update(x_TH=torch.randn(3 * 16 + 1)[1:].view(3, 16)), "needs x at a multiple of 16 bytes"),
+        (lambda g: g.update(experts=tma_moe.ExpertWeights(4, 16, 6, dtype=torch.float32)), "got H = 16, I = 6"),
+    ],
+)
+def test_layout_that_backend_tma_cannot_read(monkeypatch, change, message):
+    # The package exports a function of the same name as the module, so the module is found by its full name.
+    monkeypatch.setattr(sys.modules["tma_moe.fused_moe"], "unavailable", lambda *_: None)
+    given = operands()
+    change(given)
+    with pytest.raises(ValueError, match=message):
+        tma_moe.fused_moe(**given)
+
+
+BLOCK_TRITON = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton" or name.startswith("triton."):
+            raise ImportError("no triton here")
+sys.meta_path.insert(0, Absent())
+import torch, tma_moe
+experts = tma_moe.ExpertWeights(2, 8, 8, dtype=torch.float32)
+experts.gate_up.data.normal_(); experts.down.data.normal_()
+ids, weights = tma_moe.route(torch.randn(3, 2), 1, backend="reference")
+assert tma_moe.fused_moe(torch.randn(3, 8), ids, weights, experts, backend="reference").isfinite().all()
+print(tma_moe.unavailable("cuda", torch.bfloat16))
+"""
+
+
+def test_import_and_reference_without_triton():
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run([sys.executable, "-c", BLOCK_TRITON], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "triton >= 3.6 is needed and cannot be imported" in done.stdout
+
+
+def test_old_triton_is_named(monkeypatch):
+    triton = pytest.importorskip("triton")
+    support.triton_problem.cache_clear()
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert tma_moe.unavailable("cuda", torch.bfloat16) == "triton >= 3.6 is needed, found 3.5.1"
+    support.triton_problem.cache_clear()
+
+
+def test_transformers_imports_beside_the_source_root():
+    # `kernels` is also a distribution that transformers looks for: this folder must not pass for it.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    code = "import transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,104 @@
+"""Every kernel with every shipped choice of tiles, compiled for Hopper on a machine without a GPU.
+
+That catches what no value test sees: a product that fell back to the old tensor-core instructions, operands that pass
+through registers, spilled registers, a tile that no longer fits into shared memory, TMA that silently became ordinary
+loads. Weights are promised by TMA except in the decode kernels, tokens by TMA in `grouped_down` only.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from tma_moe import support, tuning
+
+triton = pytest.importorskip("triton")
+if support.interpreting():
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+
+from codegen import Compiled, compile_for_hopper, kernels_of  # noqa: E402
+
+SHARED_MEMORY = 232_448  # bytes a block may have on sm_90
+PRODUCTS = {
+    "swap_up": 2,  # TMA loads in one step along K
+    "swap_down": 1,
+    "grouped_up": 1,
+    "grouped_down": 2,
+}
+
+
+def shipped() -> dict[str, tuple[tuple[int, int, int, int], tuning.Choice, torch.dtype]]:
+    """All distinct choices: those in configs/ and the defaults for two shapes, one of them in fp16."""
+    found = {}
+    for path in sorted(tuning.CONFIG_DIR.glob("*.json")):
+        for shape, choices in tuning.load(path)["shapes"]:
+            for choice in choices:
+                found[f"{path.stem}-{choice.max_tokens}"] = (shape, choice, torch.bfloat16)
+    for name, shape, dtype in (
+        ("default", (128, 8, 2048, 768), torch.bfloat16),
+        ("default-mixtral", (8, 2, 4096, 14336), torch.float16),
+    ):
+        for choice in tuning.default_choices(*shape):
+            found[f"{name}-{choice.max_tokens}"] = (shape, choice, dtype)
+    return found
+
+
+SHIPPED = shipped()
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Compiled kernels by everything that they depend on: most are shared between choices."""
+    return {}
+
+
+def compile_all(name: str, patch, compiled) -> dict[str, Compiled]:
+    (E, K, H, I), choice, dtype = SHIPPED[name]  # noqa: E741
+    T = choice.max_tokens or 4 * 1024
+    made = {}
+    for kernel_name, (kernel, args, constants, options) in kernels_of(choice, T, E, K, H, I, dtype, patch).items():
+        key = (kernel_name, constants, tuple(options.items()), dtype)
+        if key not in compiled:
+            compiled[key] = compile_for_hopper(kernel, args, constants, options)
+        made[kernel_name] = compiled[key]
+    return made
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_choice(name, monkeypatch, compiled):
+    _, choice, _ = SHIPPED[name]
+    kernels = compile_all(name, monkeypatch, compiled)
+    expected = {"decode_up", "decode_down"}
+    if choice.up.kernel != "decode":
+        expected = {f"{choice.up.kernel}_up", f"{choice.down.kernel}_down", "group_by_expert", "combine"}
+    assert set(kernels) - {"count_by_expert"} == expected
+    for kernel_name, kernel in kernels.items():
+        assert kernel.spilled == 0, f"{kernel_name} spills {kernel.spilled} bytes"
+        assert kernel.shared <= SHARED_MEMORY, f"{kernel_name} needs {kernel.shared} bytes of shared memory"
+        assert kernel.scratch == 0, f"{kernel_name} asks for global scratch memory, which needs an allocator"
+        assert kernel.count("griddepcontrol.wait") == 1
+        assert kernel.count("griddepcontrol.launch_dependents") == 1
+        if kernel_name in PRODUCTS:
+            tiles = choice.up if kernel_name.endswith("_up") else choice.down
+            assert kernel.warps == tiles.warps
+            assert kernel.count("wgmma.mma_async") > 0, f"{kernel_name} has no warpgroup MMA"
+            assert kernel.count("mma.sync") == 0, f"{kernel_name} fell back to mma.sync"
+            assert kernel.count("cp.async.bulk.tensor") >= PRODUCTS[kernel_name], f"{kernel_name} lost TMA loads"
+            # Operands straight from shared memory: no operand of an MMA is loaded into registers first.
+            assert not re.search(r"warp_group_dot [^:]*: tensor<[^>]*dot_op", kernel.ttgir)
+
+
+def test_decode_loads_are_16_bytes_wide(monkeypatch, compiled):
+    for name, (_, choice, _) in SHIPPED.items():
+        if choice.up.kernel == "decode":
+            for kernel_name, kernel in compile_all(name, monkeypatch, compiled).items():
+                assert re.search(r"ld\.global\S*evict_first\S*\.v4\.b32", kernel.ptx), kernel_name
+
+
+def test_gate_and_up_meet_in_registers(monkeypatch, compiled):
+    """One MMA stream of both halves per step, and no exchange between threads before the activation."""
+    for name, (_, choice, _) in SHIPPED.items():
+        if choice.up.kernel == "grouped":
+            kernel = compile_all(name, monkeypatch, compiled)["grouped_up"]
+            assert f"m64n{2 * choice.up.cols}k16" in kernel.ptx, name

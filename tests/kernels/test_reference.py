@@ -1,0 +1,137 @@
+"""The plain-torch reference against transformers, and `ExpertWeights`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import tma_moe
+import torch
+from tma_moe.reference import fused_moe_reference
+from torch import nn
+
+
+def random_experts(E: int, H: int, I: int, dtype: torch.dtype = torch.float32) -> tma_moe.ExpertWeights:  # noqa: E741
+    experts = tma_moe.ExpertWeights(E, H, I, dtype=dtype)
+    experts.gate_up.data.normal_(std=H**-0.5)
+    experts.down.data.normal_(std=I**-0.5)
+    return experts
+
+
+def transformers_experts(experts: tma_moe.ExpertWeights, k: int) -> nn.Module:
+    from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextExperts
+
+    config = Qwen3VLMoeTextConfig(
+        num_experts=experts.num_experts,
+        hidden_size=experts.hidden_size,
+        moe_intermediate_size=experts.intermediate_size,
+        num_experts_per_tok=k,
+    )
+    config._experts_implementation = "eager"
+    module = Qwen3VLMoeTextExperts(config)
+    module.gate_up_proj = experts.gate_up
+    module.down_proj = experts.down
+    return module
+
+
+@pytest.mark.parametrize(("E", "k", "H", "I"), [(8, 2, 32, 24), (5, 5, 16, 40), (7, 1, 24, 8)])
+def test_experts_equal_transformers(E, k, H, I):  # noqa: E741
+    torch.manual_seed(0)
+    experts = random_experts(E, H, I)
+    x_TH, logits_TE = torch.randn(11, H), torch.randn(11, E)
+    ids_TK, weights_TK = tma_moe.route(logits_TE, k, backend="reference")
+    expected = transformers_experts(experts, k)(x_TH, ids_TK.long(), weights_TK)
+    y_TH = tma_moe.fused_moe(x_TH, ids_TK, weights_TK, experts, backend="reference")
+    torch.testing.assert_close(y_TH, expected, rtol=0, atol=0)
+
+
+def test_route_equals_transformers():
+    from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextTopKRouter
+
+    torch.manual_seed(0)
+    router = Qwen3VLMoeTextTopKRouter(Qwen3VLMoeTextConfig(num_experts=12, hidden_size=16, num_experts_per_tok=3))
+    nn.init.normal_(router.weight)
+    logits_TE, expected_weights, expected_ids = router(torch.randn(9, 16))
+    ids_TK, weights_TK = tma_moe.route(logits_TE, 3, backend="reference")
+    assert ids_TK.dtype == torch.int32
+    assert weights_TK.dtype == torch.float32
+    assert torch.equal(ids_TK.long(), expected_ids)
+    torch.testing.assert_close(weights_TK, expected_weights, rtol=0, atol=0)
+
+
+def test_ids_outside_the_experts_contribute_nothing():
+    torch.manual_seed(0)
+    experts = random_experts(4, 16, 8)
+    x_TH, weights = torch.randn(3, 16), torch.rand(3, 2)
+    some = tma_moe.fused_moe(x_TH, torch.tensor([[0, 4], [-1, 2], [9, 4]]), weights, experts, backend="reference")
+    weights = weights * torch.tensor([[1, 0], [0, 1], [0, 0]])
+    torch.testing.assert_close(
+        some, tma_moe.fused_moe(x_TH, torch.tensor([[0, 1], [1, 2], [0, 1]]), weights, experts, backend="reference")
+    )
+
+
+def test_both_layouts_give_the_same_experts():
+    torch.manual_seed(0)
+    gate_up, down = torch.randn(3, 20, 8), torch.randn(3, 8, 10)
+    taken = tma_moe.ExpertWeights.from_checkpoint(gate_up, down, "transformers5")
+    assert taken.gate_up.data_ptr() == gate_up.data_ptr()
+    assert taken.down.data_ptr() == down.data_ptr()
+    published = tma_moe.ExpertWeights.from_checkpoint(
+        gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous(), "published"
+    )
+    assert torch.equal(published.gate_up, gate_up)
+    assert torch.equal(published.down, down)
+    assert published.gate_up.is_contiguous()
+    assert not published.gate_up.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("gate_up", "down", "layout", "message"),
+    [
+        ((3, 8, 20), (3, 10, 8), "transformers5", "do not belong together"),
+        ((3, 20, 8), (3, 8, 10), "published", "do not belong together"),
+        ((3, 20, 8), (3, 8, 10), "guess", "unknown layout 'guess'"),
+        ((20, 8), (8, 10), "published", "3 dimensions"),
+    ],
+)
+def test_wrong_checkpoint_tensors(gate_up, down, layout, message):
+    with pytest.raises(ValueError, match=message):
+        tma_moe.ExpertWeights.from_checkpoint(torch.empty(gate_up), torch.empty(down), layout)
+
+
+def test_mixed_dtypes_are_refused():
+    with pytest.raises(ValueError, match=r"float16.*float32.*both must be the same"):
+        tma_moe.ExpertWeights.from_checkpoint(torch.empty(1, 4, 8).half(), torch.empty(1, 8, 2), "transformers5")
+
+
+def test_experts_module_is_an_ordinary_module():
+    with torch.device("meta"):
+        experts = tma_moe.ExpertWeights(4, 16, 8, dtype=torch.bfloat16)
+    assert experts.gate_up.is_meta
+    assert {name: tuple(p.shape) for name, p in experts.named_parameters()} == {
+        "gate_up": (4, 16, 16),
+        "down": (4, 16, 8),
+    }
+    assert list(experts.state_dict()) == ["gate_up", "down"]
+    made = random_experts(2, 8, 8)
+    made.descriptors["anything"] = object()
+    for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert other.descriptors == {}
+        assert torch.equal(other.down, made.down)
+    with pytest.raises(ValueError, match="hidden_size must be at least 1, got 0"):
+        tma_moe.ExpertWeights(4, 0, 8)
+
+
+def test_weighted_sum_is_taken_in_float32():
+    # 256 equal contributions of 1/256 of the output: a bf16 running sum stalls long before the last one.
+    experts = random_experts(256, 8, 8, torch.bfloat16)
+    experts.gate_up.data[:] = experts.gate_up.data[0]
+    experts.down.data[:] = experts.down.data[0]
+    x_TH = torch.randn(1, 8).bfloat16()
+    ids = torch.arange(256)[None]
+    one = fused_moe_reference(x_TH, ids[:, :1], torch.ones(1, 1), experts.gate_up, experts.down)
+    mean = fused_moe_reference(x_TH, ids, torch.full((1, 256), 1 / 256), experts.gate_up, experts.down)
+    torch.testing.assert_close(mean, one, rtol=0, atol=0)

@@ -1,0 +1,248 @@
+"""Values of the kernels, against the reference in float64.
+
+The same tests run on a Hopper GPU (bf16, fp16) and in triton's interpreter (fp16, fp32; its bf16 products are wrong).
+The interpreter must be chosen before triton is imported, so test_interpreter.py runs this file in a process of its own.
+
+A result passes if its error is at most twice the error that the reference makes in the same dtype: that is what
+rounding to the dtype costs, and nothing was tuned.
+"""
+
+from __future__ import annotations
+
+import pytest
+import tma_moe
+import torch
+from tma_moe import support
+from tma_moe.reference import fused_moe_reference
+from tma_moe.tuning import Choice, Tiles
+
+if support.interpreting():
+    DEVICE, DTYPES = "cpu", (torch.float32, torch.float16)
+else:
+    DEVICE, DTYPES = "cuda", (torch.bfloat16, torch.float16)
+MISSING = tma_moe.unavailable(DEVICE, DTYPES[0])
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"{MISSING}; test_interpreter.py runs this file on the CPU")
+
+
+def both(name: str, up: Tiles, down: Tiles) -> object:
+    return pytest.param(Choice(None, up, down), id=name)
+
+
+DECODE = Choice(None, Tiles("decode", 1, 16, 32, 4, 1), Tiles("decode", 1, 32, 16, 4, 1))
+SWAP = Choice(None, Tiles("swap", 16, 64, 32, 4, 3), Tiles("swap", 16, 64, 16, 4, 3))
+GROUPED = Choice(
+    None,
+    Tiles("grouped", 64, 32, 32, 4, 3, ctas_per_sm=1, flatten=True),
+    Tiles("grouped", 64, 64, 16, 4, 3, ctas_per_sm=1, flatten=True),
+)
+CHOICES = [
+    pytest.param(DECODE, id="decode"),
+    pytest.param(SWAP, id="swap"),
+    both(
+        "swap-persistent",
+        Tiles("swap", 32, 64, 32, 4, 3, ctas_per_sm=1, flatten=True),
+        Tiles("swap", 16, 128, 16, 4, 3, ctas_per_sm=1, flatten=True),
+    ),
+    both("swap-then-grouped", Tiles("swap", 16, 64, 16, 4, 2), Tiles("grouped", 64, 16, 32, 4, 2, ctas_per_sm=1)),
+    pytest.param(GROUPED, id="grouped"),
+]
+
+
+class Problem:
+    """Random operands on the device under test, and their results by the reference."""
+
+    def __init__(self, T, E=5, K=2, H=40, I=24, *, dtype=DTYPES[0], ids=None, scale=1.0, seed=0):  # noqa: E741
+        generator = torch.Generator().manual_seed(seed)
+        self.experts = tma_moe.ExpertWeights(E, H, I, dtype=dtype)
+        self.experts.gate_up.data.normal_(std=H**-0.5, generator=generator)
+        self.experts.down.data.normal_(std=I**-0.5, generator=generator)
+        self.x = (scale * torch.randn(T, H, generator=generator)).to(dtype)
+        probs = torch.softmax(torch.randn(T, E, generator=generator), -1)
+        self.weights, chosen = probs.topk(K, dim=-1)
+        self.ids = (chosen if ids is None else ids).int()
+        self.experts.to(DEVICE)
+        self.x, self.ids, self.weights = self.x.to(DEVICE), self.ids.to(DEVICE), self.weights.to(DEVICE)
+
+    def run(self, choice: Choice) -> torch.Tensor:
+        from tma_moe import launch
+
+        E, H, I = self.experts.down.shape  # noqa: E741
+        device = self.x.device
+        recipe = launch.Recipe(device, E, self.ids.shape[1], H, I, choice)
+        return launch.on_device(device, lambda: recipe.run(self.x, self.ids, self.weights, self.experts))
+
+    def reference(self, dtype: torch.dtype) -> torch.Tensor:
+        gate_up, down = self.experts.gate_up.to(dtype), self.experts.down.to(dtype)
+        return fused_moe_reference(self.x.to(dtype), self.ids, self.weights, gate_up, down).double()
+
+    def check(self, choice: Choice, rows=slice(None)) -> None:
+        exact = self.reference(torch.float64)[rows]
+        allowed = (self.reference(self.x.dtype)[rows] - exact).abs()
+        error = (self.run(choice).double()[rows] - exact).abs()
+        assert error.max() <= 2 * allowed.max(), f"max error {error.max():.3g}, of the dtype {allowed.max():.3g}"
+        assert error.square().mean().sqrt() <= 2 * allowed.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values(choice, dtype):
+    Problem(19, dtype=dtype).check(choice)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 64, 65])
+def test_token_counts_around_the_tile_edges(choice, T):
+    if choice is DECODE and T > 1 and DEVICE == "cpu":
+        pytest.skip("the decode kernels have no row tiles, and many programs are slow in the interpreter")
+    # One expert gets every token, so its rows are exactly T.
+    ids = torch.stack([torch.full((T,), 3), torch.arange(T) % 3], dim=1)
+    Problem(T, ids=ids).check(choice)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(
+    ("E", "K", "H", "I"),
+    [
+        pytest.param(3, 1, 16, 16, id="k=1"),
+        pytest.param(6, 6, 24, 40, id="k=E"),
+        pytest.param(11, 3, 72, 8, id="narrow-experts"),
+        pytest.param(1, 1, 8, 136, id="one-wide-expert"),
+    ],
+)
+def test_shapes(choice, E, K, H, I):  # noqa: E741
+    Problem(18, E, K, H, I).check(choice)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_all_tokens_to_one_expert_and_the_others_empty(choice):
+    Problem(18, K=1, ids=torch.full((18, 1), 4)).check(choice)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_large_inputs(choice):
+    # Gate values in the thousands: the sigmoid saturates both ways and exp overflows to infinity on one side.
+    problem = Problem(9, scale=1000.0)
+    assert problem.run(choice).isfinite().all()
+    problem.check(choice)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_nan_stays_in_its_row(choice):
+    problem = Problem(18)
+    clean = problem.run(choice)
+    problem.x[5, 3] = float("nan")
+    y = problem.run(choice)
+    assert y[5].isnan().all()
+    others = torch.arange(18, device=y.device) != 5
+    assert torch.equal(y[others], clean[others])
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_bitwise_equal_from_run_to_run_and_in_any_company(choice):
+    problem = Problem(23)
+    together = problem.run(choice)
+    assert torch.equal(problem.run(choice), together)
+    x, ids, weights = problem.x, problem.ids, problem.weights
+    for rows in (slice(7, 8), slice(3, 21)):
+        problem.x, problem.ids, problem.weights = x[rows].clone(), ids[rows].clone(), weights[rows].clone()
+        assert torch.equal(problem.run(choice), together[rows])
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_ids_outside_the_experts_are_skipped(choice):
+    problem = Problem(18)
+    problem.ids[4, 0] = 5
+    problem.ids[9, 1] = -1
+    problem.ids[11] = 1 << 20
+    problem.check(choice)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_other_dtypes_of_ids_and_weights(choice):
+    problem = Problem(7, dtype=torch.float16)
+    problem.ids, problem.weights = problem.ids.long(), problem.weights.half()
+    problem.check(choice)
+
+
+def test_public_op_uses_the_bucket_of_the_call():
+    problem = Problem(5)
+    y = tma_moe.fused_moe(problem.x, problem.ids, problem.weights, problem.experts)
+    exact = problem.reference(torch.float64)
+    allowed = (problem.reference(problem.x.dtype) - exact).abs().max()
+    assert (y.double() - exact).abs().max() <= 2 * allowed
+    empty = tma_moe.fused_moe(problem.x[:0], problem.ids[:0], problem.weights[:0], problem.experts)
+    assert empty.shape == (0, 40)
+
+
+@pytest.mark.parametrize("pairs_in_one_launch", [1024, 8], ids=["one-launch", "counted"])
+@pytest.mark.parametrize("rows", [(16, 64), (64, 16)])
+def test_plan(monkeypatch, pairs_in_one_launch, rows):
+    """The invariants of grouping: rows sorted by expert and stable, tiles that cover every row once."""
+    from tma_moe import launch, routing
+
+    monkeypatch.setattr(routing, "GROUP_BLOCK", pairs_in_one_launch)
+    monkeypatch.setattr(routing, "SPLIT_PAIRS", 40)
+    problem = Problem(61, E=6, K=3)
+    problem.ids[problem.ids == 2] = 1  # an empty expert
+    problem.ids[7, 0] = 6  # and an id that is no expert
+    up, down = (Tiles("swap", n, 64, 16, 4, 2) for n in rows)
+    recipe = launch.Recipe(problem.x.device, 6, 3, 40, 24, Choice(None, up, down))
+    pairs = problem.ids.numel()
+    bounds = [launch._tiles_bound(pairs, 6, n) for n in rows]
+    at = [routing.HEADER.value + pairs]
+    at.append(at[0] + 4 * bounds[0])
+    plan = torch.full((at[1] + 4 * bounds[1],), -7, dtype=torch.int32, device=problem.x.device)
+    recipe._group_pairs(problem.ids, plan, pairs, *at)
+    plan, ids = plan.cpu(), problem.ids.flatten().cpu()
+    valid = ids < 6
+    expected = torch.argsort(ids[valid], stable=True)
+    slots = torch.arange(pairs)[valid][expected]
+    first_row = routing.HEADER.value
+    assert torch.equal(plan[first_row : first_row + slots.numel()].long(), slots)
+    for role, height in enumerate(rows):
+        tiles = plan[at[role] : at[role] + 4 * int(plan[role])].view(-1, 4)
+        assert len(tiles) <= bounds[role]
+        covered = []
+        for expert, first, last, _ in tiles.tolist():
+            assert 0 < last - first <= height
+            assert (ids[slots[first:last]] == expert).all()
+            covered += range(first, last)
+        assert covered == list(range(slots.numel()))
+
+
+@pytest.mark.parametrize(("T", "E", "k"), [(1, 8, 2), (70, 5, 5), (9, 130, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_route(T, E, k, dtype):
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ids, weights = (t.cpu() for t in tma_moe.route(logits.to(DEVICE), k))
+    expected_ids, _ = tma_moe.route(logits, k, backend="reference")
+    exact = torch.softmax(logits.double(), -1).gather(1, ids.long())
+    exact = exact / exact.sum(-1, keepdim=True)
+    assert ids.dtype == torch.int32
+    assert weights.dtype == torch.float32
+    if dtype == torch.float32:
+        assert torch.equal(ids, expected_ids)
+    else:  # ties: torch.topk on the CPU may take other ids, of equal probability
+        chosen, expected = (logits.float().gather(1, i.long()) for i in (ids, expected_ids))
+        assert torch.equal(chosen, expected)
+    assert (weights - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps
+
+
+def test_route_ties_take_the_lowest_ids_and_nan_stays_in_its_row():
+    logits = torch.zeros(3, 6)
+    logits[1, 4] = 1.0
+    logits[2, 1] = float("nan")
+    ids, weights = (t.cpu() for t in tma_moe.route(logits.to(DEVICE), 3))
+    assert ids[:2].tolist() == [[0, 1, 2], [4, 0, 1]]
+    assert weights[0].tolist() == pytest.approx([1 / 3] * 3)
+    assert weights[2].isnan().all()
+    assert ((ids[2] >= 0) & (ids[2] < 6)).all()
+    assert weights[:2].isfinite().all()
+
+
+def test_route_of_extreme_logits():
+    logits = torch.tensor([[1e4, -1e4, 0.0, 9e3], [-1e30, -1e30, -1e30, -2e30]])
+    ids, weights = (t.cpu() for t in tma_moe.route(logits.to(DEVICE), 2))
+    # All but one probability underflow to zero in the first row: a tie, which the lowest id wins, as in torch.topk.
+    assert ids.tolist() == [[0, 1], [0, 1]]
+    assert weights.tolist() == [[1.0, 0.0], [0.5, 0.5]]
