@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 import time
-from dataclasses import dataclass
 
 from qwen3vl_moe.engine.detokenizer import TextStream, TokenBytes
-from qwen3vl_moe.engine.kv_cache import KVCache, plan_blocks, usable_model_len
+from qwen3vl_moe.engine.kv_cache import KVCache, plan_cache
 from qwen3vl_moe.engine.outputs import Logprob, RequestMetrics
-from qwen3vl_moe.engine.params import GenerationDefaults, SamplingParams
+from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.engine.runner import Runner, free_cache_bytes
 from qwen3vl_moe.engine.sampler import TokenLogprob
 from qwen3vl_moe.engine.scheduler import Scheduler
@@ -18,55 +17,6 @@ from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, PromptError
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.processor import Prompt
-
-_DEFAULT_MODEL_LEN = 32768  # the published model could do 262144, which is 24 GiB of cache for a single sequence
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """Sizes of the engine.
-
-    Attributes:
-        max_model_len: most tokens of prompt and answer; None: 32768, or fewer where the model or the cache hold fewer.
-        max_num_seqs: most sequences in a step.
-        max_prefill_tokens: most prompt tokens in a step.
-        block_size: tokens in a cache block.
-        num_blocks: cache blocks; None sizes the cache from the memory of the device.
-        gpu_memory_utilization: part of the device's memory that weights, steps and cache may take together.
-        seed: of the requests that name none.
-    """
-
-    max_model_len: int | None = None
-    max_num_seqs: int = 128
-    max_prefill_tokens: int = 8192
-    block_size: int = 16
-    num_blocks: int | None = None
-    gpu_memory_utilization: float = 0.9
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_prefill_tokens", "block_size", "num_blocks"):
-            value = getattr(self, name)
-            optional = name in ("max_model_len", "num_blocks")
-            if not (value is None and optional) and not (type(value) is int and value >= 1):
-                raise OptionError(f"{name}={value!r}: an integer of at least 1 is needed")
-        if type(self.seed) is not int:
-            raise OptionError(f"seed={self.seed!r}: an integer is needed")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise OptionError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: a number in (0, 1] is needed")
-
-    def model_len(self, max_positions: int) -> int:
-        """The length limit before the cache has its say.
-
-        Raises:
-            OptionError: longer than the model's positions.
-        """
-        if self.max_model_len is not None and self.max_model_len > max_positions:
-            raise OptionError(
-                f"max_model_len={self.max_model_len} is longer than the model's {max_positions} positions "
-                "(max_position_embeddings); lower it"
-            )
-        return self.max_model_len or min(max_positions, _DEFAULT_MODEL_LEN)
 
 
 class Engine:
@@ -81,21 +31,9 @@ class Engine:
 
     def __init__(self, model: Qwen3VLMoe, tokenizer, defaults: GenerationDefaults, options: EngineOptions):
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
-        text = model.config.text
-        model_len = options.model_len(text.max_positions)
-        num_blocks = plan_blocks(
-            text,
-            model.dtype,
-            block_size=options.block_size,
-            max_model_len=model_len,
-            max_num_seqs=options.max_num_seqs,
-            num_blocks=options.num_blocks,
-            free_bytes=free_cache_bytes(
-                model, options.max_prefill_tokens, options.max_num_seqs, options.gpu_memory_utilization
-            ),
-        )
-        self.max_model_len = usable_model_len(options.max_model_len, model_len, num_blocks, options.block_size)
-        self.cache = KVCache(text, num_blocks, options.block_size, model.dtype, model.device)
+        free_bytes = None if options.num_blocks else free_cache_bytes(model, options)
+        num_blocks, self.max_model_len = plan_cache(model.config.text, model.dtype, options, free_bytes)
+        self.cache = KVCache(model.config.text, num_blocks, options.block_size, model.dtype, model.device)
         self.scheduler = Scheduler(self.cache, options.max_num_seqs, options.max_prefill_tokens)
         self.runner = Runner(model, self.cache)
         self._token_bytes = TokenBytes(tokenizer)
@@ -113,8 +51,8 @@ class Engine:
         if outside:
             raise OptionError(f"stop_token_ids: {outside[0]} is outside of the vocabulary ({vocabulary} tokens)")
 
-    def add(self, prompt: Prompt, params: SamplingParams, arrival: float | None = None) -> Sequence:
-        """Queue a request.
+    def request(self, prompt: Prompt, params: SamplingParams, arrival: float | None = None) -> Sequence:
+        """Check a request and make its sequence, ready for :meth:`add`.
 
         Args:
             arrival: when it came (seconds since the epoch), if work on it has begun before; now if None.
@@ -148,8 +86,11 @@ class Engine:
             metrics=RequestMetrics(arrival_time=time.time() if arrival is None else arrival),
         )
         sequence.metrics.stages["preprocess"] = time.time() - sequence.metrics.arrival_time
-        self.scheduler.add(sequence)
         return sequence
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a request."""
+        self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Give a request up and free what it holds. Harmless on a finished one."""

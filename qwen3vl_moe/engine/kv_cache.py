@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_moe.config import TextConfig
+from qwen3vl_moe.engine.params import EngineOptions
 from qwen3vl_moe.errors import OptionError
 
 _CPU_BYTES = 4 << 30  # on a CPU: pages of the zeroed cache take memory only once they are written
@@ -55,50 +56,33 @@ def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> 
     return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
-def plan_blocks(
-    config: TextConfig,
-    dtype: torch.dtype,
-    *,
-    block_size: int,
-    max_model_len: int,
-    max_num_seqs: int,
-    num_blocks: int | None,
-    free_bytes: int | None,
-) -> int:
-    """How many blocks to hold: as many as ``max_num_seqs`` sequences can fill, or as fit into memory.
+def plan_cache(
+    config: TextConfig, dtype: torch.dtype, options: EngineOptions, free_bytes: int | None
+) -> tuple[int, int]:
+    """How many blocks to hold, and the longest sequence to accept: any single one of that length fits.
 
     Args:
-        num_blocks: taken as it is where given.
+        config, dtype: of the model.
+        options: ``num_blocks`` is taken as it is where given; else as many blocks as ``max_num_seqs`` sequences can
+            fill, or as fit into memory.
         free_bytes: memory for the cache; None on a CPU, where a fixed bound applies.
 
     Raises:
-        OptionError: the memory does not hold a single block.
+        OptionError: the memory does not hold a single block, or not a sequence of the length that was asked for.
     """
-    if num_blocks is not None:
-        return num_blocks
-    size = bytes_per_block(config, block_size, dtype)
-    wanted = max_num_seqs * -(-max_model_len // block_size)
-    fitting = (_CPU_BYTES if free_bytes is None else free_bytes) // size
-    if fitting < 1:
+    size, model_len, num_blocks = options.block_size, options.model_len(config.max_positions), options.num_blocks
+    if num_blocks is None:
+        block_bytes = bytes_per_block(config, size, dtype)
+        fitting = (_CPU_BYTES if free_bytes is None else free_bytes) // block_bytes
+        num_blocks = min(options.max_num_seqs * -(-model_len // size), fitting)
+    if num_blocks < 1:
         raise OptionError(
-            f"no memory is left for the KV cache ({max(free_bytes or 0, 0) / 1e9:.2f} GB, a block takes "
-            f"{size / 1e9:.3f} GB): raise gpu_memory_utilization, lower max_prefill_tokens, or free the device"
+            f"no memory is left for the KV cache (a block takes {block_bytes / 1e6:.2f} MB): raise "
+            "gpu_memory_utilization, lower max_prefill_tokens, or free the device"
         )
-    return min(wanted, fitting)
-
-
-def usable_model_len(requested: int | None, default: int, num_blocks: int, block_size: int) -> int:
-    """The longest sequence to accept: any single one of this length fits into the cache.
-
-    Raises:
-        OptionError: the cache cannot hold one sequence of the length that was asked for.
-    """
-    capacity = num_blocks * block_size
-    if requested is None:
-        return min(default, capacity)
-    if requested > capacity:
+    if options.max_model_len is not None and options.max_model_len > num_blocks * size:
         raise OptionError(
-            f"max_model_len={requested} does not fit: the KV cache holds {capacity} tokens "
-            f"({num_blocks} blocks of {block_size}); lower max_model_len or give the cache more memory"
+            f"max_model_len={options.max_model_len} does not fit: the KV cache holds {num_blocks * size} tokens "
+            f"({num_blocks} blocks of {size}); lower max_model_len or give the cache more memory"
         )
-    return requested
+    return num_blocks, min(model_len, num_blocks * size)

@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ import torch
 from qwen3vl_moe import tiny
 from qwen3vl_moe.checkpoint import resolve
 from qwen3vl_moe.config import Qwen3VLMoeConfig
-from qwen3vl_moe.engine.engine import Engine, EngineOptions
+from qwen3vl_moe.engine.engine import Engine
 from qwen3vl_moe.engine.outputs import RequestOutput
-from qwen3vl_moe.engine.params import GenerationDefaults, SamplingParams
+from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, PromptError
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.processor import Processor, Prompt
 
 Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
+Prepare = Callable[[Any], Prompt]
 _DEMO = Path(__file__).resolve().parents[1] / "demo"
 _log = logging.getLogger(__name__)
 
@@ -74,13 +75,9 @@ class LLM:
         with _checkpoint(model) as directory:
             # All that is small is read before the weights, so that a mistake in it shows at once.
             config = Qwen3VLMoeConfig.from_pretrained(directory)
-            self.processor = Processor.from_pretrained(
-                directory,
-                config,
-                min_pixels=min_pixels,
-                max_pixels=max_pixels,
-                max_model_len=options.model_len(config.text.max_positions),
-            )
+            limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+            longest = options.model_len(config.text.max_positions)
+            self.processor = Processor.from_pretrained(directory, config, **limits, max_model_len=longest)
             tokenizer = self.processor.tokenizer
             defaults = GenerationDefaults.from_pretrained(directory, tokenizer.eos_token_id)
             weights = Qwen3VLMoe.from_pretrained(
@@ -126,7 +123,7 @@ class LLM:
             conversations: messages ``{"role": "user", "content": ...}`` where content is a text or a list of
                 ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": path | URL | PIL image | bytes}``.
         """
-        many = conversations if not _is_conversation(conversations) else [conversations]
+        many = [conversations] if _is_conversation(conversations) else conversations
         return self._complete(many, self.processor.chat, "conversation", sampling_params)
 
     def generate(
@@ -163,11 +160,11 @@ class LLM:
         """
         is_chat = _is_conversation(conversation_or_prompt)
         prepare = self.processor.chat if is_chat else self.processor.prompt
-        arrival = time.time()
-        prompt = prepare(conversation_or_prompt)
-        return self._stream(self.engine.add(prompt, sampling_params or SamplingParams(), arrival))
+        return self._stream(self._request(prepare, conversation_or_prompt, sampling_params or SamplingParams()))
 
     def _stream(self, sequence: Sequence) -> Iterator[RequestOutput]:
+        # Queued at the first next(): a stream that is never begun leaves nothing behind.
+        self.engine.add(sequence)
         finished, shown = False, 0
         try:
             while not finished:
@@ -180,17 +177,11 @@ class LLM:
         finally:
             self.engine.abort(sequence)
 
-    def _complete(
-        self,
-        items: Iterable[Any],
-        prepare: Any,
-        kind: str,
-        sampling_params: SamplingParams | list[SamplingParams] | None,
-    ) -> list[RequestOutput]:
+    def _complete(self, items: Any, prepare: Prepare, kind: str, params: Any) -> list[RequestOutput]:
         if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
             raise PromptError(f"a {kind} or a list of them is needed, got {type(items).__name__}")
         items = list(items)
-        params = _params_per_item(sampling_params, len(items), kind)
+        params = _params_per_item(params, len(items), kind)
         for each in params:
             self.engine.check(each)
 
@@ -202,7 +193,11 @@ class LLM:
             while todo or going:
                 while todo and len(self.engine.scheduler.waiting) < self.options.max_num_seqs:
                     number, (item, each) = todo.popleft()
-                    going[number] = self._add(item, prepare, each, f"{kind} {number}: " if len(items) > 1 else "")
+                    try:
+                        going[number] = self._request(prepare, item, each)
+                    except PromptError as error:
+                        raise PromptError(f"{kind} {number}: {error}" if len(items) > 1 else str(error)) from None
+                    self.engine.add(going[number])
                 self.engine.step()
                 for number in [number for number, sequence in going.items() if sequence.finished]:
                     outputs[number] = going.pop(number).output()
@@ -212,13 +207,9 @@ class LLM:
                 self.engine.abort(sequence)
         return [outputs[number] for number in range(len(items))]
 
-    def _add(self, item: Any, prepare: Any, params: SamplingParams, where: str) -> Sequence:
+    def _request(self, prepare: Prepare, item: Any, params: SamplingParams) -> Sequence:
         arrival = time.time()
-        try:
-            prompt: Prompt = prepare(item)
-            return self.engine.add(prompt, params, arrival)
-        except PromptError as error:
-            raise PromptError(f"{where}{error}") from None
+        return self.engine.request(prepare(item), params, arrival)
 
 
 @contextmanager
@@ -244,9 +235,7 @@ def _engine_options(given: dict[str, Any]) -> EngineOptions:
     return EngineOptions(**given)
 
 
-def _params_per_item(
-    params: SamplingParams | list[SamplingParams] | None, count: int, kind: str
-) -> list[SamplingParams]:
+def _params_per_item(params: Any, count: int, kind: str) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     params = list(params)
@@ -256,11 +245,12 @@ def _params_per_item(
 
 
 def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple) and bool(value) and all(isinstance(m, Mapping) and "role" in m for m in value)
-    )
+    return _is_list_of(value, Mapping) and all("role" in message for message in value)
 
 
 def _is_prompt(value: Any) -> bool:
-    is_token_ids = isinstance(value, list | tuple) and bool(value) and all(isinstance(token, int) for token in value)
-    return isinstance(value, str | Mapping) or is_token_ids
+    return isinstance(value, str | Mapping) or _is_list_of(value, int)
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, kind) for item in value)

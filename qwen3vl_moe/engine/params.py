@@ -1,4 +1,4 @@
-"""How to choose tokens: what a caller may set, and what a checkpoint sets where the caller does not."""
+"""What a caller may set, for a request and for the engine, and what a checkpoint sets where the caller does not."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ from typing import Any
 from qwen3vl_moe.errors import CheckpointError, OptionError
 
 _GREEDY_BELOW = 1e-5  # dividing logits by less than this would overflow to no purpose
+_POSSIBLE = {
+    "max_tokens": (int, "an integer of at least 1", lambda n: n >= 1),
+    "top_k": (int, "0 or -1 (keep all) or an integer of at least 1", lambda n: n >= -1),
+    "seed": (int, "an integer", lambda n: True),
+    "logprobs": (int, "an integer of at least 0", lambda n: n >= 0),
+    "prompt_logprobs": (int, "an integer of at least 0", lambda n: n >= 0),
+    "temperature": (int | float, "0 (greedy) or a positive number", lambda x: x >= 0),
+    "top_p": (int | float, "a number above 0 and at most 1", lambda x: 0 < x <= 1),
+    "min_p": (int | float, "a number from 0 to 1", lambda x: 0 <= x <= 1),
+    "repetition_penalty": (int | float, "a positive number (1 is off)", lambda x: x > 0),
+    "presence_penalty": (int | float, "a number from -2 to 2 (0 is off)", lambda x: -2 <= x <= 2),
+    "frequency_penalty": (int | float, "a number from -2 to 2 (0 is off)", lambda x: -2 <= x <= 2),
+}
+_DEFAULT_MODEL_LEN = 32768  # the published model could do 262144, which is 24 GiB of cache for a single sequence
+_NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)
@@ -62,33 +77,16 @@ class SamplingParams:
         if not isinstance(stop, list | tuple) or not all(isinstance(text, str) and text for text in stop):
             raise OptionError(f"stop={self.stop!r}: a non-empty string or a list of them is needed")
         ids = self.stop_token_ids or ()
-        if not isinstance(ids, list | tuple) or not all(_is_integer(i) and i >= 0 for i in ids):
+        if not isinstance(ids, list | tuple) or not all(type(i) is int and i >= 0 for i in ids):
             raise OptionError(f"stop_token_ids={self.stop_token_ids!r}: a list of token ids is needed")
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(ids))
 
-        self._check_integer("max_tokens", "an integer of at least 1", lambda n: n >= 1)
-        self._check_integer("top_k", "0 or -1 (keep all) or an integer of at least 1", lambda n: n >= -1)
-        self._check_integer("seed", "an integer", lambda n: True)
-        self._check_integer("logprobs", "an integer of at least 0", lambda n: n >= 0)
-        self._check_integer("prompt_logprobs", "an integer of at least 0", lambda n: n >= 0)
-        self._check_number("temperature", "0 (greedy) or a positive number", lambda x: x >= 0)
-        self._check_number("top_p", "a number above 0 and at most 1", lambda x: 0 < x <= 1)
-        self._check_number("min_p", "a number from 0 to 1", lambda x: 0 <= x <= 1)
-        self._check_number("repetition_penalty", "a positive number (1 is off)", lambda x: x > 0)
-        self._check_number("presence_penalty", "a number from -2 to 2 (0 is off)", lambda x: -2 <= x <= 2)
-        self._check_number("frequency_penalty", "a number from -2 to 2 (0 is off)", lambda x: -2 <= x <= 2)
-
-    def _check_integer(self, name: str, needed: str, possible) -> None:
-        value = getattr(self, name)
-        if value is not None and not (_is_integer(value) and possible(value)):
-            raise OptionError(f"{name}={value!r}: {needed} is needed")
-
-    def _check_number(self, name: str, needed: str, possible) -> None:
-        value = getattr(self, name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if value is not None and not (is_number and possible(value)):
-            raise OptionError(f"{name}={value!r}: {needed} is needed")
+        for name, (kind, needed, possible) in _POSSIBLE.items():
+            value = getattr(self, name)
+            known = isinstance(value, kind) and not isinstance(value, bool) and abs(value) != math.inf
+            if value is not None and not (known and possible(value)):
+                raise OptionError(f"{name}={value!r}: {needed} is needed")
 
     @property
     def greedy(self) -> bool:
@@ -124,16 +122,15 @@ class GenerationDefaults:
         """
         path = Path(directory) / "generation_config.json"
         raw = _read_object(path) if path.exists() else {}
-        eos = raw.get("eos_token_id")
-        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        if not all(_is_integer(token) for token in eos):
+        eos = tokenizer_eos if raw.get("eos_token_id") is None else raw["eos_token_id"]
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(token) is int for token in eos):
             raise CheckpointError(f"{path}: eos_token_id is {raw['eos_token_id']!r}; token ids are needed")
-        if not eos and tokenizer_eos is not None:
-            eos = [tokenizer_eos]
+        sampled_at = 1.0 if raw.get("temperature") is None else raw["temperature"]
         try:
             params = SamplingParams(
                 max_tokens=raw.get("max_new_tokens"),
-                temperature=raw.get("temperature", 1.0) if raw.get("do_sample") else 0.0,
+                temperature=sampled_at if raw.get("do_sample") else 0.0,
                 top_p=raw.get("top_p"),
                 top_k=raw.get("top_k"),
                 min_p=raw.get("min_p"),
@@ -144,18 +141,60 @@ class GenerationDefaults:
         return cls(frozenset(eos), params)
 
     def complete(self, params: SamplingParams) -> SamplingParams:
-        """``params`` with every unset value filled in; only max_tokens may stay None."""
-        neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-        filled: dict[str, Any] = {}
-        for field in fields(params):
-            if getattr(params, field.name) is None:
-                default = getattr(self.params, field.name)
-                filled[field.name] = neutral.get(field.name) if default is None else default
-        return replace(params, **filled)
+        """``params`` with every unset value filled in; only max_tokens and what has no default may stay None."""
+        unset = [field.name for field in fields(params) if getattr(params, field.name) is None]
+        values = {name: getattr(self.params, name) for name in unset}
+        return replace(params, **{name: _NEUTRAL.get(name) if v is None else v for name, v in values.items()})
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of the engine.
+
+    Attributes:
+        max_model_len: most tokens of prompt and answer; None: 32768, or fewer where the model or the cache hold fewer.
+        max_num_seqs: most sequences in a step.
+        max_prefill_tokens: most prompt tokens in a step.
+        block_size: tokens in a cache block.
+        num_blocks: cache blocks; None sizes the cache from the memory of the device.
+        gpu_memory_utilization: part of the device's memory that weights, steps and cache may take together.
+        seed: of the requests that name none.
+
+    Raises:
+        OptionError: a value is outside of what is possible; the message names it.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 128
+    max_prefill_tokens: int = 8192
+    block_size: int = 16
+    num_blocks: int | None = None
+    gpu_memory_utilization: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "max_num_seqs", "max_prefill_tokens", "block_size", "num_blocks"):
+            value = getattr(self, name)
+            is_left_open = value is None and name in ("max_model_len", "num_blocks")
+            if not is_left_open and (type(value) is not int or value < 1):
+                raise OptionError(f"{name}={value!r}: an integer of at least 1 is needed")
+        if type(self.seed) is not int:
+            raise OptionError(f"seed={self.seed!r}: an integer is needed")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise OptionError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: a number in (0, 1] is needed")
+
+    def model_len(self, max_positions: int) -> int:
+        """The length limit before the cache has its say.
+
+        Raises:
+            OptionError: longer than the model's positions.
+        """
+        if self.max_model_len is not None and self.max_model_len > max_positions:
+            raise OptionError(
+                f"max_model_len={self.max_model_len} is longer than the model's {max_positions} positions "
+                "(max_position_embeddings); lower it"
+            )
+        return self.max_model_len or min(max_positions, _DEFAULT_MODEL_LEN)
 
 
 def _read_object(path: Path) -> dict[str, Any]:

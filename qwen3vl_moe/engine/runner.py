@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_moe.engine.kv_cache import KVCache
+from qwen3vl_moe.engine.params import EngineOptions
 from qwen3vl_moe.engine.sampler import TokenLogprob, sample, token_logprobs
 from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
@@ -50,8 +51,9 @@ class Runner:
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> StepResult:
         """Compute the chunks and write them into the cache."""
-        with _Stopwatch(self.model.device) as vision:
-            encoded = self._encode_images(chunks)
+        vision_start = _now(self.model.device)
+        encoded = self._encode_images(chunks)
+        vision_stop = _now(self.model.device)
         sampling = [number for number, chunk in enumerate(chunks) if chunk.samples]
         spans = [_prompt_logprob_span(chunk) for chunk in chunks]
         begins = [0, *itertools.accumulate(chunk.stop - chunk.start for chunk in chunks)]
@@ -68,7 +70,7 @@ class Runner:
         for chunk, span, result in zip(chunks, spans, results, strict=True):
             result.prompt_logprobs = self._prompt_logprobs(hidden_RH[row : row + len(span)], chunk.sequence, span)
             row += len(span)
-        return StepResult(results, encoded, vision.seconds() if encoded else 0.0)
+        return StepResult(results, encoded, _seconds(vision_start, vision_stop) if encoded else 0.0)
 
     def _encode_images(self, chunks: list[Chunk]) -> list[Sequence]:
         """Vision features of all images that the step needs and that have none yet, in one packed call."""
@@ -145,31 +147,20 @@ class Runner:
         return entries
 
 
-class _Stopwatch:
-    """Seconds of a piece of device work, measured without making the host wait for it until they are asked for."""
+def _now(device: torch.device) -> torch.cuda.Event | float:
+    """A point in the device's work, taken without making the host wait for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
 
-    def _now(self) -> torch.cuda.Event | float:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def __enter__(self) -> _Stopwatch:
-        self._start = self._now()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop = self._now()
-
-    def seconds(self) -> float:
-        if not self._on_gpu:
-            return self._stop - self._start
-        self._stop.synchronize()
-        return self._start.elapsed_time(self._stop) / 1000
+def _seconds(start: torch.cuda.Event | float, stop: torch.cuda.Event | float) -> float:
+    if isinstance(start, float):
+        return stop - start
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1000
 
 
 def _prompt_logprob_span(chunk: Chunk) -> range:
@@ -181,11 +172,11 @@ def _prompt_logprob_span(chunk: Chunk) -> range:
 
 
 @torch.inference_mode()
-def free_cache_bytes(model: Qwen3VLMoe, max_prefill_tokens: int, max_num_seqs: int, utilization: float) -> int | None:
-    """Device memory that the cache may take: what ``utilization`` of the device leaves beside the model and a step.
+def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
+    """Device memory that the cache may take: what is left of ``gpu_memory_utilization`` beside the model and a step.
 
-    The step is measured: a forward of ``max_prefill_tokens`` text tokens with ``max_num_seqs`` rows of logits. None on
-    a CPU, where the cache has a bound of its own.
+    The step is measured: a forward of ``max_prefill_tokens`` text tokens, with logits for ``max_num_seqs`` of them.
+    None on a CPU, where the cache has a bound of its own.
     """
     device = model.device
     if device.type != "cuda":
@@ -193,15 +184,11 @@ def free_cache_bytes(model: Qwen3VLMoe, max_prefill_tokens: int, max_num_seqs: i
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    places = torch.arange(max_prefill_tokens, device=device)
-    batch = Batch(
-        input_ids_T=torch.zeros_like(places),
-        positions_3T=places.expand(3, -1),
-        segments=Segments.build([max_prefill_tokens], device=device),
-        logit_rows=places[:max_num_seqs],
-    )
-    model(batch).float().softmax(-1)
+    places = torch.arange(options.max_prefill_tokens, device=device)
+    segments = Segments.build([len(places)], device=device)
+    logit_rows = places[: options.max_num_seqs]
+    model(Batch(torch.zeros_like(places), places.expand(3, -1), segments, logit_rows=logit_rows)).float().softmax(-1)
     step_bytes = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return int(free - (1 - utilization) * total - step_bytes)
+    return int(free - (1 - options.gpu_memory_utilization) * total - step_bytes)

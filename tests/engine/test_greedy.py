@@ -101,7 +101,8 @@ def test_images_of_a_step_are_encoded_once_and_together(plain, make_llm, monkeyp
 
 def run(llm, prompt, params):
     """One prepared prompt through the engine."""
-    sequence = llm.engine.add(prompt, params)
+    sequence = llm.engine.request(prompt, params)
+    llm.engine.add(sequence)
     while not sequence.finished:
         llm.engine.step()
     return sequence.output()

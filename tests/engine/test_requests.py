@@ -118,7 +118,8 @@ def test_logprobs_are_those_of_the_raw_model(plain, make_llm, case, chunk):
         temperature=1.5, top_k=40, seed=3, repetition_penalty=1.3, max_tokens=8, ignore_eos=True, logprobs=3,
         prompt_logprobs=2,
     )  # fmt: skip
-    sequence = llm.engine.add(prompt, params)
+    sequence = llm.engine.request(prompt, params)
+    llm.engine.add(sequence)
     while not sequence.finished:
         llm.engine.step()
     output = sequence.output()
@@ -205,6 +206,11 @@ def test_closing_a_stream_frees_its_blocks(llm):
     stream.close()
     check_leaks(llm)
     assert answer(llm).finish_reason == "length"
+
+
+def test_a_stream_that_is_never_begun_leaves_nothing_behind(llm):
+    llm.stream(TEXT)
+    check_leaks(llm)
 
 
 def test_a_refused_stream_raises_at_the_call(llm):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
-from qwen3vl_moe.engine.kv_cache import KVCache, bytes_per_block, plan_blocks
+from qwen3vl_moe.engine.kv_cache import KVCache, bytes_per_block, plan_cache
+from qwen3vl_moe.engine.params import EngineOptions
 from qwen3vl_moe.engine.scheduler import Scheduler
 from qwen3vl_moe.errors import OptionError
 
@@ -130,8 +131,8 @@ def test_size_of_the_published_cache():
     """96 KiB a token: 48 layers x 2 x 4 heads x 128 x 2 bytes."""
     text = Qwen3VLMoeConfig.qwen3_vl_30b_a3b().text
     assert bytes_per_block(text, 16, torch.bfloat16) == 16 * 96 * 1024
-    arguments = {"block_size": 16, "max_model_len": 32768, "max_num_seqs": 128, "num_blocks": None}
-    assert plan_blocks(text, torch.bfloat16, **arguments, free_bytes=10 * 2**30) == 10 * 2**30 // (16 * 96 * 1024)
-    assert plan_blocks(text, torch.bfloat16, **arguments, free_bytes=2**50) == 128 * 2048
+    assert plan_cache(text, torch.bfloat16, EngineOptions(), 10 * 2**30) == (10 * 2**30 // (16 * 96 * 1024), 32768)
+    assert plan_cache(text, torch.bfloat16, EngineOptions(), 2**50) == (128 * 2048, 32768)
+    assert plan_cache(text, torch.bfloat16, EngineOptions(), 2**30) == (682, 682 * 16)
     with pytest.raises(OptionError, match="no memory is left for the KV cache"):
-        plan_blocks(text, torch.bfloat16, **arguments, free_bytes=-5)
+        plan_cache(text, torch.bfloat16, EngineOptions(), -5)
