@@ -10,6 +10,7 @@ is larger, 2 for a bad option or a machine that cannot run the kernels.
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ BATCHED_LIMIT = 32  # batched_mm copies the weights of every chosen expert: 2.4 
 WIDTHS = {"hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128}
 WIDTHS |= {"num_experts_per_tok": 8, "moe_intermediate_size": 768, "vocab_size": 1024}
 ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
-console = Console()
+console = Console(width=150 if not sys.stdout.isatty() else None)  # tables whole in a log file
 
 
 def text_stack(

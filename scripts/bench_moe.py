@@ -41,7 +41,7 @@ DEFAULT_TOKENS = "1,8,32,128,450,1024,2048,4096,8192,16384"
 QUICK_TOKENS = "1,32,450,4096"
 ROTATION = 4  # weight sets that a CUDA graph cycles through: 0.3 GB touched at one token, against 50 MB of L2
 ROUTINGS = ("uniform", "zipf")
-console = Console(width=150 if not sys.stdout.isatty() else None)
+console = Console(width=150 if not sys.stdout.isatty() else None)  # tables whole in a log file
 
 
 class Layers:

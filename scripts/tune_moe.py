@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import re
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -36,7 +37,7 @@ from tma_moe.tuning import Choice, Tiles
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 ROTATION = 4  # weight sets, so that L2 never holds them
 AT_ONCE = 8  # candidates timed in turns; each holds a captured graph with its buffers
-console = Console()
+console = Console(width=150 if not sys.stdout.isatty() else None)  # tables whole in a log file
 
 
 class Op(Protocol):
@@ -258,7 +259,9 @@ def write_config(path: Path, device: str, shape: MoeShape, choices: tuple[Choice
     key |= {"hidden": shape.hidden_size, "width": shape.expert_width}
     others = [entry for entry in document["shapes"] if any(entry[name] != value for name, value in key.items())]
     document["shapes"] = [*others, {**key, "buckets": tuning.dump_buckets(choices)}]
-    replace_file(path, json.dumps(document, indent=1) + "\n")
+    text = json.dumps(document, indent=1)
+    tiles_in_one_line = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text)
+    replace_file(path, tiles_in_one_line + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:
