@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from qwen3vl_moe.tiny import write_processor_dir
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the shapes are tiny: a second thread costs more than it computes
 
 # Sizes that differ from each other wherever a mistake could hide: non-square experts (2I != H, I != H), head counts,
 # expert counts that are no power of two, DeepStack blocks in and out of order or absent, merge sizes.
