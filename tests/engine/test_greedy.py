@@ -53,7 +53,7 @@ def test_batch_of_mixed_prompts_equals_transformers(llm, expected):
     check_leaks(llm)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 7, 11, 16, 33])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 16])
 def test_chunked_prefill_equals_whole(plain, make_llm, expected, chunk):
     """Prompts have images of several tokens, so small chunks begin and end inside them."""
     llm = make_llm(plain, max_prefill_tokens=chunk)
@@ -61,7 +61,7 @@ def test_chunked_prefill_equals_whole(plain, make_llm, expected, chunk):
     check_leaks(llm)
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 16, 64])
+@pytest.mark.parametrize("block_size", [1, 3, 64])
 def test_block_size_does_not_matter(plain, make_llm, expected, block_size):
     llm = make_llm(plain, block_size=block_size, num_blocks=1024 // block_size)
     assert tokens(llm.generate(list(PROMPTS.values()), GREEDY)) == list(expected.values())
