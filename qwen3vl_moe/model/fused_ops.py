@@ -1,8 +1,8 @@
 """Small Triton kernels around the big products: what torch would do in many launches, in one.
 
-Residual add + RMSNorm, and QK-norm + rotation + cache write. Each has its plain torch form beside its caller (text.py);
-these run on CUDA devices, and in Triton's interpreter for tests. Nothing here depends on the host knowing a length, so
-all of it can be captured in a CUDA graph.
+Residual add + RMSNorm, and QK-norm + rotation + cache write (the vision tower: the rotation alone). Each has its plain
+torch form beside its caller (text.py, vision.py); these run on CUDA devices, and in Triton's interpreter for tests.
+Nothing here depends on the host knowing a length, so all of it can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def _norm_rotate_store(
     D: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     HAS_CACHE: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
@@ -72,12 +73,14 @@ def _norm_rotate_store(
     second = tl.load(source + D // 2, mask=inside, other=0.0).to(tl.float32)
 
     is_q, is_v = head < N, head >= N + G
-    scale = tl.rsqrt(tl.sum(first * first + second * second, axis=1)[:, None] / D + eps)
     half = i < D // 2
-    q_w1, q_w2 = tl.load(q_weight_ptr + i, mask=half), tl.load(q_weight_ptr + D // 2 + i, mask=half)
-    k_w1, k_w2 = tl.load(k_weight_ptr + i, mask=half), tl.load(k_weight_ptr + D // 2 + i, mask=half)
-    n1 = first * scale * tl.where(is_q, q_w1, k_w1).to(tl.float32)
-    n2 = second * scale * tl.where(is_q, q_w2, k_w2).to(tl.float32)
+    n1, n2 = first, second
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(first * first + second * second, axis=1)[:, None] / D + eps)
+        q_w1, q_w2 = tl.load(q_weight_ptr + i, mask=half), tl.load(q_weight_ptr + D // 2 + i, mask=half)
+        k_w1, k_w2 = tl.load(k_weight_ptr + i, mask=half), tl.load(k_weight_ptr + D // 2 + i, mask=half)
+        n1 = first * scale * tl.where(is_q, q_w1, k_w1).to(tl.float32)
+        n2 = second * scale * tl.where(is_q, q_w2, k_w2).to(tl.float32)
     cos = tl.load(cos_ptr + t * (D // 2) + i, mask=half)
     sin = tl.load(sin_ptr + t * (D // 2) + i, mask=half)
     first = tl.where(is_v, first, n1 * cos - n2 * sin).to(q_ptr.dtype.element_ty)
@@ -103,41 +106,40 @@ def _norm_rotate_store(
 def norm_rotate_store(
     qkv_TA: Tensor,
     heads: tuple[int, int],
-    q_weight_D: Tensor,
-    k_weight_D: Tensor,
-    eps: float,
     cos_TF: Tensor,
     sin_TF: Tensor,
-    slots_T: Tensor | None,
-    layer_cache: Tensor | None,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+    slots_T: Tensor | None = None,
+    layer_cache: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMS-norm and rotate queries and keys, and write keys and values into the cache, in one launch.
 
     Args:
         qkv_TA: [T, (N + 2G) * D], contiguous.
         heads: (N, G).
-        q_weight_D, k_weight_D, eps: of the two norms.
         cos_TF, sin_TF: fp32 [T, D / 2].
+        norms: weights [D] of the queries' and the keys' norm, and their epsilon; None does not norm.
         slots_T: int64 cache rows; a negative row is not written.
         layer_cache: [2, blocks, block_size, G, D], contiguous, or None.
 
     Returns:
         q_TND, k_TGD (new memory) and v_TGD (a view of qkv).
     """
-    (N, G), D = heads, len(q_weight_D)
-    T = len(qkv_TA)
+    N, G = heads
+    T, D = len(qkv_TA), qkv_TA.shape[1] // (N + 2 * G)
     q_TND, k_TGD = qkv_TA.new_empty(T, N, D), qkv_TA.new_empty(T, G, D)
     v_TGD = qkv_TA.view(T, N + 2 * G, D)[:, N + G :]
     if T:
         has_cache = layer_cache is not None
+        q_weight, k_weight, eps = norms or (cos_TF, cos_TF, 0.0)
         k_rows, v_rows = layer_cache.unbind(0) if has_cache else (k_TGD, k_TGD)
         block = 8
         _norm_rotate_store[(T, triton.cdiv(N + 2 * G, block))](
             qkv_TA,
             cos_TF,
             sin_TF,
-            q_weight_D,
-            k_weight_D,
+            q_weight,
+            k_weight,
             slots_T if has_cache else cos_TF,
             q_TND,
             k_TGD,
@@ -149,6 +151,7 @@ def norm_rotate_store(
             D,
             block,
             triton.next_power_of_2(D // 2),
+            norms is not None,
             has_cache,
             num_warps=4,
         )

@@ -65,10 +65,8 @@ class Attention(nn.Module):
         """The same in one launch."""
         from qwen3vl_moe.model.fused_ops import norm_rotate_store
 
-        weights = self.q_norm.weight, self.k_norm.weight
-        return norm_rotate_store(
-            qkv_TA, self.heads[:2], *weights, self.q_norm.eps, cos, sin, batch.slots_T, layer_cache
-        )
+        norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        return norm_rotate_store(qkv_TA, self.heads[:2], cos, sin, norms, batch.slots_T, layer_cache)
 
 
 class MoE(nn.Module):

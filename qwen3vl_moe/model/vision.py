@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen3vl_moe.config import VisionConfig
-from qwen3vl_moe.model.attention import attention
+from qwen3vl_moe.model.attention import attention, runs_kernels
 from qwen3vl_moe.model.batch import Segments, VisionFeatures
 from qwen3vl_moe.model.rope import Grid, inverse_frequencies, rotate, vision_angles, vision_positions
 
@@ -53,9 +53,15 @@ class VisionAttention(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x_PC: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        q, k, v = self.qkv(x_PC).view(len(x_PC), 3, self.num_heads, -1).unbind(1)
-        # The rotation is done in fp32: its angles are large and bf16 would round them away.
-        q, k = (rotate(x.float(), cos, sin).to(x_PC.dtype) for x in (q, k))
+        qkv = self.qkv(x_PC)
+        if runs_kernels(x_PC):
+            from qwen3vl_moe.model.fused_ops import norm_rotate_store  # needs triton, which a CPU may lack
+
+            q, k, v = norm_rotate_store(qkv, (self.num_heads, self.num_heads), cos, sin)
+        else:
+            q, k, v = qkv.view(len(x_PC), 3, self.num_heads, -1).unbind(1)
+            # The rotation is done in fp32: its angles are large and bf16 would round them away.
+            q, k = (rotate(x.float(), cos, sin).to(x_PC.dtype) for x in (q, k))
         return self.out(attention(q, k, v, segments, causal=False).flatten(1))
 
 

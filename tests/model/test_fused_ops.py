@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qwen3vl_moe.model.attention import _per_segment as attention_per_segment
 from qwen3vl_moe.model.attention import attention
 from qwen3vl_moe.model.batch import Batch, Segments
 from qwen3vl_moe.model.fused_ops import add_rms_norm, norm_rotate_store
+from qwen3vl_moe.model.packed_attention import packed_attention
 from qwen3vl_moe.model.paged_decode import paged_decode
 from qwen3vl_moe.model.rope import rotate
 
@@ -65,8 +67,8 @@ def test_add_and_norm(dtype, shape, with_y):
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "width"), [((4, 2), 16), ((6, 1), 12), *([((32, 4), 128)] if ON_GPU else [])])
-@pytest.mark.parametrize("with_cache", [True, False])
-def test_norm_rotate_and_store(dtype, heads, width, with_cache):
+@pytest.mark.parametrize(("with_norm", "with_cache"), [(True, True), (True, False), (False, False)])
+def test_norm_rotate_and_store(dtype, heads, width, with_norm, with_cache):
     N, G = heads
     T = 5
     qkv = torch.randn(T, (N + 2 * G) * width, device=DEVICE, dtype=dtype)
@@ -75,12 +77,13 @@ def test_norm_rotate_and_store(dtype, heads, width, with_cache):
     cos, sin = angle.cos(), angle.sin()
     cache = torch.full((2, 3, 4, G, width), torch.nan, device=DEVICE, dtype=dtype)
     slots = torch.tensor([7, 2, -1, 11, 0], device=DEVICE)
+    norms = (q_weight, k_weight, 1e-6) if with_norm else None
     q, k, v = norm_rotate_store(
-        qkv, heads, q_weight, k_weight, 1e-6, cos, sin, slots if with_cache else None, cache if with_cache else None
+        qkv, heads, cos, sin, norms, slots if with_cache else None, cache if with_cache else None
     )
 
     def expected(part, weight, kind):
-        normed = F.rms_norm(part.to(kind), (width,), weight.to(kind), 1e-6)
+        normed = F.rms_norm(part.to(kind), (width,), weight.to(kind), 1e-6) if with_norm else part.to(kind)
         return (
             rotate(normed, cos.to(kind), sin.to(kind))
             if kind == torch.float64
@@ -127,6 +130,38 @@ def test_paged_decode(dtype, heads, width, lens):
     )
     within_rounding(ours[full], exact, plain)
     assert all((ours[number] == 0).all() for number in range(S) if number not in full)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "width"), [((4, 2), 16), ((2, 2), 24), *([((32, 4), 128), ((16, 16), 72)] if ON_GPU else [])]
+)
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens"),
+    [
+        ([5], [5]),
+        ([40, 0, 17], [40, 0, 17]),
+        ([3, 1, 33], [60, 1, 90]),
+        *([([1000, 127, 129], [1000, 640, 129])] if ON_GPU else []),
+    ],
+)
+def test_packed_attention(dtype, causal, heads, width, q_lens, kv_lens):
+    N, G = heads
+    tile = None if ON_GPU else (16, 32, 4, 1)
+    segments = Segments.build(q_lens, kv_lens, DEVICE)
+    # Rows of a fused projection, so that their stride is not that of a tensor of their own.
+    qkv = torch.randn(max(sum(q_lens), sum(kv_lens)), N + 2 * G, width, device=DEVICE, dtype=dtype)
+    q, k, v = qkv.split((N, G, G), dim=1)
+    q, k, v = q[: sum(q_lens)], k[: sum(kv_lens)], v[: sum(kv_lens)]
+    bound = max(q_lens) + 20
+    ours = packed_attention(q, k, v, segments.q_starts, segments.kv_starts, bound, causal=causal, tile=tile)
+    full = Segments.build([n for n in q_lens if n], [n for n in kv_lens if n], DEVICE)
+    exact, plain = (
+        attention_per_segment(q.to(kind), k.to(kind), v.to(kind), full, causal) for kind in (torch.float64, dtype)
+    )
+    within_rounding(ours, exact, plain)
 
 
 @runs_kernels

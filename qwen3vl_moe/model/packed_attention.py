@@ -1,0 +1,179 @@
+"""Attention of packed sequences to packed keys (flash attention, arXiv 2307.08691), for prefill and the vision tower.
+
+One program takes a tile of queries of one sequence and head, and walks over that sequence's keys with a running
+softmax. Boundaries are read on the device and the grid depends on the number of sequences and a bound on their length
+only, so a launch can be captured in a CUDA graph for a bucket of shapes.
+
+A head is cut into two parts whose widths are powers of two: 128 = 128, and the vision tower's 72 = 64 + 8, so that its
+products are not padded to 128.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _visit(
+    q1, q2, k_at, v_at, token, best, total, acc1, acc2, limit, kv_len, scale,
+    stride_k, stride_v, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Fold one block of keys into the running softmax of a tile of queries."""
+    d1 = tl.arange(0, WIDTH1)
+    rows_k, rows_v = k_at + token[:, None] * stride_k, v_at + token[:, None] * stride_v
+    inside = (token < kv_len)[:, None]
+    k1 = tl.load(rows_k + d1[None, :], mask=inside, other=0.0) if MASKED else tl.load(rows_k + d1[None, :])
+    scores = tl.dot(q1, k1.T)
+    if WIDTH2 > 0:
+        d2 = WIDTH1 + tl.arange(0, WIDTH2)
+        part = (d2 < D)[None, :] & inside if MASKED else (d2 < D)[None, :]
+        k2 = tl.load(rows_k + d2[None, :], mask=part, other=0.0)
+        scores = tl.dot(q2, k2.T, scores)
+    if MASKED:
+        scores = tl.where(token[None, :] < limit[:, None], scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - new_best[:, None])
+    fade = tl.exp2(best - new_best)
+    total = total * fade + tl.sum(weights, axis=1)
+    v1 = tl.load(rows_v + d1[None, :], mask=inside, other=0.0) if MASKED else tl.load(rows_v + d1[None, :])
+    weights = weights.to(v1.dtype)
+    acc1 = tl.dot(weights, v1, acc1 * fade[:, None])
+    if WIDTH2 > 0:
+        v2 = tl.load(rows_v + d2[None, :], mask=part, other=0.0)
+        acc2 = tl.dot(weights, v2, acc2 * fade[:, None])
+    return new_best, total, acc1, acc2
+
+
+@triton.jit
+def _attend_packed(
+    q_ptr,  # [T, N, D], rows stride_q apart
+    k_ptr,  # [U, G, D], rows stride_k apart
+    v_ptr,
+    out_ptr,  # [T, N, D], contiguous
+    q_starts_ptr,  # [S + 1]
+    kv_starts_ptr,
+    stride_q,
+    stride_k,
+    stride_v,
+    scale,  # 1 / sqrt(D) * log2(e)
+    N: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH1: tl.constexpr,
+    WIDTH2: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    # The last tile of a causal sequence has the most keys: it starts first.
+    tile = tl.num_programs(2) - 1 - tl.program_id(2)
+    n, s = tl.program_id(0), tl.program_id(1)
+    q_start, kv_start = tl.load(q_starts_ptr + s).to(tl.int64), tl.load(kv_starts_ptr + s).to(tl.int64)
+    q_len = (tl.load(q_starts_ptr + s + 1) - q_start).to(tl.int32)
+    kv_len = (tl.load(kv_starts_ptr + s + 1) - kv_start).to(tl.int32)
+    first = tile * QUERIES
+    if first < q_len:
+        past = kv_len - q_len
+        query = first + tl.arange(0, QUERIES)
+        inside = (query < q_len)[:, None]
+        d1 = tl.arange(0, WIDTH1)
+        q_at = q_ptr + (q_start + query)[:, None] * stride_q + n * D
+        q1 = tl.load(q_at + d1[None, :], mask=inside, other=0.0)
+        q2, acc2 = q1, tl.zeros([QUERIES, 16], tl.float32)
+        if WIDTH2 > 0:
+            d2 = WIDTH1 + tl.arange(0, WIDTH2)
+            q2 = tl.load(q_at + d2[None, :], mask=inside & (d2 < D)[None, :], other=0.0)
+            acc2 = tl.zeros([QUERIES, WIDTH2], tl.float32)
+        g = n // (N // G)
+        k_at, v_at = k_ptr + kv_start * stride_k + g * D, v_ptr + kv_start * stride_v + g * D
+
+        best = tl.full([QUERIES], float("-inf"), tl.float32)
+        total = tl.zeros([QUERIES], tl.float32)
+        acc1 = tl.zeros([QUERIES, WIDTH1], tl.float32)
+        # Keys that every query of the tile sees need no mask; those at the diagonal or the end do.
+        limit = past + query + 1 if CAUSAL else tl.zeros_like(query) + kv_len
+        stop = tl.minimum(kv_len, past + first + QUERIES) if CAUSAL else kv_len
+        whole = (past + first + 1 if CAUSAL else kv_len) // KEYS * KEYS
+        for at in range(0, whole, KEYS):
+            best, total, acc1, acc2 = _visit(
+                q1, q2, k_at, v_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
+                stride_k, stride_v, WIDTH1, WIDTH2, D, False,
+            )  # fmt: skip
+        for at in range(whole, stop, KEYS):
+            best, total, acc1, acc2 = _visit(
+                q1, q2, k_at, v_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
+                stride_k, stride_v, WIDTH1, WIDTH2, D, True,
+            )  # fmt: skip
+        out_at = out_ptr + ((q_start + query) * N + n)[:, None] * D
+        tl.store(out_at + d1[None, :], (acc1 / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+        if WIDTH2 > 0:
+            tl.store(
+                out_at + d2[None, :],
+                (acc2 / total[:, None]).to(out_ptr.dtype.element_ty),
+                mask=inside & (d2 < D)[None, :],
+            )
+
+
+def head_parts(D: int) -> tuple[int, int]:
+    """Two powers of two that cover a head: 128 -> (128, 0), 72 -> (64, 16), 12 -> (16, 0).
+
+    The first is whole, so that its loads need no mask; a matrix product takes at least 16 channels.
+    """
+    if D < 16:
+        raise ValueError(f"packed attention needs heads of at least 16 channels, got {D}")
+    first = 1 << (D.bit_length() - 1)
+    return first, 0 if first == D else max(16, triton.next_power_of_2(D - first))
+
+
+def packed_attention(
+    q_TND: Tensor,
+    k_UGD: Tensor,
+    v_UGD: Tensor,
+    q_starts: Tensor,
+    kv_starts: Tensor,
+    max_q: int,
+    *,
+    causal: bool,
+    tile: tuple[int, int, int, int] | None = None,
+) -> Tensor:
+    """Softmax attention within each sequence, scaled by 1/sqrt(D).
+
+    Args:
+        q_TND, k_UGD, v_UGD: bf16 or fp16 (fp32 in the interpreter); heads contiguous, rows at any stride.
+        q_starts, kv_starts: int32 [S + 1] cumulative lengths; the last query of a sequence sees all of its keys.
+        max_q: at least the most queries of a sequence.
+        tile: (queries, keys, warps, stages) of a program; None takes what measured best.
+
+    Returns:
+        [T, N, D], contiguous. A sequence may be empty; one with queries has at least as many keys if causal.
+    """
+    (_, N, D), G = q_TND.shape, k_UGD.shape[1]
+    queries, keys, warps, stages = tile or (128, 128 if D > 64 else 64, 8, 2)
+    width1, width2 = head_parts(D)
+    out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
+    _attend_packed[(N, len(q_starts) - 1, triton.cdiv(max_q, queries))](
+        q_TND,
+        k_UGD,
+        v_UGD,
+        out_TND,
+        q_starts,
+        kv_starts,
+        q_TND.stride(0),
+        k_UGD.stride(0),
+        v_UGD.stride(0),
+        D**-0.5 * 1.4426950408889634,
+        N,
+        G,
+        D,
+        width1,
+        width2,
+        causal,
+        queries,
+        keys,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return out_TND
