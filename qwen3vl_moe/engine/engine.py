@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import random
 import time
+
+import torch
 
 from qwen3vl_moe.engine.detokenizer import TextStream, TokenBytes
 from qwen3vl_moe.engine.kv_cache import KVCache, plan_cache
@@ -35,11 +36,10 @@ class Engine:
         num_blocks, self.max_model_len = plan_cache(model.config.text, model.dtype, options, free_bytes)
         self.cache = KVCache(model.config.text, num_blocks, options.block_size, model.dtype, model.device)
         self.scheduler = Scheduler(self.cache, options.max_num_seqs, options.max_prefill_tokens)
-        self.runner = Runner(model, self.cache)
+        self.runner = Runner(model, self.cache, options.seed)
         self._token_bytes = TokenBytes(tokenizer)
         self._decoded: dict[int, str] = {}
         self._ids = itertools.count()
-        self._seeds = random.Random(options.seed)
 
     def check(self, params: SamplingParams) -> None:
         """Raises OptionError for parameters that this model cannot serve."""
@@ -73,8 +73,7 @@ class Engine:
                 + " or raise max_model_len"
             )
         params = self.defaults.complete(params)
-        # Drawn for every request, so that one that brings its own seed does not shift those after it.
-        seed = self._seeds.getrandbits(63)
+        generator = None if params.seed is None else torch.Generator(self.model.device).manual_seed(params.seed)
         sequence = Sequence(
             request_id=str(next(self._ids)),
             prompt=prompt,
@@ -82,7 +81,7 @@ class Engine:
             max_len=self.max_model_len,
             eos_token_ids=frozenset() if params.ignore_eos else self.defaults.eos_token_ids,
             text=TextStream(self._token_bytes, params.stop),
-            seed=seed if params.seed is None else params.seed,
+            generator=generator,
             metrics=RequestMetrics(arrival_time=time.time() if arrival is None else arrival),
         )
         sequence.metrics.stages["preprocess"] = time.time() - sequence.metrics.arrival_time

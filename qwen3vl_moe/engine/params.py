@@ -15,7 +15,7 @@ _GREEDY_BELOW = 1e-5  # dividing logits by less than this would overflow to no p
 _POSSIBLE = {
     "max_tokens": (int, "an integer of at least 1", lambda n: n >= 1),
     "top_k": (int, "0 or -1 (keep all) or an integer of at least 1", lambda n: n >= -1),
-    "seed": (int, "an integer", lambda n: True),
+    "seed": (int, "an integer from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63),
     "logprobs": (int, "an integer of at least 0", lambda n: n >= 0),
     "prompt_logprobs": (int, "an integer of at least 0", lambda n: n >= 0),
     "temperature": (int | float, "0 (greedy) or a positive number", lambda x: x >= 0),
@@ -158,7 +158,7 @@ class EngineOptions:
         block_size: tokens in a cache block.
         num_blocks: cache blocks; None sizes the cache from the memory of the device.
         gpu_memory_utilization: part of the device's memory that weights, steps and cache may take together.
-        seed: of the requests that name none.
+        seed: of the tokens of requests that bring none: the same calls in the same order give the same tokens.
 
     Raises:
         OptionError: a value is outside of what is possible; the message names it.
@@ -178,8 +178,8 @@ class EngineOptions:
             is_left_open = value is None and name in ("max_model_len", "num_blocks")
             if not is_left_open and (type(value) is not int or value < 1):
                 raise OptionError(f"{name}={value!r}: an integer of at least 1 is needed")
-        if type(self.seed) is not int:
-            raise OptionError(f"seed={self.seed!r}: an integer is needed")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise OptionError(f"seed={self.seed!r}: an integer from 0 to 2**63 - 1 is needed")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise OptionError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: a number in (0, 1] is needed")
 

@@ -43,10 +43,12 @@ class Runner:
     Args:
         model: any device and dtype.
         cache: the cache whose blocks the sequences' block tables name.
+        seed: of the tokens of requests that bring none.
     """
 
-    def __init__(self, model: Qwen3VLMoe, cache: KVCache):
+    def __init__(self, model: Qwen3VLMoe, cache: KVCache, seed: int = 0):
         self.model, self.cache = model, cache
+        self._generator = torch.Generator(model.device).manual_seed(seed)
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> StepResult:
@@ -126,7 +128,7 @@ class Runner:
 
     def _sample(self, hidden_RH: Tensor, sequences: list[Sequence], results: list[ChunkResult]) -> None:
         logits_RV = self.model.lm_head(hidden_RH)
-        tokens_R = sample(logits_RV, sequences)
+        tokens_R = sample(logits_RV, sequences, self._generator)
         for result, token_id in zip(results, tokens_R.tolist(), strict=True):
             result.token_id = token_id
         asked = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]

@@ -1,8 +1,9 @@
 """Logits to tokens: penalties, temperature, truncation, one draw per sequence; and log-probabilities.
 
-A row's token depends on its own logits, parameters and random number only, never on its neighbours: a token is drawn
-by walking the probabilities in vocabulary order until they exceed one uniform number of the request, and the sums are
-of integers, which add up exactly in any order and on any device.
+A row's token depends on its own logits and parameters only, and on the generator of its request where that has a seed.
+Tokens are drawn by an exponential race: each token's arrival time is exponential with its probability as rate, and the
+first one wins. So a rounding difference in the logits changes the draw only where two tokens arrive at about the same
+time, and nothing has to be sorted or summed.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ from torch import Tensor
 
 from qwen3vl_moe.engine.sequence import Sequence
 
-_PROBABILITY_BITS = 40  # a token less likely than 2^-40 is never drawn
-
 TokenLogprob = tuple[int, float, int]  # token id, natural log-probability, rank
 
 
-def sample(logits_RV: Tensor, sequences: list[Sequence]) -> Tensor:
+def sample(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Generator) -> Tensor:
     """The next token of each sequence, int64 [R], on the device of the logits.
 
     Args:
         logits_RV: of each sequence's last token, any floating dtype.
-        sequences: R of them, in row order; one that is not greedy draws one number from its generator.
+        sequences: R of them, in row order.
+        generator: random numbers, on the same device, for sequences without a generator of their own.
     """
     logits_RV = logits_RV.float()
     penalised = [row for row, sequence in enumerate(sequences) if sequence.params.penalised]
@@ -34,7 +34,7 @@ def sample(logits_RV: Tensor, sequences: list[Sequence]) -> Tensor:
     drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
     if drawn:
         rows = torch.tensor(drawn, device=logits_RV.device)
-        tokens_R[rows] = _draw(logits_RV[rows], [sequences[row] for row in drawn])
+        tokens_R[rows] = _draw(logits_RV[rows], [sequences[row] for row in drawn], generator)
     return tokens_R
 
 
@@ -51,21 +51,22 @@ def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
         logits_V[used] -= params.frequency_penalty * counts + params.presence_penalty
 
 
-def _draw(logits_RV: Tensor, sequences: list[Sequence]) -> Tensor:
+def _draw(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Generator) -> Tensor:
     """One random token per row, int64 [R]."""
-    columns = [(s.params.temperature, s.params.top_p, s.params.min_p, s.rng.random()) for s in sequences]
-    settings = torch.tensor(columns, dtype=torch.float64, device=logits_RV.device)
-    logits_RV = logits_RV / settings[:, :1].float()
+    columns = [(s.params.temperature, s.params.top_p, s.params.min_p) for s in sequences]
+    temperature_R, top_p_R, min_p_R = torch.tensor(columns, device=logits_RV.device).unbind(1)
+    logits_RV = logits_RV / temperature_R[:, None]
     truncated = [row for row, sequence in enumerate(sequences) if sequence.params.truncated]
     if truncated:
         rows = torch.tensor(truncated, device=logits_RV.device)
         top_k = [sequences[row].params.top_k for row in truncated]
-        lowest_R1 = _truncation(logits_RV[rows], top_k, settings[rows, 1], settings[rows, 2])
+        lowest_R1 = _truncation(logits_RV[rows], top_k, top_p_R[rows], min_p_R[rows])
         logits_RV[rows] = logits_RV[rows].where(logits_RV[rows] >= lowest_R1, -torch.inf)
-    weights_RV = (logits_RV.softmax(-1).double() * 2.0**_PROBABILITY_BITS).long()
-    sums_RV = weights_RV.cumsum(-1)
-    target_R = (settings[:, 3] * sums_RV[:, -1]).long()
-    return torch.searchsorted(sums_RV, target_R[:, None], right=True)[:, 0]
+    times_RV = torch.empty_like(logits_RV).exponential_(generator=generator)
+    for row, sequence in enumerate(sequences):
+        if sequence.generator is not None:
+            times_RV[row].exponential_(generator=sequence.generator)
+    return (logits_RV.softmax(-1) / times_RV).argmax(-1)
 
 
 def _truncation(logits_RV: Tensor, top_k: list[int], top_p_R: Tensor, min_p_R: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import dataclass, field
 
@@ -31,7 +30,7 @@ class Sequence:
         max_len: most tokens of prompt and answer together.
         eos_token_ids: tokens that end the answer (empty with ignore_eos).
         text: the answer's text so far.
-        seed: of this request's own random numbers.
+        generator: random numbers of a request with a seed, else None.
         token_ids: prompt, then answer.
         num_computed: how many of them are in the cache.
         block_table: cache blocks in order.
@@ -44,7 +43,7 @@ class Sequence:
     max_len: int
     eos_token_ids: frozenset[int]
     text: TextStream
-    seed: int
+    generator: torch.Generator | None
     metrics: RequestMetrics
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -54,7 +53,6 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt.token_ids)
         self.features: list[VisionFeatures | None] = [None] * len(self.prompt.images)
-        self.rng = random.Random(self.seed)
         self.logprobs: list[dict[int, Logprob]] = []
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
         self._shown = 0

@@ -20,7 +20,7 @@ from qwen3vl_moe.errors import CheckpointError, OptionError
         ("repetition_penalty", [0, -1, float("inf")]),
         ("presence_penalty", [2.1, -2.1]),
         ("frequency_penalty", [2.1, -2.1]),
-        ("seed", [1.5, "x"]),
+        ("seed", [1.5, "x", -1, 2**63]),
         ("logprobs", [-1, 1.5]),
         ("prompt_logprobs", [-1, "all"]),
         ("stop", ["", [""], [1], 5, ["fine", None]]),

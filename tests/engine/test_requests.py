@@ -271,6 +271,7 @@ def test_nothing_to_do(llm):
         ({"max_prefill_tokens": 2.5}, "max_prefill_tokens=2.5"),
         ({"block_size": None}, "block_size=None"),
         ({"seed": "x"}, "seed='x'"),
+        ({"seed": -1}, "seed=-1"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
         ({"max_modell_len": 5}, "unknown option 'max_modell_len'; the engine has .*max_model_len"),
         ({"max_model_len": 4097}, "max_model_len=4097 is longer than the model's 4096"),
