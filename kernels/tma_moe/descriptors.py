@@ -110,11 +110,22 @@ def _view(weight: Tensor, rank: int) -> tuple[list[int], list[int]]:
     return [E, 2, N // 2, K], [N * K, N // 2 * K, K, 1]
 
 
-def _build(weight: Tensor, block: tuple[int, ...]):
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def _describe(tensor: Tensor, shape: list[int], strides: list[int], block: tuple[int, ...], gluon: bool):
+    if not gluon:
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
+        return TensorDescriptor(tensor, shape, strides, list(block))
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # A Gluon kernel states the layout in shared memory itself: rows of 128 bytes, swizzled.
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * tensor.element_size(), rank=len(block))
+    return TensorDescriptor(tensor, shape, strides, list(block), layout)
+
+
+def _build(weight: Tensor, block: tuple[int, ...], gluon: bool):
     _stats.built += 1
-    return TensorDescriptor(weight, *_view(weight, len(block)), list(block))
+    return _describe(weight, *_view(weight, len(block)), block, gluon)
 
 
 def _set_allocator() -> None:
@@ -124,12 +135,12 @@ def _set_allocator() -> None:
     triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
 
 
-def _from_lru(weight: Tensor, block: tuple[int, ...]):
+def _from_lru(weight: Tensor, block: tuple[int, ...], gluon: bool):
     if not getattr(_allocator_is_set, "done", False):
         _set_allocator()
         _allocator_is_set.done = True
     capacity = lru_capacity()
-    key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device, block)
+    key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device, block, gluon)
     with _lock:
         if key in _lru:
             _stats.hits += 1
@@ -137,7 +148,7 @@ def _from_lru(weight: Tensor, block: tuple[int, ...]):
             return _lru[key]
         _stats.misses += 1
         # The entry holds the weights themselves, so their address cannot be given to other weights while it is here.
-        descriptor = _build(weight.detach(), block)
+        descriptor = _build(weight.detach(), block, gluon)
         if capacity:
             _lru[key] = descriptor
         while len(_lru) > capacity:
@@ -146,25 +157,26 @@ def _from_lru(weight: Tensor, block: tuple[int, ...]):
         return descriptor
 
 
-def weight_descriptor(experts: ExpertWeights, name: str, block: tuple[int, ...]):
-    """The descriptor of parameter `name` ("gate_up" or "down") for one block shape, under the policy in force."""
+def weight_descriptor(experts: ExpertWeights, name: str, block: tuple[int, ...], *, gluon: bool = False):
+    """The descriptor of parameter `name` ("gate_up" or "down") for one block shape, under the policy in force.
+
+    `gluon` asks for the kind that Gluon kernels take.
+    """
     weight = experts._parameters[name]
     policy = current_descriptor_policy()
     if policy == "owned":
-        descriptor = experts.descriptors.get((name, block))
+        descriptor = experts.descriptors.get((name, block, gluon))
         # Identity is the whole check: the descriptor reads address and dtype from the parameter itself at each launch.
         if descriptor is None or descriptor.base is not weight:
             # Two threads may both get here; either object serves.
-            descriptor = experts.descriptors[name, block] = _build(weight, block)
+            descriptor = experts.descriptors[name, block, gluon] = _build(weight, block, gluon)
         return descriptor
     if policy == "lru":
-        return _from_lru(weight, block)
+        return _from_lru(weight, block, gluon)
     _set_allocator()
-    return _build(weight, block)
+    return _build(weight, block, gluon)
 
 
-def activation_descriptor(tensor: Tensor, block: tuple[int, int]):
+def activation_descriptor(tensor: Tensor, block: tuple[int, int], *, gluon: bool = False):
     """A descriptor of a matrix for this call only."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(tensor, list(tensor.shape), [tensor.shape[1], 1], list(block))
+    return _describe(tensor, list(tensor.shape), [tensor.shape[1], 1], block, gluon)

@@ -70,28 +70,34 @@ class Recipe:
             return
         self.run = self.run_grouped
         self.bins = triton.next_power_of_2(E)
-        block = routing.GROUP_BLOCK
-        self.count = Launch(routing.count_by_expert, (self.bins, block, pdl))
         rows = (choice.up.rows, choice.down.rows)
-        # By splits; 0 is the single launch for few pairs.
+        self.count = {block: Launch(routing.count_by_expert, (E, self.bins, block, pdl)) for block in routing.BLOCKS}
         self.group = {
-            splits: Launch(routing.group_by_expert, (E, self.bins, *rows, max(1, splits), splits > 0, block, pdl))
-            for splits in (0, *(2**i for i in range(routing.MAX_SPLITS.bit_length())))
+            block: Launch(routing.group_by_expert, (E, self.bins, *rows, 0, block, pdl), warps=8) for block in routing.BLOCKS
         }
+        count_all = routing.COUNT_ALL_PAIRS
+        self.group_few = Launch(routing.group_by_expert, (E, self.bins, *rows, count_all, routing.BLOCKS[0], pdl), warps=8)
         self.up = self._product(choice.up, swap_gemm.swap_up, grouped_gemm.grouped_up, (H, I, K), pdl)
         self.down = self._product(choice.down, swap_gemm.swap_down, grouped_gemm.grouped_down, (H, I), pdl)
-        cols = min(triton.next_power_of_2(H), max(16, 16384 // block_k))
+        # 256 columns a warp: 16 bytes a thread of each row, and no thread shares a column with another.
+        cols = min(triton.next_power_of_2(H), max(256, 8192 // block_k))
         self.combine_grid = triton.cdiv(H, cols)
-        self.combine = Launch(combine.combine, (H, E, K, block_k, cols, pdl), warps=4)
-        self.up_block = (1, 2, choice.up.cols, choice.up.block_k)
-        if choice.up.kernel == "swap":
-            self.up_block = (choice.up.cols, choice.up.block_k)
+        self.combine = Launch(combine.combine, (H, E, K, block_k, cols, pdl), warps=max(1, min(8, cols // 256)))
+        self.up_block = (choice.up.cols, choice.up.block_k)
+        if choice.up.kernel == "grouped":
+            self.up_block = (1, 2, *self.up_block)
         self.down_block = (choice.down.cols, choice.down.block_k)
 
     @staticmethod
     def _product(tiles: Tiles, swap, grouped, sizes: tuple, pdl: bool) -> Launch:
-        constants = (*sizes, tiles.rows, tiles.cols, tiles.block_k, tiles.flatten, pdl)
-        return Launch(swap if tiles.kernel == "swap" else grouped, constants, tiles.warps, tiles.stages)
+        constants = (*sizes, tiles.rows, tiles.cols, tiles.block_k)
+        if tiles.kernel == "specialized":
+            from tma_moe import specialized_gemm
+
+            kernel = specialized_gemm.specialized_up if swap is swap_gemm.swap_up else specialized_gemm.specialized_down
+            return Launch(kernel, (*constants, tiles.stages), tiles.warps)
+        kernel = swap if tiles.kernel == "swap" else grouped
+        return Launch(kernel, (*constants, tiles.flatten, pdl), tiles.warps, tiles.stages)
 
     def _grid(self, tiles: Tiles, row_tiles: int, width: int) -> tuple[int, int, int]:
         count = row_tiles * -(-width // tiles.cols)
@@ -119,24 +125,25 @@ class Recipe:
         rows = x_TH.new_empty(pairs, self.H)
         y_TH = torch.empty_like(x_TH)
         self._group_pairs(ids_TK, plan, pairs, up_at, down_at)
-        gate_up_desc = weight_descriptor(experts, "gate_up", self.up_block)
+        gate_up_desc = weight_descriptor(experts, "gate_up", self.up_block, gluon=self.up_tiles.kernel == "specialized")
         self.up(self._grid(self.up_tiles, up_bound, self.I), x_TH, gate_up_desc, plan, h, up_at)
-        down_desc = weight_descriptor(experts, "down", self.down_block)
-        if self.down_tiles.kernel == "grouped":
-            h = activation_descriptor(h, (self.down_tiles.rows, self.down_tiles.block_k))
+        gluon = self.down_tiles.kernel == "specialized"
+        down_desc = weight_descriptor(experts, "down", self.down_block, gluon=gluon)
+        if self.down_tiles.kernel != "swap":
+            h = activation_descriptor(h, (self.down_tiles.rows, self.down_tiles.block_k), gluon=gluon)
         self.down(self._grid(self.down_tiles, down_bound, self.H), h, down_desc, plan, rows, down_at)
         self.combine((T, self.combine_grid, 1), rows, ids_TK, weights_TK, y_TH)
         return y_TH
 
     def _group_pairs(self, ids_TK: Tensor, plan: Tensor, pairs: int, up_at: int, down_at: int) -> None:
-        if pairs <= routing.GROUP_BLOCK:
-            self.group[0]((self.E, 1, 1), ids_TK, plan, plan, pairs, pairs, up_at, down_at)
+        block = routing.BLOCKS[pairs > routing.LARGE_PAIRS]
+        blocks = -(-pairs // block)
+        if pairs <= routing.COUNT_ALL_PAIRS:
+            self.group_few((blocks, 1, 1), ids_TK, plan, plan, pairs, blocks, up_at, down_at)
             return
-        splits = routing.splits_for(pairs)
-        per_split = -(-pairs // splits)
-        counts = torch.empty(splits * self.bins, dtype=torch.int32, device=plan.device)
-        self.count((self.E, splits, 1), ids_TK, counts, pairs, per_split)
-        self.group[splits]((self.E, splits, 1), ids_TK, counts, plan, pairs, per_split, up_at, down_at)
+        counts = torch.empty(blocks * self.bins, dtype=torch.int32, device=plan.device)
+        self.count[block]((blocks, 1, 1), ids_TK, counts, pairs)
+        self.group[block]((blocks, 1, 1), ids_TK, counts, plan, pairs, blocks, up_at, down_at)
 
 
 class _Buckets:

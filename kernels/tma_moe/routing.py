@@ -9,7 +9,7 @@ position in the sorted order. `group_by_expert` writes one int32 buffer, the pla
                                          one table for up and one for down, whose tiles may differ in height
 
 The grid depends on sizes only, nothing is read back by the host, and the order is the same in every run: each program
-counts for one expert what comes before, so there are no atomics and no buffer that must be zero.
+adds up what comes before its own pairs, so there are no atomics and no buffer that must be zero.
 """
 
 import torch
@@ -21,16 +21,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tma_moe.support import interpreting
 
 HEADER = tl.constexpr(16)
-# Pairs that one pass of a program covers. Up to so many pairs, grouping is one launch.
-GROUP_BLOCK = 1024
-# Pairs that one program may have to look through before the list of an expert is split over several programs.
-SPLIT_PAIRS = 8192
-MAX_SPLITS = 16
-
-
-def splits_for(pairs: int) -> int:
-    """Over how many programs (a power of two) the pairs are split for each expert."""
-    return min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(pairs, SPLIT_PAIRS)))
+# Up to so many pairs, grouping is one launch and every program counts them all.
+COUNT_ALL_PAIRS = 1024
+# Pairs of a program: few, as the work of ranking them grows with the square; more for large calls, as every program
+# adds up the counts of all blocks. The second number is where that changes.
+BLOCKS = (256, 512)
+LARGE_PAIRS = 32768
 
 
 @triton.jit
@@ -76,96 +72,95 @@ def route_topk(
     tl.store(weights_ptr + at, weights, mask=keep)
 
 
-@triton.jit(do_not_specialize=["pairs", "pairs_per_split"])
+@triton.jit
+def _load_ids(ids_ptr, pair, pairs, E: tl.constexpr):
+    """Expert ids of some pairs as int32, -1 where there is no pair or the id is no expert."""
+    ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1).to(tl.int32)
+    return tl.where(ids < E, ids, -1)
+
+
+@triton.jit(do_not_specialize=["pairs"])
 def count_by_expert(
-    ids_ptr, counts_ptr, pairs, pairs_per_split, BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    ids_ptr, counts_ptr, pairs, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    """counts[split, e]: the pairs of expert e in each split of the pairs. One program per expert and split."""
+    """counts[block, e]: how many of the BLOCK pairs of a block go to expert e."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    e = tl.program_id(0)
-    split = tl.program_id(1)
-    first = split * pairs_per_split
-    last = tl.minimum(first + pairs_per_split, pairs)
-    mine = tl.zeros([BLOCK], tl.int32)
-    for at in range(first, last, BLOCK):
-        pair = at + tl.arange(0, BLOCK)
-        mine += (tl.load(ids_ptr + pair, mask=pair < last, other=-1).to(tl.int32) == e).to(tl.int32)
-    tl.store(counts_ptr + split * BINS + e, tl.sum(mine))
+    block = tl.program_id(0)
+    ids = _load_ids(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), pairs, E)
+    counts = tl.histogram(ids, BINS, mask=ids >= 0)
+    tl.store(counts_ptr + block * BINS + tl.arange(0, BINS), counts)
 
 
 @triton.jit
-def _write_tiles(plan_ptr, tiles_at, role, counts, e, start, count, BINS: tl.constexpr, ROWS: tl.constexpr):
-    """The row tiles of expert e, after those of the experts before it; expert 0 also writes the number of all."""
+def _write_tiles(plan_ptr, tiles_at, role, counts, start, BINS: tl.constexpr, ROWS: tl.constexpr):
+    """The row tiles of all experts. Program p writes the tiles p, p + programs, ... of each expert."""
+    experts = tl.arange(0, BINS)
     tiles = (counts + ROWS - 1) // ROWS
-    before = tl.sum(tl.where(tl.arange(0, BINS) < e, tiles, 0))
-    mine = (count + ROWS - 1) // ROWS
-    for at in range(0, mine, 32):
-        tile = at + tl.arange(0, 32)
-        entry = plan_ptr + tiles_at + 4 * (before + tile)
+    first = plan_ptr + tiles_at + 4 * (tl.cumsum(tiles, axis=0) - tiles)
+    for tile in range(tl.program_id(0), tl.max(tiles, axis=0), tl.num_programs(0)):
+        entry = first + 4 * tile
         row = start + tile * ROWS
-        tl.store(entry, tl.zeros_like(tile) + e, mask=tile < mine)
-        tl.store(entry + 1, row, mask=tile < mine)
-        tl.store(entry + 2, tl.minimum(row + ROWS, start + count), mask=tile < mine)
-    if e == 0:
-        tl.store(plan_ptr + role, tl.sum(tiles))
+        tl.store(entry, experts, mask=tile < tiles)
+        tl.store(entry + 1, row, mask=tile < tiles)
+        tl.store(entry + 2, tl.minimum(row + ROWS, start + counts), mask=tile < tiles)
+    if tl.program_id(0) == 0:
+        tl.store(plan_ptr + role, tl.sum(tiles, axis=0))
 
 
-@triton.jit(do_not_specialize=["pairs", "pairs_per_split", "up_tiles_at", "down_tiles_at"])
+@triton.jit(do_not_specialize=["pairs", "blocks", "up_tiles_at", "down_tiles_at"])
 def group_by_expert(
     ids_ptr,
     counts_ptr,
     plan_ptr,
     pairs,
-    pairs_per_split,
+    blocks,
     up_tiles_at,
     down_tiles_at,
     E: tl.constexpr,
     BINS: tl.constexpr,
     UP_ROWS: tl.constexpr,
     DOWN_ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    COUNTED: tl.constexpr,
+    COUNT_ALL: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (e, split) writes the rows of expert e that lie in its split of the pairs; see the module's docstring.
+    """Gives each pair of a block its row: rows of smaller experts, of its expert in earlier blocks and in its block.
 
-    The counts of all experts come from `count_by_expert`, or, if not COUNTED, each program makes them from the at most
-    BLOCK pairs that there are.
+    COUNT_ALL: the pairs are so few (at most COUNT_ALL) that each program counts all of them; 0: `count_by_expert` did.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    e = tl.program_id(0)
-    split = tl.program_id(1)
+    block = tl.program_id(0)
     experts = tl.arange(0, BINS)
-    earlier = 0
-    if COUNTED:
-        splits = tl.arange(0, SPLITS)
-        table = tl.load(counts_ptr + splits[:, None] * BINS + experts[None, :], mask=(experts < E)[None, :], other=0)
-        counts = tl.sum(table, axis=0)
-        earlier = tl.sum(tl.where((splits < split)[:, None] & (experts == e)[None, :], table, 0))
+    if COUNT_ALL:
+        pair = tl.arange(0, COUNT_ALL)
+        ids = _load_ids(ids_ptr, pair, pairs, E)
+        counts = tl.histogram(ids, BINS, mask=ids >= 0)
+        earlier = tl.histogram(ids, BINS, mask=(ids >= 0) & (pair < block * BLOCK))
     else:
-        pair = tl.arange(0, BLOCK)
-        ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1).to(tl.int32)
-        counts = tl.histogram(ids, BINS, mask=(ids >= 0) & (ids < E))
-    start = tl.sum(tl.where(experts < e, counts, 0))
-    count = tl.sum(tl.where(experts == e, counts, 0))
-    if split == 0:
-        _write_tiles(plan_ptr, up_tiles_at, 0, counts, e, start, count, BINS, UP_ROWS)
-        _write_tiles(plan_ptr, down_tiles_at, 1, counts, e, start, count, BINS, DOWN_ROWS)
-    if count > 0:
-        row = start + earlier
-        first = split * pairs_per_split
-        last = tl.minimum(first + pairs_per_split, pairs)
-        for at in range(first, last, BLOCK):
-            pair = at + tl.arange(0, BLOCK)
-            mine = tl.load(ids_ptr + pair, mask=pair < last, other=-1).to(tl.int32) == e
-            rank = tl.cumsum(mine.to(tl.int32), axis=0)
-            tl.store(plan_ptr + HEADER + row + rank - 1, pair, mask=mine)
-            row += tl.sum(mine.to(tl.int32))
+        counts = tl.zeros([BINS], tl.int32)
+        earlier = tl.zeros([BINS], tl.int32)
+        for at in range(0, blocks, 32):
+            row = at + tl.arange(0, 32)
+            table = tl.load(counts_ptr + row[:, None] * BINS + experts[None, :], mask=(row < blocks)[:, None], other=0)
+            counts += tl.sum(table, axis=0)
+            earlier += tl.sum(tl.where((row < block)[:, None], table, 0), axis=0)
+    start = tl.cumsum(counts, axis=0) - counts
+    _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS)
+    _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS)
+    pair = block * BLOCK + tl.arange(0, BLOCK)
+    ids = _load_ids(ids_ptr, pair, pairs, E)
+    # Comparing all pairs of a block with each other is cheaper than a scan per expert.
+    rank = tl.zeros([BLOCK], tl.int32)
+    for at in range(0, BLOCK, 32):
+        other = block * BLOCK + at + tl.arange(0, 32)
+        same = _load_ids(ids_ptr, other, pairs, E)[None, :] == ids[:, None]
+        rank += tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), axis=1)
+    row = tl.gather(start + earlier, tl.maximum(ids, 0), 0) + rank
+    tl.store(plan_ptr + HEADER + row, pair, mask=ids >= 0)
 
 
 def route_tma(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-KERNELS = ("decode", "swap", "grouped")
+KERNELS = ("decode", "swap", "grouped", "specialized")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Tiles:
     """One kernel and its tile.
 
     Attributes:
-        kernel: "decode" (decode_gemv.py), "swap" (swap_gemm.py) or "grouped" (grouped_gemm.py).
+        kernel: "decode" (decode_gemv.py), "swap" (swap_gemm.py), "grouped" (grouped_gemm.py) or "specialized"
+            (specialized_gemm.py; warps are those of one consumer, and must be 4).
         rows: rows (token, choice pairs) of an output tile; 1 for "decode".
         cols: columns of an output tile; for the up product these are columns after SwiGLU, twice as many weight rows.
         block_k: step along the contraction.

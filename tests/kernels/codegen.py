@@ -15,7 +15,7 @@ from tma_moe import launch
 from tma_moe.tuning import Choice
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental.gluon._runtime import GluonASTSource
 
 SHORT = {
     torch.bfloat16: "bf16",
@@ -46,8 +46,9 @@ class Compiled:
 def _type(argument: object) -> str:
     if isinstance(argument, torch.Tensor):
         return f"*{SHORT[argument.dtype]}"
-    if isinstance(argument, TensorDescriptor):
-        return f"tensordesc<{SHORT[argument.base.dtype]}{list(argument.block_shape)}>"
+    if hasattr(argument, "block_shape"):
+        layout = f",{argument.layout!r}" if hasattr(argument, "layout") else ""
+        return f"tensordesc<{SHORT[argument.base.dtype]}{list(argument.block_shape)}{layout}>"
     return "i32"
 
 
@@ -62,7 +63,7 @@ def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict) -> 
         else:
             signature[name] = "constexpr"
             constexprs[(index,)] = constants[index - len(args)]
-    source = ASTSource(kernel, signature, constexprs, attrs)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, attrs)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     registers, spilled = _resources(made.asm["cubin"])
     return Compiled(

@@ -174,14 +174,18 @@ def test_public_op_uses_the_bucket_of_the_call():
     assert empty.shape == (0, 40)
 
 
-@pytest.mark.parametrize("pairs_in_one_launch", [1024, 8], ids=["one-launch", "counted"])
+@pytest.mark.parametrize("few", [1024, 8], ids=["one-launch", "counted"])
+@pytest.mark.parametrize("large", [1 << 30, 8], ids=["short-blocks", "long-blocks"])
 @pytest.mark.parametrize("rows", [(16, 64), (64, 16)])
-def test_plan(monkeypatch, pairs_in_one_launch, rows):
+def test_plan(monkeypatch, few, large, rows):
     """The invariants of grouping: rows sorted by expert and stable, tiles that cover every row once."""
     from tma_moe import launch, routing
 
-    monkeypatch.setattr(routing, "GROUP_BLOCK", pairs_in_one_launch)
-    monkeypatch.setattr(routing, "SPLIT_PAIRS", 40)
+    if few == 1024 and large == 8:
+        pytest.skip("a call is not both small and large")
+    monkeypatch.setattr(routing, "COUNT_ALL_PAIRS", few)
+    monkeypatch.setattr(routing, "LARGE_PAIRS", large)
+    monkeypatch.setattr(routing, "BLOCKS", (32, 64))
     problem = Problem(61, E=6, K=3)
     problem.ids[problem.ids == 2] = 1  # an empty expert
     problem.ids[7, 0] = 6  # and an id that is no expert

@@ -1,0 +1,255 @@
+"""The largest loads: the products of grouped_gemm.py with one job per warp group, in Gluon.
+
+A producer only copies; two consumers only multiply and store, each one half of the rows of a tile. They meet at a ring of
+buffers guarded by two barriers each, "full" and "empty". Nothing else is synchronised, so a consumer's epilogue runs
+under the other consumer's multiplications and under the producer's copies for the next tile, which Triton's own pipeline
+cannot arrange. Gluon is part of triton, has no interpreter, and is still called experimental.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# triton 3.9 renamed both copies.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+gather_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+PLAN_HEADER = gl.constexpr(16)  # routing.HEADER
+CONSUMERS = gl.constexpr(2)
+
+
+@gluon.jit
+def _wait_for_previous_kernel():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _halves(x):
+    """Left and right half of the columns; both stay in the registers that they are in."""
+    rows: gl.constexpr = x.shape[0]
+    cols: gl.constexpr = x.shape[1] // 2
+    return x.reshape([rows, 2, cols]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def _multiply(
+    a_ring, b_ring, full, empty, step, half, K_STEPS: gl.constexpr, COLS: gl.constexpr, GATHERED: gl.constexpr
+):
+    """One tile's product of this consumer's rows; returns it and the running number of steps."""
+    STAGES: gl.constexpr = a_ring.shape[0]
+    ROWS: gl.constexpr = a_ring.shape[1] // CONSUMERS
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
+    acc = gl.zeros([ROWS, COLS], gl.float32, layout)
+    for k in range(K_STEPS):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        if GATHERED:
+            # Gathered rows come by ordinary asynchronous copies, which the tensor core sees only after a fence.
+            fence_async_shared()
+        a = a_ring.index(stage).slice(half * ROWS, ROWS)
+        acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
+        # With one product under way, the one before it has read its buffers.
+        acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+        step += 1
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+    return acc, step
+
+
+@gluon.jit
+def _store(values, row_ptrs, inside, first_col, width, layout: gl.constexpr):
+    """Stores [ROWS, COLS] in pieces of 64 columns, to keep the shared memory for the exchange between threads small."""
+    cols: gl.constexpr = values.shape[1]
+    if cols > 64:
+        left, right = _halves(values)
+        _store(left, row_ptrs, inside, first_col, width, layout)
+        _store(right, row_ptrs, inside, first_col + cols // 2, width, layout)
+    else:
+        col = first_col + gl.arange(0, cols, gl.SliceLayout(0, layout))
+        values = gl.convert_layout(values, layout)
+        gl.store(row_ptrs[:, None] + col[None, :], values, mask=inside[:, None] & (col < width)[None, :])
+
+
+@gluon.jit
+def _tile(plan_ptr, tiles_at, tile, COL_TILES: gl.constexpr, COLS: gl.constexpr):
+    """Expert, first row, last row + 1 and first column of an output tile."""
+    entry = plan_ptr + tiles_at + 4 * (tile // COL_TILES)
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), tile % COL_TILES * COLS
+
+
+@gluon.jit
+def _consume_up(
+    half: gl.constexpr, a_ring, b_ring, full, empty, plan_ptr, h_ptr, tiles_at, total,
+    H: gl.constexpr, I: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, BLOCK_K: gl.constexpr,  # noqa: E741
+):  # fmt: skip
+    COL_TILES: gl.constexpr = (I + COLS - 1) // COLS
+    MINE: gl.constexpr = ROWS // CONSUMERS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    step = 0
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        e, first, last, n = _tile(plan_ptr, tiles_at, tile, COL_TILES, COLS)
+        K_STEPS: gl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+        acc, step = _multiply(a_ring, b_ring, full, empty, step, half, K_STEPS, 2 * COLS, True)
+        gate, up = _halves(acc)
+        h = (gate / (1.0 + gl.exp(-gate)) * up).to(h_ptr.dtype.element_ty)
+        rows = first + half * MINE + gl.arange(0, MINE, gl.SliceLayout(1, layout))
+        _store(h, h_ptr + rows.to(gl.int64) * I, rows < last, n, I, layout)
+
+
+@gluon.jit
+def _produce_up(
+    x_ptr, gate_up_desc, a_ring, b_ring, full, empty, plan_ptr, tiles_at, total,
+    H: gl.constexpr, I: gl.constexpr, TOPK: gl.constexpr,  # noqa: E741
+    ROWS: gl.constexpr, COLS: gl.constexpr, BLOCK_K: gl.constexpr,
+):  # fmt: skip
+    COL_TILES: gl.constexpr = (I + COLS - 1) // COLS
+    STAGES: gl.constexpr = a_ring.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_K // 8), BLOCK_K // 8], [4, 1], [1, 0])
+    step = 0
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        e, first, last, n = _tile(plan_ptr, tiles_at, tile, COL_TILES, COLS)
+        # Rows past the end repeat the last one: no mask in the loop, and what they compute is not stored.
+        rows = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), last - 1)
+        tokens = gl.load(plan_ptr + PLAN_HEADER + rows) // TOPK
+        cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
+        x = (x_ptr + tokens.to(gl.int64) * H)[:, None] + cols[None, :]
+        for at in range(0, H, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), 2 * COLS * BLOCK_K * 2)
+            b = b_ring.index(stage)
+            tma_load(gate_up_desc, [e * 2 * I + n, at], full.index(stage), b.slice(0, COLS))
+            tma_load(gate_up_desc, [e * 2 * I + I + n, at], full.index(stage), b.slice(COLS, COLS))
+            if H % BLOCK_K == 0:
+                gather_load(a_ring.index(stage), x + at)
+            else:
+                gather_load(a_ring.index(stage), x + at, mask=(cols + at < H)[None, :])
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            step += 1
+
+
+@gluon.jit(do_not_specialize=["tiles_at"])
+def specialized_up(
+    x_ptr,  # [T, H]
+    gate_up_desc,  # [E * 2I, H], blocks [COLS, BLOCK_K]
+    plan_ptr,
+    h_ptr,  # [T * K, I], by row of the plan
+    tiles_at,
+    H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
+    TOPK: gl.constexpr,
+    ROWS: gl.constexpr,
+    COLS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """h[row, n] = silu(gate[e, n] . x[token]) * (up[e, n] . x[token]); tokens are gathered by the producer."""
+    _wait_for_previous_kernel()
+    total = gl.load(plan_ptr) * ((I + COLS - 1) // COLS)
+    dtype: gl.constexpr = gate_up_desc.dtype
+    ring: gl.constexpr = gate_up_desc.layout
+    a_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], ring)
+    b_ring = gl.allocate_shared_memory(dtype, [STAGES, 2 * COLS, BLOCK_K], ring)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1 + 128)  # the producer's announcement, and each of its threads
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    rings = (a_ring, b_ring, full, empty)
+    sizes = (H, I, ROWS, COLS, BLOCK_K)
+    gl.warp_specialize(
+        [
+            (_consume_up, (gl.constexpr(0), a_ring, b_ring, full, empty, plan_ptr, h_ptr, tiles_at, total, H, I, ROWS, COLS, BLOCK_K)),
+            (_consume_up, (gl.constexpr(1), a_ring, b_ring, full, empty, plan_ptr, h_ptr, tiles_at, total, H, I, ROWS, COLS, BLOCK_K)),
+            (_produce_up, (x_ptr, gate_up_desc, a_ring, b_ring, full, empty, plan_ptr, tiles_at, total, H, I, TOPK, ROWS, COLS, BLOCK_K)),
+        ],
+        [4, 4],
+        [216, 56],
+    )
+
+
+@gluon.jit
+def _consume_down(
+    half: gl.constexpr, a_ring, b_ring, full, empty, plan_ptr, rows_ptr, tiles_at, total,
+    H: gl.constexpr, I: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, BLOCK_K: gl.constexpr,  # noqa: E741
+):  # fmt: skip
+    COL_TILES: gl.constexpr = (H + COLS - 1) // COLS
+    MINE: gl.constexpr = ROWS // CONSUMERS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    step = 0
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        e, first, last, n = _tile(plan_ptr, tiles_at, tile, COL_TILES, COLS)
+        rows = first + half * MINE + gl.arange(0, MINE, gl.SliceLayout(1, layout))
+        slots = gl.load(plan_ptr + PLAN_HEADER + rows, mask=rows < last, other=0)
+        K_STEPS: gl.constexpr = (I + BLOCK_K - 1) // BLOCK_K
+        acc, step = _multiply(a_ring, b_ring, full, empty, step, half, K_STEPS, COLS, False)
+        out = acc.to(rows_ptr.dtype.element_ty)
+        _store(out, rows_ptr + slots.to(gl.int64) * H, rows < last, n, H, layout)
+
+
+@gluon.jit
+def _produce_down(
+    h_desc, down_desc, a_ring, b_ring, full, empty, plan_ptr, tiles_at, total,
+    H: gl.constexpr, I: gl.constexpr, COLS: gl.constexpr, BLOCK_K: gl.constexpr,  # noqa: E741
+):  # fmt: skip
+    COL_TILES: gl.constexpr = (H + COLS - 1) // COLS
+    STAGES: gl.constexpr = a_ring.shape[0]
+    step = 0
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        e, first, last, n = _tile(plan_ptr, tiles_at, tile, COL_TILES, COLS)
+        for at in range(0, I, BLOCK_K):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(stage), h_desc.block_type.nbytes + down_desc.block_type.nbytes)
+            tma_load(h_desc, [first, at], full.index(stage), a_ring.index(stage))
+            tma_load(down_desc, [e * H + n, at], full.index(stage), b_ring.index(stage))
+            step += 1
+
+
+@gluon.jit(do_not_specialize=["tiles_at"])
+def specialized_down(
+    h_desc,  # [T * K, I], by row of the plan, blocks [ROWS, BLOCK_K]
+    down_desc,  # [E * H, I], blocks [COLS, BLOCK_K]
+    plan_ptr,
+    rows_ptr,  # [T * K, H], by slot
+    tiles_at,
+    H: gl.constexpr,
+    I: gl.constexpr,  # noqa: E741
+    ROWS: gl.constexpr,
+    COLS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """rows[slot, n] = down[e, n] . h[row]. Tiles may run into the next expert's rows; only the store is masked."""
+    _wait_for_previous_kernel()
+    total = gl.load(plan_ptr + 1) * ((H + COLS - 1) // COLS)
+    dtype: gl.constexpr = down_desc.dtype
+    a_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], h_desc.layout)
+    b_ring = gl.allocate_shared_memory(dtype, [STAGES, COLS, BLOCK_K], down_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_consume_down, (gl.constexpr(0), a_ring, b_ring, full, empty, plan_ptr, rows_ptr, tiles_at, total, H, I, ROWS, COLS, BLOCK_K)),
+            (_consume_down, (gl.constexpr(1), a_ring, b_ring, full, empty, plan_ptr, rows_ptr, tiles_at, total, H, I, ROWS, COLS, BLOCK_K)),
+            (_produce_down, (h_desc, down_desc, a_ring, b_ring, full, empty, plan_ptr, tiles_at, total, H, I, COLS, BLOCK_K)),
+        ],
+        [4, 1],
+        [216, 24],
+    )
