@@ -71,12 +71,13 @@ class Recipe:
         self.run = self.run_grouped
         self.bins = triton.next_power_of_2(E)
         rows = (choice.up.rows, choice.down.rows)
-        self.count = {block: Launch(routing.count_by_expert, (E, self.bins, block, pdl)) for block in routing.BLOCKS}
-        self.group = {
-            block: Launch(routing.group_by_expert, (E, self.bins, *rows, 0, block, pdl), warps=8) for block in routing.BLOCKS
+        self.count = Launch(routing.count_by_expert, (E, self.bins, routing.BLOCK, pdl), warps=8)
+        constants = (E, self.bins, *rows)
+        self.group = Launch(routing.group_by_expert, (*constants, True, routing.BLOCK, pdl), warps=8)
+        self.group_few = {
+            block: Launch(routing.group_by_expert, (*constants, False, block, pdl), warps=max(1, block // 256))
+            for block in (routing.SMALL_BLOCK, routing.BLOCK)
         }
-        count_all = routing.COUNT_ALL_PAIRS
-        self.group_few = Launch(routing.group_by_expert, (E, self.bins, *rows, count_all, routing.BLOCKS[0], pdl), warps=8)
         self.up = self._product(choice.up, swap_gemm.swap_up, grouped_gemm.grouped_up, (H, I, K), pdl)
         self.down = self._product(choice.down, swap_gemm.swap_down, grouped_gemm.grouped_down, (H, I), pdl)
         # 256 columns a warp: 16 bytes a thread of each row, and no thread shares a column with another.
@@ -136,14 +137,17 @@ class Recipe:
         return y_TH
 
     def _group_pairs(self, ids_TK: Tensor, plan: Tensor, pairs: int, up_at: int, down_at: int) -> None:
-        block = routing.BLOCKS[pairs > routing.LARGE_PAIRS]
-        blocks = -(-pairs // block)
-        if pairs <= routing.COUNT_ALL_PAIRS:
-            self.group_few((blocks, 1, 1), ids_TK, plan, plan, pairs, blocks, up_at, down_at)
+        experts = -(-self.E // 4)
+        if pairs <= routing.BLOCK:
+            block = routing.SMALL_BLOCK if pairs <= routing.SMALL_BLOCK else routing.BLOCK
+            self.group_few[block]((experts, 1, 1), ids_TK, plan, plan, pairs, 1, 1, up_at, down_at)
             return
+        blocks = -(-pairs // routing.BLOCK)
+        per_split = -(-blocks // routing.MAX_SPLITS)
+        splits = -(-blocks // per_split)
         counts = torch.empty(blocks * self.bins, dtype=torch.int32, device=plan.device)
-        self.count[block]((blocks, 1, 1), ids_TK, counts, pairs)
-        self.group[block]((blocks, 1, 1), ids_TK, counts, plan, pairs, blocks, up_at, down_at)
+        self.count((blocks, 1, 1), ids_TK, counts, pairs)
+        self.group((experts, splits, 1), ids_TK, counts, plan, pairs, blocks, per_split, up_at, down_at)
 
 
 class _Buckets:

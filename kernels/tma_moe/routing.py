@@ -21,12 +21,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tma_moe.support import interpreting
 
 HEADER = tl.constexpr(16)
-# Up to so many pairs, grouping is one launch and every program counts them all.
-COUNT_ALL_PAIRS = 1024
-# Pairs of a program: few, as the work of ranking them grows with the square; more for large calls, as every program
-# adds up the counts of all blocks. The second number is where that changes.
-BLOCKS = (256, 512)
-LARGE_PAIRS = 32768
+# Pairs that a program ranks at a time. A call of one block needs no counting launch; the small block is for decoding.
+BLOCK = 2048
+SMALL_BLOCK = 256
+MAX_SPLITS = 16
 
 
 @triton.jit
@@ -109,58 +107,64 @@ def _write_tiles(plan_ptr, tiles_at, role, counts, start, BINS: tl.constexpr, RO
         tl.store(plan_ptr + role, tl.sum(tiles, axis=0))
 
 
-@triton.jit(do_not_specialize=["pairs", "blocks", "up_tiles_at", "down_tiles_at"])
+@triton.jit(do_not_specialize=["pairs", "blocks", "blocks_per_split", "up_tiles_at", "down_tiles_at"])
 def group_by_expert(
     ids_ptr,
     counts_ptr,
     plan_ptr,
     pairs,
     blocks,
+    blocks_per_split,
     up_tiles_at,
     down_tiles_at,
     E: tl.constexpr,
     BINS: tl.constexpr,
     UP_ROWS: tl.constexpr,
     DOWN_ROWS: tl.constexpr,
-    COUNT_ALL: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Gives each pair of a block its row: rows of smaller experts, of its expert in earlier blocks and in its block.
+    """Program (p, split) gives the pairs of experts 4p to 4p + 3 in its blocks of pairs their rows.
 
-    COUNT_ALL: the pairs are so few (at most COUNT_ALL) that each program counts all of them; 0: `count_by_expert` did.
+    A pair's row comes after the rows of smaller experts, of its expert in earlier blocks and of its expert before it in
+    its block. One scan ranks four experts: each counts in 16 bits of a 64-bit integer. Not COUNTED: there is one block,
+    and each program counts it for itself.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    block = tl.program_id(0)
     experts = tl.arange(0, BINS)
-    if COUNT_ALL:
-        pair = tl.arange(0, COUNT_ALL)
-        ids = _load_ids(ids_ptr, pair, pairs, E)
-        counts = tl.histogram(ids, BINS, mask=ids >= 0)
-        earlier = tl.histogram(ids, BINS, mask=(ids >= 0) & (pair < block * BLOCK))
-    else:
+    split = tl.program_id(1)
+    first = split * blocks_per_split
+    earlier = tl.zeros([BINS], tl.int32)
+    if COUNTED:
         counts = tl.zeros([BINS], tl.int32)
-        earlier = tl.zeros([BINS], tl.int32)
         for at in range(0, blocks, 32):
-            row = at + tl.arange(0, 32)
-            table = tl.load(counts_ptr + row[:, None] * BINS + experts[None, :], mask=(row < blocks)[:, None], other=0)
+            block = at + tl.arange(0, 32)
+            table_at = counts_ptr + block[:, None] * BINS + experts[None, :]
+            table = tl.load(table_at, mask=(block < blocks)[:, None], other=0)
             counts += tl.sum(table, axis=0)
-            earlier += tl.sum(tl.where((row < block)[:, None], table, 0), axis=0)
+            earlier += tl.sum(tl.where((block < first)[:, None], table, 0), axis=0)
+    else:
+        ids = _load_ids(ids_ptr, tl.arange(0, BLOCK), pairs, E)
+        counts = tl.histogram(ids, BINS, mask=ids >= 0)
     start = tl.cumsum(counts, axis=0) - counts
-    _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS)
-    _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS)
-    pair = block * BLOCK + tl.arange(0, BLOCK)
-    ids = _load_ids(ids_ptr, pair, pairs, E)
-    # Comparing all pairs of a block with each other is cheaper than a scan per expert.
-    rank = tl.zeros([BLOCK], tl.int32)
-    for at in range(0, BLOCK, 32):
-        other = block * BLOCK + at + tl.arange(0, 32)
-        same = _load_ids(ids_ptr, other, pairs, E)[None, :] == ids[:, None]
-        rank += tl.sum((same & (other[None, :] < pair[:, None])).to(tl.int32), axis=1)
-    row = tl.gather(start + earlier, tl.maximum(ids, 0), 0) + rank
-    tl.store(plan_ptr + HEADER + row, pair, mask=ids >= 0)
+    if split == 0:
+        _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS)
+        _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS)
+    for block in range(first, tl.minimum(first + blocks_per_split, blocks)):
+        pair = block * BLOCK + tl.arange(0, BLOCK)
+        ids = _load_ids(ids_ptr, pair, pairs, E)
+        nth = ids - 4 * tl.program_id(0)
+        mine = (ids >= 0) & (nth >= 0) & (nth < 4)
+        shift = tl.where(mine, 16 * nth, 0).to(tl.int64)
+        ranks = tl.cumsum(tl.where(mine, tl.full([BLOCK], 1, tl.int64) << shift, 0), axis=0)
+        rank = ((ranks >> shift) & 0xFFFF).to(tl.int32) - 1
+        row = tl.gather(start + earlier, tl.maximum(ids, 0), 0) + rank
+        tl.store(plan_ptr + HEADER + row, pair, mask=mine)
+        if COUNTED:
+            earlier += tl.load(counts_ptr + block * BINS + experts)
 
 
 def route_tma(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
