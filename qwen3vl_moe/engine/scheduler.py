@@ -59,7 +59,7 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next step; empty only when there is nothing left to do."""
-        preempted = self._make_room()
+        self._make_room()
         chunks: list[Chunk] = []
         budget = self.max_prefill_tokens
 
@@ -74,8 +74,9 @@ class Scheduler:
 
         for sequence in self.running:
             take(sequence)
-        # A sequence that has just been preempted would take back the very blocks that were taken from it.
-        while self.waiting and not preempted and budget and len(self.running) < self.max_num_seqs:
+        # One that was preempted just now is at the head of the queue, and fewer blocks are free than it held: it waits,
+        # and so do all that came after it, until one that runs has ended.
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
             if not self.cache.grow(sequence.block_table, len(sequence.token_ids)):
                 break
@@ -83,9 +84,8 @@ class Scheduler:
             take(sequence)
         return chunks
 
-    def _make_room(self) -> bool:
-        """A cache row for every token of every running sequence, oldest first; True if that took a preemption."""
-        preempted = False
+    def _make_room(self) -> None:
+        """A cache row for every token of every running sequence, oldest first; the youngest give way."""
         number = 0
         while number < len(self.running):
             sequence = self.running[number]
@@ -96,5 +96,3 @@ class Scheduler:
             self.cache.release(youngest.block_table)
             youngest.reset()
             self.waiting.appendleft(youngest)
-            preempted = True
-        return preempted
