@@ -13,7 +13,7 @@ from qwen3vl_moe.model.batch import Batch, Segments
 
 
 def runs_kernels(x: Tensor) -> bool:
-    """Whether our small Triton kernels and torch's flash attention take this tensor; else plain torch does."""
+    """Whether our small Triton kernels take this tensor; else plain torch does the same."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -29,25 +29,12 @@ def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *
     Returns:
         [T, N, D] in the dtype of the queries.
     """
-    if runs_kernels(q_TND) and q_TND.shape[-1] % 8 == 0:
-        return _flash(q_TND, k_UGD, v_UGD, segments, causal)
+    if runs_kernels(q_TND) and q_TND.shape[-1] >= 16:
+        from qwen3vl_moe.model.packed_attention import packed_attention  # needs triton, which a CPU may lack
+
+        starts = segments.q_starts, segments.kv_starts
+        return packed_attention(q_TND, k_UGD, v_UGD, *starts, segments.max_q, causal=causal)
     return _per_segment(q_TND, k_UGD, v_UGD, segments, causal)
-
-
-def _flash(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, causal: bool) -> Tensor:
-    """torch's variable-length flash attention: one launch for all segments."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn(
-        q_TND,
-        k_UGD,
-        v_UGD,
-        segments.q_starts,
-        segments.kv_starts,
-        segments.max_q,
-        segments.max_kv,
-        window_size=(-1, 0) if causal else (-1, -1),
-    )
 
 
 def _per_segment(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, causal: bool) -> Tensor:
@@ -84,24 +71,21 @@ def cached_attention(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, batch: Batch, 
         q_TND, k_TGD, v_TGD: the step's own; keys and values are in the cache already (:func:`store`).
         layer_cache: [2, blocks, block_size, G, D], or None to attend within the batch only.
     """
-    decodes = batch.num_decodes
-    # The kernel needs triton, which a CPU may lack; gathering the keys gives the same.
-    in_place = decodes > 0 and runs_kernels(q_TND)
-    if not in_place:
-        return _gathered(q_TND, k_TGD, v_TGD, batch, layer_cache)
+    segments = batch.segments
+    if layer_cache is None or not batch.reads_cache:
+        return attention(q_TND, k_TGD, v_TGD, segments, causal=True)
+    if not (runs_kernels(q_TND) and q_TND.shape[-1] >= 16):
+        k_rows, v_rows = layer_cache.flatten(1, 2)
+        rows = batch.cache_rows_U
+        return attention(q_TND, k_rows[rows], v_rows[rows], segments, causal=True)
+
+    from qwen3vl_moe.model.packed_attention import paged_attention
     from qwen3vl_moe.model.paged_decode import paged_decode
 
-    tables, starts = batch.block_tables[:decodes], batch.segments.kv_starts[: decodes + 1]
-    decoded_SND = paged_decode(q_TND[:decodes], layer_cache, tables, starts)
-    if decodes == len(q_TND):
-        return decoded_SND
-    rest = _gathered(q_TND[decodes:], k_TGD[decodes:], v_TGD[decodes:], batch.prefills, layer_cache)
-    return torch.cat((decoded_SND, rest))
-
-
-def _gathered(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, batch: Batch, layer_cache: Tensor | None) -> Tensor:
-    """Any number of queries per sequence; where one has a past, all keys of the batch are gathered from the cache."""
-    if layer_cache is not None and batch.reads_cache:
-        k_rows, v_rows = layer_cache.flatten(1, 2)
-        k_TGD, v_TGD = k_rows[batch.cache_rows_U], v_rows[batch.cache_rows_U]
-    return attention(q_TND, k_TGD, v_TGD, batch.segments, causal=True)
+    # Rows that only fill a graph's shape belong to no sequence: nothing writes them, and they must not be NaN.
+    out_TND = torch.zeros_like(q_TND)
+    places = segments.q_starts, segments.kv_starts, batch.block_tables
+    paged_decode(q_TND, layer_cache, out_TND, *places)
+    if segments.max_q > 1:
+        paged_attention(q_TND, layer_cache, out_TND, *places, segments.max_q)
+    return out_TND

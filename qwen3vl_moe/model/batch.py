@@ -43,15 +43,6 @@ class Segments:
         q_starts = starts(q_lens)
         return cls(tuple(q_lens), tuple(kv_lens), q_starts, q_starts if kv_lens is q_lens else starts(kv_lens))
 
-    def span(self, start: int, stop: int) -> Segments:
-        """Sequences ``start`` to ``stop`` alone."""
-        return Segments(
-            self.q_lens[start:stop],
-            self.kv_lens[start:stop],
-            self.q_starts[start : stop + 1] - self.q_starts[start],
-            self.kv_starts[start : stop + 1] - self.kv_starts[start],
-        )
-
     @property
     def max_q(self) -> int:
         return max(self.q_lens)
@@ -98,11 +89,11 @@ class Batch:
         block_tables: int32 [S, B] cache blocks of each sequence in order, padded with 0; needed where a sequence has
             more keys than queries.
         block_size: tokens in a cache block.
-        num_decodes: how many of the sequences, all of them before the others, ask with one token over a cached past:
-            their attention may read the cache in place. The others' keys are gathered.
         visual_rows: int64 [M] rows of the step that are image tokens.
         visual: features for exactly these rows, in this order.
         logit_rows: int64 rows whose logits are wanted; None means all.
+        padding_T1: bool [T, 1], True for rows that only fill the shape of a CUDA graph: they belong to no sequence,
+            have a negative slot, and are sent to no expert. None: there are none.
     """
 
     input_ids_T: Tensor
@@ -111,28 +102,15 @@ class Batch:
     slots_T: Tensor | None = None
     block_tables: Tensor | None = None
     block_size: int = 0
-    num_decodes: int = 0
     visual_rows: Tensor | None = None
     visual: VisionFeatures | None = None
     logit_rows: Tensor | None = None
+    padding_T1: Tensor | None = None
 
     @property
     def reads_cache(self) -> bool:
         """Whether some sequence attends to tokens of earlier steps."""
         return self.segments.q_lens != self.segments.kv_lens
-
-    @cached_property
-    def prefills(self) -> Batch:
-        """The sequences after the decoding ones: their tokens, boundaries and cache places."""
-        first, tables = self.num_decodes, self.block_tables
-        return Batch(
-            input_ids_T=self.input_ids_T[first:],
-            positions_3T=self.positions_3T[:, first:],
-            segments=self.segments.span(first, len(self.segments.q_lens)),
-            slots_T=None if self.slots_T is None else self.slots_T[first:],
-            block_tables=None if tables is None else tables[first:],
-            block_size=self.block_size,
-        )
 
     @cached_property
     def cache_rows_U(self) -> Tensor:

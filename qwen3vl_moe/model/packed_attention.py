@@ -1,8 +1,9 @@
-"""Attention of packed sequences to packed keys (flash attention, arXiv 2307.08691), for prefill and the vision tower.
+"""Attention of packed sequences (flash attention, arXiv 2307.08691), for prefill and the vision tower.
 
 One program takes a tile of queries of one sequence and head, and walks over that sequence's keys with a running
-softmax. Boundaries are read on the device and the grid depends on the number of sequences and a bound on their length
-only, so a launch can be captured in a CUDA graph for a bucket of shapes.
+softmax. Keys are packed like the queries, or lie in the blocks of the cache. Boundaries and block tables are read on
+the device and the grid depends on the number of sequences and a bound on their length only, so a launch can be captured
+in a CUDA graph for a bucket of shapes.
 
 A head is cut into two parts whose widths are powers of two: 128 = 128, and the vision tower's 72 = 64 + 8, so that its
 products are not padded to 128.
@@ -18,13 +19,17 @@ from torch import Tensor
 
 @triton.jit
 def _visit(
-    q1, q2, k_at, v_at, token, best, total, acc1, acc2, limit, kv_len, scale,
-    stride_k, stride_v, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr,
+    q1, q2, k_at, v_at, table_at, token, best, total, acc1, acc2, limit, kv_len, scale, stride_k, stride_v,
+    WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold one block of keys into the running softmax of a tile of queries."""
     d1 = tl.arange(0, WIDTH1)
-    rows_k, rows_v = k_at + token[:, None] * stride_k, v_at + token[:, None] * stride_v
     inside = (token < kv_len)[:, None]
+    row = token
+    if BLOCK_SIZE > 0:
+        block = tl.load(table_at + token // BLOCK_SIZE, mask=token < kv_len, other=0).to(tl.int64)
+        row = block * BLOCK_SIZE + token % BLOCK_SIZE
+    rows_k, rows_v = k_at + row[:, None] * stride_k, v_at + row[:, None] * stride_v
     k1 = tl.load(rows_k + d1[None, :], mask=inside, other=0.0) if MASKED else tl.load(rows_k + d1[None, :])
     scores = tl.dot(q1, k1.T)
     if WIDTH2 > 0:
@@ -55,15 +60,19 @@ def _attend_packed(
     out_ptr,  # [T, N, D], contiguous
     q_starts_ptr,  # [S + 1]
     kv_starts_ptr,
+    tables_ptr,  # [S, B] where keys are in the cache
     stride_q,
     stride_k,
     stride_v,
+    table_width,
     scale,  # 1 / sqrt(D) * log2(e)
     N: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     WIDTH1: tl.constexpr,
     WIDTH2: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,  # of the cache; 0: keys are packed
+    SKIP_SINGLE: tl.constexpr,
     CAUSAL: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
@@ -75,7 +84,7 @@ def _attend_packed(
     q_len = (tl.load(q_starts_ptr + s + 1) - q_start).to(tl.int32)
     kv_len = (tl.load(kv_starts_ptr + s + 1) - kv_start).to(tl.int32)
     first = tile * QUERIES
-    if first < q_len:
+    if first < q_len and not (SKIP_SINGLE and q_len == 1):
         past = kv_len - q_len
         query = first + tl.arange(0, QUERIES)
         inside = (query < q_len)[:, None]
@@ -88,7 +97,10 @@ def _attend_packed(
             q2 = tl.load(q_at + d2[None, :], mask=inside & (d2 < D)[None, :], other=0.0)
             acc2 = tl.zeros([QUERIES, WIDTH2], tl.float32)
         g = n // (N // G)
-        k_at, v_at = k_ptr + kv_start * stride_k + g * D, v_ptr + kv_start * stride_v + g * D
+        k_at, v_at = k_ptr + g * D, v_ptr + g * D
+        table_at = tables_ptr + s.to(tl.int64) * table_width
+        if BLOCK_SIZE == 0:
+            k_at, v_at = k_at + kv_start * stride_k, v_at + kv_start * stride_v
 
         best = tl.full([QUERIES], float("-inf"), tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
@@ -99,13 +111,13 @@ def _attend_packed(
         whole = (past + first + 1 if CAUSAL else kv_len) // KEYS * KEYS
         for at in range(0, whole, KEYS):
             best, total, acc1, acc2 = _visit(
-                q1, q2, k_at, v_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
-                stride_k, stride_v, WIDTH1, WIDTH2, D, False,
+                q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
+                stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, False,
             )  # fmt: skip
         for at in range(whole, stop, KEYS):
             best, total, acc1, acc2 = _visit(
-                q1, q2, k_at, v_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
-                stride_k, stride_v, WIDTH1, WIDTH2, D, True,
+                q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
+                stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, True,
             )  # fmt: skip
         out_at = out_ptr + ((q_start + query) * N + n)[:, None] * D
         tl.store(out_at + d1[None, :], (acc1 / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
@@ -150,30 +162,64 @@ def packed_attention(
     Returns:
         [T, N, D], contiguous. A sequence may be empty; one with queries has at least as many keys if causal.
     """
-    (_, N, D), G = q_TND.shape, k_UGD.shape[1]
-    queries, keys, warps, stages = tile or (128, 128 if D > 64 else 64, 8, 2)
-    width1, width2 = head_parts(D)
     out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
-    _attend_packed[(N, len(q_starts) - 1, triton.cdiv(max_q, queries))](
+    _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, q_starts, 0, max_q, causal, tile)
+    return out_TND
+
+
+def paged_attention(
+    q_TND: Tensor,
+    layer_cache: Tensor,
+    out_TND: Tensor,
+    q_starts: Tensor,
+    kv_starts: Tensor,
+    block_tables: Tensor,
+    max_q: int,
+    *,
+    tile: tuple[int, int, int, int] | None = None,
+) -> None:
+    """Causal attention of new tokens over their sequences' cache, themselves included, written into ``out_TND``.
+
+    Sequences with one new token are left to :func:`qwen3vl_moe.model.paged_decode.paged_decode`.
+
+    Args:
+        layer_cache: [2, blocks, block_size, G, D], contiguous, with the new tokens' keys and values in it.
+        block_tables: int32 [S, B], contiguous. The rest is as in :func:`packed_attention`.
+    """
+    k_rows, v_rows = layer_cache.flatten(1, 2)
+    block_size = layer_cache.shape[2]
+    _launch(q_TND, k_rows, v_rows, out_TND, q_starts, kv_starts, block_tables, block_size, max_q, True, tile)
+
+
+def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_size, max_q, causal, tile) -> None:
+    (_, N, D), G, S = q_TND.shape, k_UGD.shape[1], len(q_starts) - 1
+    if tile is None:
+        # A few short sequences fill the card only with small tiles; else 72-wide heads gain from tall ones.
+        tall = D < 128 and S * N * triton.cdiv(max_q, 128) >= 1024
+        tile = (128, 64, 8, 3) if tall else (64, 64, 4, 3)
+    queries, keys, warps, stages = tile
+    _attend_packed[(N, S, triton.cdiv(max_q, queries))](
         q_TND,
         k_UGD,
         v_UGD,
         out_TND,
         q_starts,
         kv_starts,
+        tables,
         q_TND.stride(0),
         k_UGD.stride(0),
         v_UGD.stride(0),
+        tables.stride(0),
         D**-0.5 * 1.4426950408889634,
         N,
         G,
         D,
-        width1,
-        width2,
+        *head_parts(D),
+        block_size,
+        block_size > 0,
         causal,
         queries,
         keys,
         num_warps=warps,
         num_stages=stages,
     )
-    return out_TND

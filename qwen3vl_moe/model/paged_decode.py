@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence over its paged cache, split over the cache (flash-decoding).
+"""Attention of sequences with one new token over their paged cache, split over the cache (flash-decoding).
 
 One sequence's cache is too long for one multiprocessor and a small batch has too few sequences to fill the card, so
 each (sequence, key/value head) is cut into SPLITS spans of the cache; a second kernel joins their partial softmaxes.
@@ -21,11 +21,12 @@ _TOKENS = 64  # of a span per pass: 64 rows of 128 channels are 16 KB of keys an
 
 @triton.jit
 def _attend_span(
-    q_ptr,  # [S, N, D]
+    q_ptr,  # [T, N, D]
+    q_starts_ptr,  # [S + 1]
     k_rows_ptr,  # [rows, G, D]
     v_rows_ptr,
     tables_ptr,  # [S, B]
-    starts_ptr,  # [S + 1] cumulative lengths
+    kv_starts_ptr,  # [S + 1]
     partial_ptr,  # [S, N, SPLITS, D] fp32
     lse_ptr,  # [S, N, SPLITS] fp32, base 2
     table_width,
@@ -41,14 +42,17 @@ def _attend_span(
 ):
     s, g, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     SHARING: tl.constexpr = N // G
-    length = tl.load(starts_ptr + s + 1) - tl.load(starts_ptr + s)
+    t = tl.load(q_starts_ptr + s)
+    if tl.load(q_starts_ptr + s + 1) - t != 1:
+        return
+    length = tl.load(kv_starts_ptr + s + 1) - tl.load(kv_starts_ptr + s)
     span = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
     start = split * span
     stop = tl.minimum(start + span, length)
 
     row = tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
-    q_at = q_ptr + (s * N + g * SHARING + row[:, None]) * D + d[None, :]
+    q_at = q_ptr + (t.to(tl.int64) * N + g * SHARING + row[:, None]) * D + d[None, :]
     q = tl.load(q_at, mask=(row < SHARING)[:, None] & (d < D)[None, :], other=0.0)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -79,8 +83,14 @@ def _attend_span(
 
 
 @triton.jit
-def _join_spans(partial_ptr, lse_ptr, out_ptr, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+def _join_spans(
+    partial_ptr, lse_ptr, out_ptr, q_starts_ptr, N, D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr
+):
     head = tl.program_id(0).to(tl.int64)
+    s = head // N
+    t = tl.load(q_starts_ptr + s)
+    if tl.load(q_starts_ptr + s + 1) - t != 1:
+        return
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, WIDTH)
     lse = tl.load(lse_ptr + head * SPLITS + split)
@@ -90,7 +100,8 @@ def _join_spans(partial_ptr, lse_ptr, out_ptr, D: tl.constexpr, WIDTH: tl.conste
     at = partial_ptr + (head * SPLITS + split[:, None]) * D + d[None, :]
     values = tl.load(at, mask=(d < D)[None, :], other=0.0)
     out = tl.sum(values * weights[:, None], axis=0)
-    tl.store(out_ptr + head * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
+    out_at = out_ptr + (t.to(tl.int64) * N + head % N) * D + d
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 @functools.cache
@@ -98,28 +109,31 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
-def paged_decode(q_SND: Tensor, layer_cache: Tensor, block_tables: Tensor, kv_starts: Tensor) -> Tensor:
-    """Attention of each sequence's newest token over all of its cached tokens, itself included.
+def paged_decode(
+    q_TND: Tensor, layer_cache: Tensor, out_TND: Tensor, q_starts: Tensor, kv_starts: Tensor, block_tables: Tensor
+) -> None:
+    """Attention over their cache of the sequences that have one new token, written into their rows of ``out_TND``.
+
+    Sequences with more new tokens, or none, are left alone.
 
     Args:
-        q_SND: contiguous queries, one per sequence; bf16 or fp16 (fp32 in the interpreter).
-        layer_cache: [2, blocks, block_size, G, D], contiguous, same dtype.
+        q_TND: contiguous queries of all sequences; bf16 or fp16 (fp32 in the interpreter).
+        layer_cache: [2, blocks, block_size, G, D], contiguous, with the new token's key and value in it.
+        out_TND: contiguous, like q.
+        q_starts, kv_starts: int32 [S + 1] cumulative lengths of new and of all tokens; with no key at all, zeros.
         block_tables: int32 [S, B], contiguous.
-        kv_starts: int32 [S + 1] cumulative lengths of the sequences; one of length 0 gives zeros.
-
-    Returns:
-        [S, N, D] in the dtype of q.
     """
-    S, N, D = q_SND.shape
+    (_, N, D), S = q_TND.shape, len(q_starts) - 1
     _, _, block_size, G, _ = layer_cache.shape
     k_rows, v_rows = layer_cache.unbind(0)
     # Twice as many programs as multiprocessors, no finer: a span is at least one pass.
-    splits = max(1, min(64, triton.next_power_of_2(triton.cdiv(2 * _processors(q_SND.device), S * G))))
-    partial = torch.empty(S, N, splits, D, dtype=torch.float32, device=q_SND.device)
-    lse = torch.empty(S, N, splits, dtype=torch.float32, device=q_SND.device)
+    splits = max(1, min(64, triton.next_power_of_2(triton.cdiv(2 * _processors(q_TND.device), S * G))))
+    partial = torch.empty(S, N, splits, D, dtype=torch.float32, device=q_TND.device)
+    lse = torch.empty(S, N, splits, dtype=torch.float32, device=q_TND.device)
     width = max(16, triton.next_power_of_2(D))
     _attend_span[(S, G, splits)](
-        q_SND,
+        q_TND,
+        q_starts,
         k_rows,
         v_rows,
         block_tables,
@@ -139,6 +153,4 @@ def paged_decode(q_SND: Tensor, layer_cache: Tensor, block_tables: Tensor, kv_st
         num_warps=4,
         num_stages=2,
     )
-    out_SND = torch.empty_like(q_SND)
-    _join_spans[(S * N,)](partial, lse, out_SND, D, width, splits, num_warps=2)
-    return out_SND
+    _join_spans[(S * N,)](partial, lse, out_TND, q_starts, N, D, width, splits, num_warps=2)

@@ -78,8 +78,10 @@ class MoE(nn.Module):
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = tma_moe.ExpertWeights(config.num_experts, config.hidden_size, config.expert_width)
 
-    def forward(self, x_TH: Tensor) -> Tensor:
+    def forward(self, x_TH: Tensor, padding_T1: Tensor | None = None) -> Tensor:
         topk_ids_TK, topk_weights_TK = tma_moe.route(self.router(x_TH), self.experts_per_token, backend=self.backend)
+        if padding_T1 is not None:
+            topk_ids_TK.masked_fill_(padding_T1, -1)  # no expert: padding must not make the layer read more weights
         return tma_moe.fused_moe(x_TH, topk_ids_TK, topk_weights_TK, self.experts, backend=self.backend)
 
 
@@ -98,7 +100,7 @@ class DecoderLayer(nn.Module):
         x_TH, normed_TH = add_norm(x_TH, y_TH, self.attn_norm)
         y_TH = self.attn(normed_TH, cos, sin, batch, layer_cache)
         x_TH, normed_TH = add_norm(x_TH, y_TH, self.moe_norm)
-        return x_TH, self.moe(normed_TH)
+        return x_TH, self.moe(normed_TH, batch.padding_T1)
 
 
 class Decoder(nn.Module):
@@ -111,16 +113,25 @@ class Decoder(nn.Module):
 
     def forward(self, batch: Batch, kv_cache: Tensor | None) -> Tensor:
         """Normed hidden states of the rows whose logits are wanted, [R, H]. For kv_cache see ``Qwen3VLMoe.forward``."""
-        config, visual = self.config, batch.visual
-        x_TH, y_TH = self.embed(batch.input_ids_T), None
-        if visual is not None:
-            x_TH.index_copy_(0, batch.visual_rows, visual.embeds_MH)
+        return self.run_layers(self.embed_tokens(batch), batch, kv_cache)
+
+    def embed_tokens(self, batch: Batch) -> Tensor:
+        """What the first layer reads, [T, H]: token embeddings, and visual tokens in their places."""
+        x_TH = self.embed(batch.input_ids_T)
+        if batch.visual is not None:
+            x_TH.index_copy_(0, batch.visual_rows, batch.visual.embeds_MH)
+        return x_TH
+
+    def run_layers(self, x_TH: Tensor, batch: Batch, kv_cache: Tensor | None) -> Tensor:
+        """All layers and the last norm. ``x_TH`` may be overwritten."""
+        config, y_TH = self.config, None
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, device=x_TH.device)
         cos, sin = mrope_angles(batch.positions_3T, frequencies, config.mrope_section)
+        deepstack_LMH = () if batch.visual is None else batch.visual.deepstack_LMH
         for number, layer in enumerate(self.layers):
             x_TH, y_TH = layer(x_TH, y_TH, cos, sin, batch, None if kv_cache is None else kv_cache[number])
-            if visual is not None and number < len(visual.deepstack_LMH):
-                y_TH.index_add_(0, batch.visual_rows, visual.deepstack_LMH[number])
+            if number < len(deepstack_LMH):
+                y_TH.index_add_(0, batch.visual_rows, deepstack_LMH[number])
         if batch.logit_rows is not None:
             x_TH, y_TH = x_TH[batch.logit_rows], y_TH[batch.logit_rows]
         return add_norm(x_TH, y_TH, self.norm)[1]

@@ -49,8 +49,7 @@ def test_a_segment_does_not_see_another():
     assert torch.equal(attention(q, k, v, segments, causal=False)[:3], before[:3])
 
 
-@pytest.mark.parametrize("decodes_first", [True, False])
-def test_a_step_attends_to_what_earlier_steps_wrote(decodes_first):
+def test_a_step_attends_to_what_earlier_steps_wrote():
     """Two steps over scattered blocks give the queries of the second what one step over everything gives them."""
     generator = torch.Generator().manual_seed(0)
     block_size, tables = 4, torch.tensor([[5, 2], [0, 7], [3, 1]], dtype=torch.int32)
@@ -60,7 +59,7 @@ def test_a_step_attends_to_what_earlier_steps_wrote(decodes_first):
     q, k, v = ([torch.randn(n, heads, 8, generator=generator) for n in total] for heads in (2, 1, 1))
     whole = attention(torch.cat(q), torch.cat(k), torch.cat(v), Segments.build(total), causal=True).split(total)
 
-    def step(done, lengths, num_decodes):
+    def step(done, lengths):
         def rows(parts):
             return torch.cat([x[d : d + n] for x, d, n in zip(parts, done, lengths, strict=True)])
 
@@ -73,11 +72,10 @@ def test_a_step_attends_to_what_earlier_steps_wrote(decodes_first):
             slots_T=torch.tensor(slots),
             block_tables=tables,
             block_size=block_size,
-            num_decodes=num_decodes,
         )
         store(rows(k), rows(v), batch, cache)
         return cached_attention(rows(q), rows(k), rows(v), batch, cache).split(lengths)
 
-    step([0, 0, 0], first, 0)
-    for ours, theirs, n in zip(step(first, second, 2 * decodes_first), whole, second, strict=True):
+    step([0, 0, 0], first)
+    for ours, theirs, n in zip(step(first, second), whole, second, strict=True):
         torch.testing.assert_close(ours, theirs[-n:], rtol=0, atol=5e-6)

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from qwen3vl_moe.model.attention import _per_segment as attention_per_segment
-from qwen3vl_moe.model.attention import attention
 from qwen3vl_moe.model.batch import Batch, Segments
 from qwen3vl_moe.model.fused_ops import add_rms_norm, norm_rotate_store
-from qwen3vl_moe.model.packed_attention import packed_attention
+from qwen3vl_moe.model.packed_attention import packed_attention, paged_attention
 from qwen3vl_moe.model.paged_decode import paged_decode
 from qwen3vl_moe.model.rope import rotate
 
@@ -104,32 +103,59 @@ def test_norm_rotate_and_store(dtype, heads, width, with_norm, with_cache):
         assert v_rows[others].isnan().all()
 
 
+def paged(q_lens, kv_lens, heads, width, dtype):
+    """Queries, keys and values of sequences, and the same keys in a scattered cache of blocks of 16 tokens."""
+    (N, G), S = heads, len(kv_lens)
+    blocks = -(-max(kv_lens) // 16)
+    tables = torch.randperm(S * blocks).view(S, blocks).int().to(DEVICE)
+    segments = Segments.build(q_lens, kv_lens, DEVICE)
+    cache = torch.full((2, S * blocks, 16, G, width), torch.nan, device=DEVICE, dtype=dtype)
+    k_rows, v_rows = cache.flatten(1, 2)
+    rows = Batch(torch.zeros(S), torch.zeros(3, S), segments, None, tables, 16).cache_rows_U
+    q = torch.randn(sum(q_lens), N, width, device=DEVICE, dtype=dtype)
+    k_rows[rows] = torch.randn(sum(kv_lens), G, width, device=DEVICE, dtype=dtype)
+    v_rows[rows] = torch.randn(sum(kv_lens), G, width, device=DEVICE, dtype=dtype)
+    return q, k_rows[rows], v_rows[rows], segments, cache, tables
+
+
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "width"), [((4, 2), 16), ((6, 1), 24), ((8, 8), 32)])
-@pytest.mark.parametrize("lens", [[1], [0, 5], [3, 64, 65, 1, 130], *([[2000]] if ON_GPU else [])])
-def test_paged_decode(dtype, heads, width, lens):
-    N, G = heads
-    block_size, S = 16, len(lens)
-    blocks = -(-max(lens) // block_size)
-    tables = torch.randperm(S * blocks).view(S, blocks).int().to(DEVICE)
-    cache = torch.full((2, S * blocks, block_size, G, width), torch.nan, device=DEVICE, dtype=dtype)
-    k_rows, v_rows = cache.flatten(1, 2)
-    batch = Batch(torch.zeros(S), torch.zeros(3, S), Segments.build([1] * S, lens, DEVICE), None, tables, block_size)
-    rows = batch.cache_rows_U
-    keys, values = (torch.randn(sum(lens), G, width, device=DEVICE, dtype=dtype) for _ in range(2))
-    k_rows[rows], v_rows[rows] = keys, values
-    q = torch.randn(S, N, width, device=DEVICE, dtype=dtype)
-    ours = paged_decode(q, cache, tables, batch.segments.kv_starts)
-
-    full = [number for number, length in enumerate(lens) if length]
-    segments = Segments.build([1] * len(full), [lens[number] for number in full], DEVICE)
+@pytest.mark.parametrize(
+    ("heads", "width"), [((4, 2), 16), ((6, 1), 24), ((8, 8), 32), *([((32, 4), 128)] if ON_GPU else [])]
+)
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens"),
+    [
+        ([1], [1]),
+        ([1, 1, 1, 1, 1], [3, 64, 65, 1, 130]),
+        ([1, 20, 1, 0, 35], [70, 20, 5, 0, 90]),
+        *([([1, 700, 300], [2000, 700, 900])] if ON_GPU else []),
+    ],
+)
+def test_attention_over_the_cache(dtype, heads, width, q_lens, kv_lens):
+    """Decoding sequences and prompts in one step: each kernel takes its own and leaves the others' rows alone."""
+    q, k, v, segments, cache, tables = paged(q_lens, kv_lens, heads, width, dtype)
+    places = segments.q_starts, segments.kv_starts, tables
+    singles = torch.cat([torch.full((n,), n == 1) for n in q_lens]).to(DEVICE)
+    ours = torch.full_like(q, torch.nan)
+    paged_decode(q, cache, ours, *places)
+    assert torch.equal(ours.isnan().any(2).any(1), ~singles)
+    paged_attention(q, cache, ours, *places, max(q_lens) + 3, tile=None if ON_GPU else (16, 32, 4, 1))
+    full = Segments.build([n for n in q_lens if n], [n for n in kv_lens if n], DEVICE)
     exact, plain = (
-        attention(q[full].to(kind), keys.to(kind), values.to(kind), segments, causal=True)
-        for kind in (torch.float64, dtype)
+        attention_per_segment(q.to(kind), k.to(kind), v.to(kind), full, True) for kind in (torch.float64, dtype)
     )
-    within_rounding(ours[full], exact, plain)
-    assert all((ours[number] == 0).all() for number in range(S) if number not in full)
+    within_rounding(ours, exact, plain)
+
+
+@runs_kernels
+def test_a_sequence_without_keys_gives_zeros():
+    q, _, _, _, cache, tables = paged([1, 1], [1, 4], (4, 2), 16, DTYPES[0])
+    out = torch.full_like(q, torch.nan)
+    starts = torch.tensor([0, 1, 2], device=DEVICE, dtype=torch.int32)
+    paged_decode(q, cache, out, starts, torch.tensor([0, 0, 4], device=DEVICE, dtype=torch.int32), tables)
+    assert (out[0] == 0).all()
+    assert out[1].isfinite().all()
 
 
 @runs_kernels
@@ -166,17 +192,23 @@ def test_packed_attention(dtype, causal, heads, width, q_lens, kv_lens):
 
 @runs_kernels
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
-def test_paged_decode_replays_in_a_graph_while_sequences_grow():
-    N, G, width, block_size = 32, 4, 128, 16
-    cache = torch.randn(2, 64, block_size, G, width, device=DEVICE, dtype=torch.bfloat16)
-    tables = torch.randperm(64).view(4, 16).int().to(DEVICE)
-    q = torch.randn(4, N, width, device=DEVICE, dtype=torch.bfloat16)
-    starts = torch.tensor([0, 1, 3, 6, 10], dtype=torch.int32, device=DEVICE)
-    paged_decode(q, cache, tables, starts)
+def test_attention_over_the_cache_replays_in_a_graph_while_sequences_grow():
+    q, _, _, _, cache, tables = paged([1] * 4, [256] * 4, (32, 4), 128, torch.bfloat16)
+    q_starts = torch.arange(5, device=DEVICE, dtype=torch.int32)
+    kv_starts = torch.tensor([0, 1, 3, 6, 10], dtype=torch.int32, device=DEVICE)
+    out, eager = torch.zeros_like(q), torch.zeros_like(q)
+
+    def attend(out):
+        paged_decode(q, cache, out, q_starts, kv_starts, tables)
+        paged_attention(q, cache, out, q_starts, kv_starts, tables, 4)
+
+    attend(out)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = paged_decode(q, cache, tables, starts)
-    for longer in ([256, 1, 77, 128], [5, 250, 16, 17]):
-        starts[1:] = torch.tensor(longer).cumsum(0)
+        attend(out)
+    for new, lens in (([1, 1, 1, 1], [256, 1, 77, 128]), ([2, 0, 1, 1], [250, 0, 16, 17])):
+        q_starts[1:] = torch.tensor(new).cumsum(0)
+        kv_starts[1:] = torch.tensor(lens).cumsum(0)
         graph.replay()
-        assert torch.equal(out, paged_decode(q, cache, tables, starts))
+        attend(eager)
+        assert torch.equal(out, eager)

@@ -65,7 +65,6 @@ def steps_of(model, prompts, cuts, block_size=4):
             slots_T=torch.tensor(slots, device=model.device),
             block_tables=tables[chosen].to(model.device),
             block_size=block_size,
-            num_decodes=len(chosen) if cut == 1 else 0,
             visual_rows=torch.tensor(rows, device=model.device) if rows else None,
             visual=VisionFeatures.cat(visual) if visual else None,
         )
