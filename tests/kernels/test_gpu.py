@@ -1,0 +1,272 @@
+"""What only a Hopper GPU can show: the shape of the model, CUDA graphs, memory, streams and threads."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tma_moe
+import torch
+from tma_moe import descriptors, support
+from tma_moe.reference import fused_moe_reference
+
+MISSING = "triton's interpreter is on" if support.interpreting() else tma_moe.unavailable("cuda", torch.bfloat16)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+
+E, K, H, I = 128, 8, 2048, 768  # Qwen3-VL-30B-A3B  # noqa: E741
+TOKENS = [1, 2, 4, 5, 8, 17, 64, 129, 200, 321, 450, 641, 1024, 1537, 2048, 4096]
+POLICIES = ["per_call", "lru", "owned"]
+
+
+def make_experts(seed: int = 0, dtype: torch.dtype = torch.bfloat16, sizes=(E, H, I)) -> tma_moe.ExpertWeights:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    experts = tma_moe.ExpertWeights(*sizes, device="cuda", dtype=dtype)
+    experts.gate_up.data.normal_(std=sizes[1] ** -0.5, generator=generator)
+    experts.down.data.normal_(std=sizes[2] ** -0.5, generator=generator)
+    return experts
+
+
+def make_inputs(T: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16, sizes=(E, K, H), scale: float = 1.0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x_TH = scale * torch.randn(T, sizes[2], device="cuda", generator=generator)
+    logits_TE = torch.randn(T, sizes[0], device="cuda", generator=generator)
+    return x_TH.to(dtype), *tma_moe.route(logits_TE, sizes[1])
+
+
+@pytest.fixture(scope="module")
+def experts():
+    return make_experts()
+
+
+@pytest.fixture(scope="module")
+def float32_weights(experts):
+    return experts.gate_up.float(), experts.down.float()
+
+
+def assert_as_good_as_the_dtype(y, x, ids, weights, experts, float32_weights) -> None:
+    """At most twice the error that the reference makes in the dtype of x, against the reference in float32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    exact = fused_moe_reference(x.float(), ids, weights, *float32_weights)
+    allowed = (fused_moe_reference(x, ids, weights, experts.gate_up, experts.down).float() - exact).abs()
+    error = (y.float() - exact).abs()
+    assert error.max() <= 2 * allowed.max(), f"max error {error.max():.3g}, of the dtype {allowed.max():.3g}"
+    assert error.square().mean() <= 4 * allowed.square().mean()
+
+
+@pytest.mark.parametrize("T", TOKENS)
+def test_values_at_the_models_shape(T, experts, float32_weights):
+    inputs = make_inputs(T)
+    y = tma_moe.fused_moe(*inputs, experts)
+    assert_as_good_as_the_dtype(y, *inputs, experts, float32_weights)
+    assert torch.equal(tma_moe.fused_moe(*inputs, experts), y)
+
+
+@pytest.mark.parametrize("T", [4, 64, 450, 4096])
+def test_skewed_routing_and_large_inputs(T, experts, float32_weights):
+    x, ids, weights = make_inputs(T, scale=300.0)
+    ids[:, 0] = 7  # one expert gets every token
+    ids[:, 1:] = torch.where(ids[:, 1:] == 7, 8, ids[:, 1:])
+    y = tma_moe.fused_moe(x, ids, weights, experts)
+    assert y.isfinite().all()
+    assert_as_good_as_the_dtype(y, x, ids, weights, experts, float32_weights)
+
+
+@pytest.mark.parametrize("T", [4, 100, 600, 5000])
+def test_nan_stays_in_its_row(T, experts):
+    x, ids, weights = make_inputs(T)
+    clean = tma_moe.fused_moe(x, ids, weights, experts)
+    x[T // 2] = float("nan")
+    y = tma_moe.fused_moe(x, ids, weights, experts)
+    assert y[T // 2].isnan().all()
+    y[T // 2] = clean[T // 2]
+    assert torch.equal(y, clean)
+
+
+@pytest.mark.parametrize(("T", "rows"), [(4, 1), (100, 30), (600, 450), (1500, 1400), (5000, 4200), (9000, 8000)])
+def test_a_tokens_output_does_not_depend_on_its_batch(T, rows, experts):
+    x, ids, weights = make_inputs(T)
+    part = slice(T - rows, T)
+    alone = tma_moe.fused_moe(x[part].clone(), ids[part].clone(), weights[part].clone(), experts)
+    assert torch.equal(tma_moe.fused_moe(x, ids, weights, experts)[part], alone)
+
+
+@pytest.mark.parametrize("T", [1, 32, 450, 4096])
+def test_captured_graph_replays_with_other_routing(T, experts):
+    static = make_inputs(T)
+    for _ in range(2):
+        tma_moe.fused_moe(*static, experts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = tma_moe.fused_moe(*static, experts)
+    for seed in (1, 2):
+        for target, source in zip(static, make_inputs(T, seed), strict=True):
+            target.copy_(source)
+        graph.replay()
+        assert torch.equal(y, tma_moe.fused_moe(*static, experts))
+
+
+@pytest.mark.parametrize("T", [4, 64, 1024])
+def test_no_host_synchronisation(T, experts):
+    inputs = make_inputs(T)
+    tma_moe.fused_moe(*inputs, experts)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tma_moe.fused_moe(*inputs, experts)
+        tma_moe.route(torch.randn(T, E, device="cuda"), K)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_dropping_the_weights_returns_their_memory(policy):
+    inputs = make_inputs(64)
+    with tma_moe.descriptor_policy(policy):
+        tma_moe.fused_moe(*inputs, make_experts())
+        descriptors.clear_descriptor_cache()
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        held = make_experts()
+        size = 2 * sum(p.numel() for p in held.parameters())
+        y = tma_moe.fused_moe(*inputs, held)
+        del held, y
+        gc.collect()
+        kept = torch.cuda.memory_allocated() - before
+        if policy == "lru":
+            # This is the price of keeping objects in a table: the weights stay until it is emptied.
+            assert kept >= size
+            descriptors.clear_descriptor_cache()
+            kept = torch.cuda.memory_allocated() - before
+        assert kept == 0
+
+
+@pytest.mark.parametrize("T", [4, 64, 5000])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_other_weights_at_the_same_address(policy, T):
+    inputs = make_inputs(T)
+    expected = [tma_moe.fused_moe(*inputs, make_experts(seed)) for seed in (0, 1)]
+    with tma_moe.descriptor_policy(policy):
+        layer = make_experts(0)
+        address = layer.gate_up.data_ptr()
+        assert torch.equal(tma_moe.fused_moe(*inputs, layer), expected[0])
+        torch.cuda.synchronize()
+        del layer
+        descriptors.clear_descriptor_cache()
+        gc.collect()
+        layer = make_experts(1)
+        assert layer.gate_up.data_ptr() == address, "the allocator did not re-use the address: the test shows nothing"
+        assert torch.equal(tma_moe.fused_moe(*inputs, layer), expected[1])
+        # Re-bound and filled in place: both must be seen.
+        other = make_experts(0)
+        layer.gate_up, layer.down = other.gate_up, other.down
+        assert torch.equal(tma_moe.fused_moe(*inputs, layer), expected[0])
+        fresh = make_experts(1)
+        layer.gate_up.data, layer.down.data = fresh.gate_up.data, fresh.down.data
+        assert torch.equal(tma_moe.fused_moe(*inputs, layer), expected[1])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_threads_with_streams_of_their_own(policy):
+    layers = [make_experts(seed) for seed in range(3)]
+    inputs = [make_inputs(T, seed=T) for T in (3, 64, 700)]
+    expected = [[tma_moe.fused_moe(*given, layer) for given in inputs] for layer in layers]
+    torch.cuda.synchronize()
+    wrong = []
+
+    def work(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(10):
+                for i, given in enumerate(inputs):
+                    if not torch.equal(tma_moe.fused_moe(*given, layers[number]), expected[number][i]):
+                        wrong.append((number, i))
+
+    with tma_moe.descriptor_policy(policy):
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((8, 2, 4096, 14336), id="mixtral-8x7b"),
+        pytest.param((60, 4, 2048, 1408), id="qwen1.5-moe-a2.7b"),
+        pytest.param((7, 7, 264, 136), id="odd"),
+    ],
+)
+@pytest.mark.parametrize("T", [3, 40, 1200])
+def test_other_models(sizes, T):
+    experts, topk, hidden, width = sizes
+    layer = make_experts(dtype=torch.float16, sizes=(experts, hidden, width))
+    inputs = make_inputs(T, dtype=torch.float16, sizes=(experts, topk, hidden))
+    y = tma_moe.fused_moe(*inputs, layer)
+    assert_as_good_as_the_dtype(y, *inputs, layer, (layer.gate_up.float(), layer.down.float()))
+
+
+def test_host_time_by_policy():
+    """48 layers launched eagerly at one token and at 64: `owned` must be the cheapest, and under 60 us a layer."""
+    layers = [make_experts(sizes=(8, 256, 128)) for _ in range(48)]
+    for T in (1, 64):
+        inputs = make_inputs(T, sizes=(8, 2, 256))
+        times = {}
+        for policy in POLICIES * 2:
+            with tma_moe.descriptor_policy(policy):
+                passes = []
+                for _ in range(12):
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    for layer in layers:
+                        tma_moe.fused_moe(*inputs, layer)
+                    passes.append((time.perf_counter() - start) / len(layers) * 1e6)
+                times[policy] = statistics.median(passes[2:])
+        print(f"host time per layer at {T} tokens, us: {times}")
+        assert times["owned"] <= 60, times
+        if T == 64:  # the decode kernels use no descriptors
+            assert times["owned"] < times["lru"], times
+            assert times["owned"] < times["per_call"], times
+
+
+SANITIZED = """
+import sys
+sys.path.insert(0, "kernels")
+import torch, tma_moe
+from tma_moe import launch
+from tma_moe.tuning import Choice, Tiles
+experts = tma_moe.ExpertWeights(6, 128, 64, device="cuda", dtype=torch.bfloat16)
+for parameter in experts.parameters():
+    parameter.data.normal_()
+device = torch.device("cuda", 0)
+swap = Choice(None, Tiles("swap", 16, 64, 64, 4, 3), Tiles("swap", 16, 128, 64, 4, 3))
+grouped = Choice(None, Tiles("grouped", 64, 64, 64, 4, 3, 1, True), Tiles("grouped", 64, 64, 64, 4, 3, 1, True))
+special = Choice(None, Tiles("specialized", 128, 64, 64, 4, 3, 1), Tiles("specialized", 128, 128, 64, 4, 3, 1))
+decode = Choice(None, Tiles("decode", 1, 4, 128, 4, 1), Tiles("decode", 1, 8, 64, 4, 1))
+for T, choice in ((3, decode), (70, swap), (70, grouped), (70, special), (900, swap)):
+    ids, weights = tma_moe.route(torch.randn(T, 6, device="cuda"), 3)
+    recipe = launch.Recipe(device, 6, 3, 128, 64, choice)
+    assert recipe.run(torch.randn(T, 128, device="cuda", dtype=torch.bfloat16), ids, weights, experts).isfinite().all()
+torch.cuda.synchronize()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        pytest.skip("compute-sanitizer is not installed")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this machine")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert "done" in done.stdout
