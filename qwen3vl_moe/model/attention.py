@@ -33,7 +33,7 @@ def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *
         from qwen3vl_moe.model.packed_attention import packed_attention  # needs triton, which a CPU may lack
 
         starts = segments.q_starts, segments.kv_starts
-        return packed_attention(q_TND, k_UGD, v_UGD, *starts, segments.max_q, causal=causal)
+        return packed_attention(q_TND, k_UGD, v_UGD, *starts, causal=causal)
     return _per_segment(q_TND, k_UGD, v_UGD, segments, causal)
 
 
@@ -87,5 +87,5 @@ def cached_attention(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, batch: Batch, 
     places = segments.q_starts, segments.kv_starts, batch.block_tables
     paged_decode(q_TND, layer_cache, out_TND, *places)
     if segments.max_q > 1:
-        paged_attention(q_TND, layer_cache, out_TND, *places, segments.max_q)
+        paged_attention(q_TND, layer_cache, out_TND, *places)
     return out_TND

@@ -2,8 +2,8 @@
 
 One program takes a tile of queries of one sequence and head, and walks over that sequence's keys with a running
 softmax. Keys are packed like the queries, or lie in the blocks of the cache. Boundaries and block tables are read on
-the device and the grid depends on the number of sequences and a bound on their length only, so a launch can be captured
-in a CUDA graph for a bucket of shapes.
+the device and the grid depends on the number of tokens and of sequences only, so a launch can be captured in a CUDA
+graph for a bucket of shapes.
 
 A head is cut into two parts whose widths are powers of two: 128 = 128, and the vision tower's 72 = 64 + 8, so that its
 products are not padded to 128.
@@ -52,7 +52,7 @@ def _visit(
     return new_best, total, acc1, acc2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _attend_packed(
     q_ptr,  # [T, N, D], rows stride_q apart
     k_ptr,  # [U, G, D], rows stride_k apart
@@ -65,6 +65,7 @@ def _attend_packed(
     stride_k,
     stride_v,
     table_width,
+    S,
     scale,  # 1 / sqrt(D) * log2(e)
     N: tl.constexpr,
     G: tl.constexpr,
@@ -76,57 +77,68 @@ def _attend_packed(
     CAUSAL: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    SEQUENCES: tl.constexpr,  # S or more
 ):
+    # Which tile of which sequence: the grid has one program for each, and a few more than there turn out to be.
+    each = tl.arange(0, SEQUENCES)
+    starts = tl.load(q_starts_ptr + each, mask=each < S, other=0)
+    lens = tl.load(q_starts_ptr + 1 + each, mask=each < S, other=0) - starts
+    tiles = (lens + QUERIES - 1) // QUERIES
+    if SKIP_SINGLE:
+        tiles = tl.where(lens == 1, 0, tiles)
+    ends = tl.cumsum(tiles, axis=0)
+    n, place = tl.program_id(0), tl.program_id(1)
+    s = tl.sum((ends <= place).to(tl.int32))
+    if s >= S:
+        return
     # The last tile of a causal sequence has the most keys: it starts first.
-    tile = tl.num_programs(2) - 1 - tl.program_id(2)
-    n, s = tl.program_id(0), tl.program_id(1)
+    tile = tl.sum(tl.where(each == s, ends, 0)) - 1 - place
     q_start, kv_start = tl.load(q_starts_ptr + s).to(tl.int64), tl.load(kv_starts_ptr + s).to(tl.int64)
     q_len = (tl.load(q_starts_ptr + s + 1) - q_start).to(tl.int32)
     kv_len = (tl.load(kv_starts_ptr + s + 1) - kv_start).to(tl.int32)
     first = tile * QUERIES
-    if first < q_len and not (SKIP_SINGLE and q_len == 1):
-        past = kv_len - q_len
-        query = first + tl.arange(0, QUERIES)
-        inside = (query < q_len)[:, None]
-        d1 = tl.arange(0, WIDTH1)
-        q_at = q_ptr + (q_start + query)[:, None] * stride_q + n * D
-        q1 = tl.load(q_at + d1[None, :], mask=inside, other=0.0)
-        q2, acc2 = q1, tl.zeros([QUERIES, 16], tl.float32)
-        if WIDTH2 > 0:
-            d2 = WIDTH1 + tl.arange(0, WIDTH2)
-            q2 = tl.load(q_at + d2[None, :], mask=inside & (d2 < D)[None, :], other=0.0)
-            acc2 = tl.zeros([QUERIES, WIDTH2], tl.float32)
-        g = n // (N // G)
-        k_at, v_at = k_ptr + g * D, v_ptr + g * D
-        table_at = tables_ptr + s.to(tl.int64) * table_width
-        if BLOCK_SIZE == 0:
-            k_at, v_at = k_at + kv_start * stride_k, v_at + kv_start * stride_v
+    past = kv_len - q_len
+    query = first + tl.arange(0, QUERIES)
+    inside = (query < q_len)[:, None]
+    d1 = tl.arange(0, WIDTH1)
+    q_at = q_ptr + (q_start + query)[:, None] * stride_q + n * D
+    q1 = tl.load(q_at + d1[None, :], mask=inside, other=0.0)
+    q2, acc2 = q1, tl.zeros([QUERIES, 16], tl.float32)
+    if WIDTH2 > 0:
+        d2 = WIDTH1 + tl.arange(0, WIDTH2)
+        q2 = tl.load(q_at + d2[None, :], mask=inside & (d2 < D)[None, :], other=0.0)
+        acc2 = tl.zeros([QUERIES, WIDTH2], tl.float32)
+    g = n // (N // G)
+    k_at, v_at = k_ptr + g * D, v_ptr + g * D
+    table_at = tables_ptr + s.to(tl.int64) * table_width
+    if BLOCK_SIZE == 0:
+        k_at, v_at = k_at + kv_start * stride_k, v_at + kv_start * stride_v
 
-        best = tl.full([QUERIES], float("-inf"), tl.float32)
-        total = tl.zeros([QUERIES], tl.float32)
-        acc1 = tl.zeros([QUERIES, WIDTH1], tl.float32)
-        # Keys that every query of the tile sees need no mask; those at the diagonal or the end do.
-        limit = past + query + 1 if CAUSAL else tl.zeros_like(query) + kv_len
-        stop = tl.minimum(kv_len, past + first + QUERIES) if CAUSAL else kv_len
-        whole = (past + first + 1 if CAUSAL else kv_len) // KEYS * KEYS
-        for at in range(0, whole, KEYS):
-            best, total, acc1, acc2 = _visit(
-                q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
-                stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, False,
-            )  # fmt: skip
-        for at in range(whole, stop, KEYS):
-            best, total, acc1, acc2 = _visit(
-                q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
-                stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, True,
-            )  # fmt: skip
-        out_at = out_ptr + ((q_start + query) * N + n)[:, None] * D
-        tl.store(out_at + d1[None, :], (acc1 / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
-        if WIDTH2 > 0:
-            tl.store(
-                out_at + d2[None, :],
-                (acc2 / total[:, None]).to(out_ptr.dtype.element_ty),
-                mask=inside & (d2 < D)[None, :],
-            )
+    best = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc1 = tl.zeros([QUERIES, WIDTH1], tl.float32)
+    # Keys that every query of the tile sees need no mask; those at the diagonal or the end do.
+    limit = past + query + 1 if CAUSAL else tl.zeros_like(query) + kv_len
+    stop = tl.minimum(kv_len, past + first + QUERIES) if CAUSAL else kv_len
+    whole = (past + first + 1 if CAUSAL else kv_len) // KEYS * KEYS
+    for at in range(0, whole, KEYS):
+        best, total, acc1, acc2 = _visit(
+            q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
+            stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, False,
+        )  # fmt: skip
+    for at in range(whole, stop, KEYS):
+        best, total, acc1, acc2 = _visit(
+            q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
+            stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, True,
+        )  # fmt: skip
+    out_at = out_ptr + ((q_start + query) * N + n)[:, None] * D
+    tl.store(out_at + d1[None, :], (acc1 / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    if WIDTH2 > 0:
+        tl.store(
+            out_at + d2[None, :],
+            (acc2 / total[:, None]).to(out_ptr.dtype.element_ty),
+            mask=inside & (d2 < D)[None, :],
+        )
 
 
 def head_parts(D: int) -> tuple[int, int]:
@@ -146,7 +158,6 @@ def packed_attention(
     v_UGD: Tensor,
     q_starts: Tensor,
     kv_starts: Tensor,
-    max_q: int,
     *,
     causal: bool,
     tile: tuple[int, int, int, int] | None = None,
@@ -156,14 +167,13 @@ def packed_attention(
     Args:
         q_TND, k_UGD, v_UGD: bf16 or fp16 (fp32 in the interpreter); heads contiguous, rows at any stride.
         q_starts, kv_starts: int32 [S + 1] cumulative lengths; the last query of a sequence sees all of its keys.
-        max_q: at least the most queries of a sequence.
         tile: (queries, keys, warps, stages) of a program; None takes what measured best.
 
     Returns:
         [T, N, D], contiguous. A sequence may be empty; one with queries has at least as many keys if causal.
     """
     out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
-    _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, q_starts, 0, max_q, causal, tile)
+    _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, q_starts, 0, causal, tile)
     return out_TND
 
 
@@ -174,7 +184,6 @@ def paged_attention(
     q_starts: Tensor,
     kv_starts: Tensor,
     block_tables: Tensor,
-    max_q: int,
     *,
     tile: tuple[int, int, int, int] | None = None,
 ) -> None:
@@ -188,17 +197,17 @@ def paged_attention(
     """
     k_rows, v_rows = layer_cache.flatten(1, 2)
     block_size = layer_cache.shape[2]
-    _launch(q_TND, k_rows, v_rows, out_TND, q_starts, kv_starts, block_tables, block_size, max_q, True, tile)
+    _launch(q_TND, k_rows, v_rows, out_TND, q_starts, kv_starts, block_tables, block_size, True, tile)
 
 
-def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_size, max_q, causal, tile) -> None:
+def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_size, causal, tile) -> None:
     (_, N, D), G, S = q_TND.shape, k_UGD.shape[1], len(q_starts) - 1
     if tile is None:
         # A few short sequences fill the card only with small tiles; else 72-wide heads gain from tall ones.
-        tall = D < 128 and S * N * triton.cdiv(max_q, 128) >= 1024
+        tall = D < 128 and N * len(q_TND) >= 1 << 17
         tile = (128, 64, 8, 3) if tall else (64, 64, 4, 3)
     queries, keys, warps, stages = tile
-    _attend_packed[(N, S, triton.cdiv(max_q, queries))](
+    _attend_packed[(N, triton.cdiv(len(q_TND), queries) + S)](
         q_TND,
         k_UGD,
         v_UGD,
@@ -210,6 +219,7 @@ def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_siz
         k_UGD.stride(0),
         v_UGD.stride(0),
         tables.stride(0),
+        S,
         D**-0.5 * 1.4426950408889634,
         N,
         G,
@@ -220,6 +230,7 @@ def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_siz
         causal,
         queries,
         keys,
+        triton.next_power_of_2(max(S, 32)),  # few variants to compile
         num_warps=warps,
         num_stages=stages,
     )

@@ -140,7 +140,7 @@ def test_attention_over_the_cache(dtype, heads, width, q_lens, kv_lens):
     ours = torch.full_like(q, torch.nan)
     paged_decode(q, cache, ours, *places)
     assert torch.equal(ours.isnan().any(2).any(1), ~singles)
-    paged_attention(q, cache, ours, *places, max(q_lens) + 3, tile=None if ON_GPU else (16, 32, 4, 1))
+    paged_attention(q, cache, ours, *places, tile=None if ON_GPU else (16, 32, 4, 1))
     full = Segments.build([n for n in q_lens if n], [n for n in kv_lens if n], DEVICE)
     exact, plain = (
         attention_per_segment(q.to(kind), k.to(kind), v.to(kind), full, True) for kind in (torch.float64, dtype)
@@ -181,8 +181,7 @@ def test_packed_attention(dtype, causal, heads, width, q_lens, kv_lens):
     qkv = torch.randn(max(sum(q_lens), sum(kv_lens)), N + 2 * G, width, device=DEVICE, dtype=dtype)
     q, k, v = qkv.split((N, G, G), dim=1)
     q, k, v = q[: sum(q_lens)], k[: sum(kv_lens)], v[: sum(kv_lens)]
-    bound = max(q_lens) + 20
-    ours = packed_attention(q, k, v, segments.q_starts, segments.kv_starts, bound, causal=causal, tile=tile)
+    ours = packed_attention(q, k, v, segments.q_starts, segments.kv_starts, causal=causal, tile=tile)
     full = Segments.build([n for n in q_lens if n], [n for n in kv_lens if n], DEVICE)
     exact, plain = (
         attention_per_segment(q.to(kind), k.to(kind), v.to(kind), full, causal) for kind in (torch.float64, dtype)
@@ -200,7 +199,7 @@ def test_attention_over_the_cache_replays_in_a_graph_while_sequences_grow():
 
     def attend(out):
         paged_decode(q, cache, out, q_starts, kv_starts, tables)
-        paged_attention(q, cache, out, q_starts, kv_starts, tables, 4)
+        paged_attention(q, cache, out, q_starts, kv_starts, tables)
 
     attend(out)
     graph = torch.cuda.CUDAGraph()
