@@ -71,13 +71,14 @@ class Recipe:
         self.run = self.run_grouped
         self.bins = triton.next_power_of_2(E)
         rows = (choice.up.rows, choice.down.rows)
-        self.count = Launch(routing.count_by_expert, (E, self.bins, routing.BLOCK, pdl), warps=8)
-        constants = (E, self.bins, *rows)
-        self.group = Launch(routing.group_by_expert, (*constants, True, routing.BLOCK, pdl), warps=8)
+        block = routing.BLOCK
         self.group_few = {
-            block: Launch(routing.group_by_expert, (*constants, False, block, pdl), warps=max(1, block // 256))
-            for block in (routing.SMALL_BLOCK, routing.BLOCK)
+            size: Launch(routing.group_few, (E, self.bins, *rows, size, pdl), warps=max(1, size // 256))
+            for size in (routing.SMALL_BLOCK, block)
         }
+        self.count = Launch(routing.count_pairs, (E, self.bins, block, pdl), warps=8)
+        self.place = Launch(routing.place_blocks, (self.bins, *rows, routing.CHUNK, pdl), warps=8)
+        self.rank = Launch(routing.rank_pairs, (E, self.bins, block, pdl), warps=8)
         self.up = self._product(choice.up, swap_gemm.swap_up, grouped_gemm.grouped_up, (H, I, K), pdl)
         self.down = self._product(choice.down, swap_gemm.swap_down, grouped_gemm.grouped_down, (H, I), pdl)
         # 256 columns a warp: 16 bytes a thread of each row, and no thread shares a column with another.
@@ -140,14 +141,13 @@ class Recipe:
         experts = -(-self.E // 4)
         if pairs <= routing.BLOCK:
             block = routing.SMALL_BLOCK if pairs <= routing.SMALL_BLOCK else routing.BLOCK
-            self.group_few[block]((experts, 1, 1), ids_TK, plan, plan, pairs, 1, 1, up_at, down_at)
+            self.group_few[block]((experts, 1, 1), ids_TK, plan, pairs, up_at, down_at)
             return
         blocks = -(-pairs // routing.BLOCK)
-        per_split = -(-blocks // routing.MAX_SPLITS)
-        splits = -(-blocks // per_split)
         counts = torch.empty(blocks * self.bins, dtype=torch.int32, device=plan.device)
         self.count((blocks, 1, 1), ids_TK, counts, pairs)
-        self.group((experts, splits, 1), ids_TK, counts, plan, pairs, blocks, per_split, up_at, down_at)
+        self.place((1, 1, 1), counts, plan, blocks, up_at, down_at)
+        self.rank((experts, blocks, 1), ids_TK, counts, plan, pairs)
 
 
 class _Buckets:

@@ -1,15 +1,15 @@
-"""Which experts a token goes to, and which rows an expert gets: two small kernels before the matrix products.
+"""Which experts a token goes to, and which rows an expert gets: small kernels before the matrix products.
 
 The products need the T * K (token, choice) pairs sorted by expert. A pair is named by its slot t * K + k; a row is a
-position in the sorted order. `group_by_expert` writes one int32 buffer, the plan:
+position in the sorted order. Grouping writes one int32 buffer, the plan:
 
     plan[0], plan[1]                     row tiles of the up and of the down product
     plan[HEADER + row]                   slot of each row, sorted by expert, ties in token order
     plan[tiles_at + 4 * tile ...]        per row tile: expert, first row, last row + 1 (and one unused word);
                                          one table for up and one for down, whose tiles may differ in height
 
-The grid depends on sizes only, nothing is read back by the host, and the order is the same in every run: each program
-adds up what comes before its own pairs, so there are no atomics and no buffer that must be zero.
+Grids depend on sizes only, nothing is read back by the host, and the order is the same in every run: rows follow from
+counts of what comes before, so there are no atomics and no buffer that must be zero.
 """
 
 import torch
@@ -21,10 +21,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tma_moe.support import interpreting
 
 HEADER = tl.constexpr(16)
-# Pairs that a program ranks at a time. A call of one block needs no counting launch; the small block is for decoding.
+# Pairs that a program ranks at a time. A call of one block is grouped in one launch; the small block is for decoding.
 BLOCK = 2048
 SMALL_BLOCK = 256
-MAX_SPLITS = 16
+CHUNK = 32  # blocks whose counts one program adds up at a time
 
 
 @triton.jit
@@ -77,11 +77,70 @@ def _load_ids(ids_ptr, pair, pairs, E: tl.constexpr):
     return tl.where(ids < E, ids, -1)
 
 
+@triton.jit
+def _write_tiles(plan_ptr, tiles_at, role, counts, start, BINS: tl.constexpr, ROWS: tl.constexpr):
+    """The row tiles of all experts, expert by expert, and how many there are in all."""
+    experts = tl.arange(0, BINS)[:, None]
+    tiles = (counts + ROWS - 1) // ROWS
+    first = (tl.cumsum(tiles, axis=0) - tiles)[:, None]
+    for at in range(0, tl.max(tiles, axis=0), 8):
+        tile = at + tl.arange(0, 8)[None, :]
+        entry = plan_ptr + tiles_at + 4 * (first + tile)
+        row = start[:, None] + tile * ROWS
+        mine = tile < tiles[:, None]
+        tl.store(entry, experts + tl.zeros_like(row), mask=mine)
+        tl.store(entry + 1, row, mask=mine)
+        tl.store(entry + 2, tl.minimum(row + ROWS, (start + counts)[:, None]), mask=mine)
+    tl.store(plan_ptr + role, tl.sum(tiles, axis=0))
+
+
+@triton.jit
+def _rank(ids, pair, base, plan_ptr, BLOCK: tl.constexpr):
+    """Writes a block's pairs of experts 4p to 4p + 3, for program p, into the rows from base[expert] on, in order.
+
+    One scan ranks four experts: each counts in 16 bits of a 64-bit integer.
+    """
+    nth = ids - 4 * tl.program_id(0)
+    mine = (ids >= 0) & (nth >= 0) & (nth < 4)
+    shift = tl.where(mine, 16 * nth, 0).to(tl.int64)
+    ranks = tl.cumsum(tl.where(mine, tl.full([BLOCK], 1, tl.int64) << shift, 0), axis=0)
+    rank = ((ranks >> shift) & 0xFFFF).to(tl.int32) - 1
+    tl.store(plan_ptr + HEADER + tl.gather(base, tl.maximum(ids, 0), 0) + rank, pair, mask=mine)
+
+
+@triton.jit(do_not_specialize=["pairs", "up_tiles_at", "down_tiles_at"])
+def group_few(
+    ids_ptr,
+    plan_ptr,
+    pairs,
+    up_tiles_at,
+    down_tiles_at,
+    E: tl.constexpr,
+    BINS: tl.constexpr,
+    UP_ROWS: tl.constexpr,
+    DOWN_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The whole plan in one launch, for at most BLOCK pairs: each program counts them all."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    pair = tl.arange(0, BLOCK)
+    ids = _load_ids(ids_ptr, pair, pairs, E)
+    counts = tl.histogram(ids, BINS, mask=ids >= 0)
+    start = tl.cumsum(counts, axis=0) - counts
+    if tl.program_id(0) == 0:
+        _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS)
+        _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS)
+    _rank(ids, pair, start, plan_ptr, BLOCK)
+
+
 @triton.jit(do_not_specialize=["pairs"])
-def count_by_expert(
+def count_pairs(
     ids_ptr, counts_ptr, pairs, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    """counts[block, e]: how many of the BLOCK pairs of a block go to expert e."""
+    """First of three launches for many pairs: counts[block, e], the pairs of each expert in each block of BLOCK."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -91,80 +150,59 @@ def count_by_expert(
     tl.store(counts_ptr + block * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit
-def _write_tiles(plan_ptr, tiles_at, role, counts, start, BINS: tl.constexpr, ROWS: tl.constexpr):
-    """The row tiles of all experts. Program p writes the tiles p, p + programs, ... of each expert."""
-    experts = tl.arange(0, BINS)
-    tiles = (counts + ROWS - 1) // ROWS
-    first = plan_ptr + tiles_at + 4 * (tl.cumsum(tiles, axis=0) - tiles)
-    for tile in range(tl.program_id(0), tl.max(tiles, axis=0), tl.num_programs(0)):
-        entry = first + 4 * tile
-        row = start + tile * ROWS
-        tl.store(entry, experts, mask=tile < tiles)
-        tl.store(entry + 1, row, mask=tile < tiles)
-        tl.store(entry + 2, tl.minimum(row + ROWS, start + counts), mask=tile < tiles)
-    if tl.program_id(0) == 0:
-        tl.store(plan_ptr + role, tl.sum(tiles, axis=0))
-
-
-@triton.jit(do_not_specialize=["pairs", "blocks", "blocks_per_split", "up_tiles_at", "down_tiles_at"])
-def group_by_expert(
-    ids_ptr,
+@triton.jit(do_not_specialize=["blocks", "up_tiles_at", "down_tiles_at"])
+def place_blocks(
     counts_ptr,
     plan_ptr,
-    pairs,
     blocks,
-    blocks_per_split,
     up_tiles_at,
     down_tiles_at,
-    E: tl.constexpr,
     BINS: tl.constexpr,
     UP_ROWS: tl.constexpr,
     DOWN_ROWS: tl.constexpr,
-    COUNTED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Program (p, split) gives the pairs of experts 4p to 4p + 3 in its blocks of pairs their rows.
-
-    A pair's row comes after the rows of smaller experts, of its expert in earlier blocks and of its expert before it in
-    its block. One scan ranks four experts: each counts in 16 bits of a 64-bit integer. Not COUNTED: there is one block,
-    and each program counts it for itself.
-    """
+    """Second: the tiles, and counts[block, e] becomes the first row of expert e's pairs in the block. One program."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     experts = tl.arange(0, BINS)
-    split = tl.program_id(1)
-    first = split * blocks_per_split
-    earlier = tl.zeros([BINS], tl.int32)
-    if COUNTED:
-        counts = tl.zeros([BINS], tl.int32)
-        for at in range(0, blocks, 32):
-            block = at + tl.arange(0, 32)
-            table_at = counts_ptr + block[:, None] * BINS + experts[None, :]
-            table = tl.load(table_at, mask=(block < blocks)[:, None], other=0)
-            counts += tl.sum(table, axis=0)
-            earlier += tl.sum(tl.where((block < first)[:, None], table, 0), axis=0)
-    else:
-        ids = _load_ids(ids_ptr, tl.arange(0, BLOCK), pairs, E)
-        counts = tl.histogram(ids, BINS, mask=ids >= 0)
+    counts = tl.zeros([BINS], tl.int32)
+    for at in range(0, blocks, CHUNK):
+        block = at + tl.arange(0, CHUNK)[:, None]
+        counts += tl.sum(tl.load(counts_ptr + block * BINS + experts[None, :], mask=block < blocks, other=0), axis=0)
     start = tl.cumsum(counts, axis=0) - counts
-    if split == 0:
-        _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS)
-        _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS)
-    for block in range(first, tl.minimum(first + blocks_per_split, blocks)):
-        pair = block * BLOCK + tl.arange(0, BLOCK)
-        ids = _load_ids(ids_ptr, pair, pairs, E)
-        nth = ids - 4 * tl.program_id(0)
-        mine = (ids >= 0) & (nth >= 0) & (nth < 4)
-        shift = tl.where(mine, 16 * nth, 0).to(tl.int64)
-        ranks = tl.cumsum(tl.where(mine, tl.full([BLOCK], 1, tl.int64) << shift, 0), axis=0)
-        rank = ((ranks >> shift) & 0xFFFF).to(tl.int32) - 1
-        row = tl.gather(start + earlier, tl.maximum(ids, 0), 0) + rank
-        tl.store(plan_ptr + HEADER + row, pair, mask=mine)
-        if COUNTED:
-            earlier += tl.load(counts_ptr + block * BINS + experts)
+    base = start
+    for at in range(0, blocks, CHUNK):
+        block = at + tl.arange(0, CHUNK)[:, None]
+        table = counts_ptr + block * BINS + experts[None, :]
+        here = tl.load(table, mask=block < blocks, other=0)
+        tl.store(table, base[None, :] + tl.cumsum(here, axis=0) - here, mask=block < blocks)
+        base += tl.sum(here, axis=0)
+    _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS)
+    _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def rank_pairs(
+    ids_ptr,
+    counts_ptr,
+    plan_ptr,
+    pairs,
+    E: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Third: program (p, block) writes the rows of four experts' pairs in one block."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    block = tl.program_id(1)
+    pair = block * BLOCK + tl.arange(0, BLOCK)
+    base = tl.load(counts_ptr + block * BINS + tl.arange(0, BINS))
+    _rank(_load_ids(ids_ptr, pair, pairs, E), pair, base, plan_ptr, BLOCK)
 
 
 def route_tma(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -68,6 +68,18 @@ def _multiply(
 
 
 @gluon.jit
+def _skip(full, empty, step, K_STEPS: gl.constexpr):
+    """Gives back the buffers of a tile in which this consumer has no rows."""
+    STAGES: gl.constexpr = full.shape[0]
+    for _ in range(K_STEPS):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    return step
+
+
+@gluon.jit
 def _store(values, row_ptrs, inside, first_col, width, layout: gl.constexpr):
     """Stores [ROWS, COLS] in pieces of 64 columns, to keep the shared memory for the exchange between threads small."""
     cols: gl.constexpr = values.shape[1]
@@ -100,11 +112,14 @@ def _consume_up(
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         e, first, last, n = _tile(plan_ptr, tiles_at, tile, COL_TILES, COLS)
         K_STEPS: gl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-        acc, step = _multiply(a_ring, b_ring, full, empty, step, half, K_STEPS, 2 * COLS, True)
-        gate, up = _halves(acc)
-        h = (gate / (1.0 + gl.exp(-gate)) * up).to(h_ptr.dtype.element_ty)
-        rows = first + half * MINE + gl.arange(0, MINE, gl.SliceLayout(1, layout))
-        _store(h, h_ptr + rows.to(gl.int64) * I, rows < last, n, I, layout)
+        if first + half * MINE < last:
+            acc, step = _multiply(a_ring, b_ring, full, empty, step, half, K_STEPS, 2 * COLS, True)
+            gate, up = _halves(acc)
+            h = (gate / (1.0 + gl.exp(-gate)) * up).to(h_ptr.dtype.element_ty)
+            rows = first + half * MINE + gl.arange(0, MINE, gl.SliceLayout(1, layout))
+            _store(h, h_ptr + rows.to(gl.int64) * I, rows < last, n, I, layout)
+        else:
+            step = _skip(full, empty, step, K_STEPS)
 
 
 @gluon.jit
@@ -191,12 +206,15 @@ def _consume_down(
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         e, first, last, n = _tile(plan_ptr, tiles_at, tile, COL_TILES, COLS)
-        rows = first + half * MINE + gl.arange(0, MINE, gl.SliceLayout(1, layout))
-        slots = gl.load(plan_ptr + PLAN_HEADER + rows, mask=rows < last, other=0)
         K_STEPS: gl.constexpr = (I + BLOCK_K - 1) // BLOCK_K
-        acc, step = _multiply(a_ring, b_ring, full, empty, step, half, K_STEPS, COLS, False)
-        out = acc.to(rows_ptr.dtype.element_ty)
-        _store(out, rows_ptr + slots.to(gl.int64) * H, rows < last, n, H, layout)
+        if first + half * MINE < last:
+            rows = first + half * MINE + gl.arange(0, MINE, gl.SliceLayout(1, layout))
+            slots = gl.load(plan_ptr + PLAN_HEADER + rows, mask=rows < last, other=0)
+            acc, step = _multiply(a_ring, b_ring, full, empty, step, half, K_STEPS, COLS, False)
+            out = acc.to(rows_ptr.dtype.element_ty)
+            _store(out, rows_ptr + slots.to(gl.int64) * H, rows < last, n, H, layout)
+        else:
+            step = _skip(full, empty, step, K_STEPS)
 
 
 @gluon.jit

@@ -17,8 +17,11 @@ triton = pytest.importorskip("triton")
 if support.interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
+from tma_moe import routing  # noqa: E402
+
 from codegen import Compiled, compile_for_hopper, kernels_of  # noqa: E402
 
+LARGE = 4096  # tokens of a call of the last bucket
 SHARED_MEMORY = 232_448  # bytes a block may have on sm_90
 PRODUCTS = {
     "swap_up": 2,  # TMA loads in one step along K
@@ -55,7 +58,7 @@ def compiled():
 
 def compile_all(name: str, patch, compiled) -> dict[str, Compiled]:
     (E, K, H, I), choice, dtype = SHIPPED[name]  # noqa: E741
-    T = choice.max_tokens or 4 * 1024
+    T = choice.max_tokens or LARGE
     made = {}
     for kernel_name, (kernel, args, constants, options) in kernels_of(choice, T, E, K, H, I, dtype, patch).items():
         key = (kernel_name, constants, tuple(options.items()), dtype)
@@ -67,12 +70,14 @@ def compile_all(name: str, patch, compiled) -> dict[str, Compiled]:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_choice(name, monkeypatch, compiled):
-    _, choice, _ = SHIPPED[name]
+    shape, choice, _ = SHIPPED[name]
+    T = choice.max_tokens or LARGE
     kernels = compile_all(name, monkeypatch, compiled)
     expected = {"decode_up", "decode_down"}
     if choice.up.kernel != "decode":
-        expected = {f"{choice.up.kernel}_up", f"{choice.down.kernel}_down", "group_by_expert", "combine"}
-    assert set(kernels) - {"count_by_expert"} == expected
+        expected = {f"{choice.up.kernel}_up", f"{choice.down.kernel}_down", "combine"}
+        expected |= {"group_few"} if T * shape[1] <= routing.BLOCK else {"count_pairs", "place_blocks", "rank_pairs"}
+    assert set(kernels) == expected
     for kernel_name, kernel in kernels.items():
         assert kernel.spilled == 0, f"{kernel_name} spills {kernel.spilled} bytes"
         assert kernel.shared <= SHARED_MEMORY, f"{kernel_name} needs {kernel.shared} bytes of shared memory"

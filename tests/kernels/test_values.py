@@ -183,7 +183,7 @@ def test_plan(monkeypatch, small, block, rows):
 
     monkeypatch.setattr(routing, "SMALL_BLOCK", small)
     monkeypatch.setattr(routing, "BLOCK", block)
-    monkeypatch.setattr(routing, "MAX_SPLITS", 4)
+    monkeypatch.setattr(routing, "CHUNK", 4)
     problem = Problem(61, E=6, K=3)
     problem.ids[problem.ids == 2] = 1  # an empty expert
     problem.ids[7, 0] = 6  # and an id that is no expert
