@@ -8,7 +8,7 @@ in the vision tower P patches, C its hidden width, M merged (visual) tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -42,6 +42,11 @@ class Segments:
 
         q_starts = starts(q_lens)
         return cls(tuple(q_lens), tuple(kv_lens), q_starts, q_starts if kv_lens is q_lens else starts(kv_lens))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
+        """The same boundaries with their starts on a device."""
+        starts = (x.to(device, non_blocking=non_blocking) for x in (self.q_starts, self.kv_starts))
+        return Segments(self.q_lens, self.kv_lens, *starts)
 
     @property
     def max_q(self) -> int:
@@ -79,7 +84,7 @@ class VisionFeatures:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step. All tensors are on the model's device.
+    """One step. The model takes it with all tensors on its device.
 
     Attributes:
         input_ids_T: int64 token ids, sequence after sequence.
@@ -106,6 +111,15 @@ class Batch:
     visual: VisionFeatures | None = None
     logit_rows: Tensor | None = None
     padding_T1: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same step with every tensor on a device (vision features stay where they are)."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor | Segments)
+        }
+        return replace(self, **moved)
 
     @property
     def reads_cache(self) -> bool:

@@ -9,6 +9,7 @@ last block's output is merged 2x2 into the decoder's width; three blocks on the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +23,52 @@ from qwen3vl_moe.model.rope import Grid, inverse_frequencies, rotate, vision_ang
 _NORM_EPS = 1e-6  # fixed in the published model's code, not in its config
 
 
-def interpolate_positions(table_SC: Tensor, grids: Sequence[Grid], side: int, merge_size: int) -> Tensor:
-    """Bilinear samples of the learned ``side`` x ``side`` position grid, fp32 [P, C], corners on corners.
+@dataclass(frozen=True)
+class PatchPlan:
+    """Where the patches of a packed set of images are: all that the tower needs beside their pixels.
 
-    Patch row r of an image with h rows reads table row ``r * (side - 1) / (h - 1)``; columns alike. The arithmetic on
-    the grid is done once, on the host.
+    Attributes:
+        index_P4, weight_P4: which four of the learned positions a patch mixes (int64), and how (fp32).
+        positions_P2: int64 row and column, for the rotation.
+        segments: one per frame.
     """
-    place_P2 = vision_positions(grids, merge_size).float()
-    size_P2 = torch.cat([torch.tensor([[h, w]]).expand(t * h * w, 2) for t, h, w in grids])
-    source_P2 = place_P2 * (side - 1) / (size_P2 - 1).clamp(min=1)
-    low_P2 = source_P2.long()
-    high_P2 = (low_P2 + 1).clamp(max=side - 1)
-    part_P2 = source_P2 - low_P2
 
-    out_PC: Tensor | None = None
-    for rows, row_weight in ((low_P2[:, 0], 1 - part_P2[:, 0]), (high_P2[:, 0], part_P2[:, 0])):
-        for columns, column_weight in ((low_P2[:, 1], 1 - part_P2[:, 1]), (high_P2[:, 1], part_P2[:, 1])):
-            index = (rows * side + columns).to(table_SC.device, non_blocking=True)
-            weight = (row_weight * column_weight)[:, None].to(table_SC.device, non_blocking=True)
-            sample = table_SC[index].float() * weight
-            out_PC = sample if out_PC is None else out_PC.add_(sample)
+    index_P4: Tensor
+    weight_P4: Tensor
+    positions_P2: Tensor
+    segments: Segments
+
+    @classmethod
+    def build(cls, grids: Sequence[Grid], config: VisionConfig, device: torch.device | str = "cpu") -> PatchPlan:
+        """The arithmetic on the grids, done once, on the host.
+
+        Learned positions are sampled bilinearly, corners on corners: patch row r of an image with h rows reads row
+        ``r * (side - 1) / (h - 1)`` of the square grid; columns alike.
+        """
+        side = config.grid_side
+        positions_P2 = vision_positions(grids, config.merge_size)
+        size_P2 = torch.cat([torch.tensor([[h, w]]).expand(t * h * w, 2) for t, h, w in grids])
+        source_P2 = positions_P2.float() * (side - 1) / (size_P2 - 1).clamp(min=1)
+        low_P2 = source_P2.long()
+        high_P2 = (low_P2 + 1).clamp(max=side - 1)
+        part_P2 = source_P2 - low_P2
+        rows = (low_P2[:, 0], 1 - part_P2[:, 0]), (high_P2[:, 0], part_P2[:, 0])
+        columns = (low_P2[:, 1], 1 - part_P2[:, 1]), (high_P2[:, 1], part_P2[:, 1])
+        index_P4 = torch.stack([row * side + column for row, _ in rows for column, _ in columns], dim=1)
+        weight_P4 = torch.stack([of_row * of_column for _, of_row in rows for _, of_column in columns], dim=1)
+        return cls(
+            index_P4.to(device, non_blocking=True),
+            weight_P4.to(device, non_blocking=True),
+            positions_P2.to(device, non_blocking=True),
+            Segments.build([h * w for t, h, w in grids for _ in range(t)], device=device),
+        )
+
+
+def mix_positions(table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tensor:
+    """Weighted sum of four learned positions per patch, fp32 [P, C], one corner at a time to keep memory at one [P, C]."""
+    out_PC = table_SC[index_P4[:, 0]] * weight_P4[:, :1]
+    for corner in range(1, 4):
+        out_PC += table_SC[index_P4[:, corner]] * weight_P4[:, corner, None]
     return out_PC
 
 
@@ -132,27 +159,25 @@ class VisionTower(nn.Module):
         Raises:
             ValueError: the patches are not as many or as wide as the grids and the config say.
         """
-        config = self.config
-        expected = (sum(t * h * w for t, h, w in grids), config.patch_dim)
+        expected = (sum(t * h * w for t, h, w in grids), self.config.patch_dim)
         if tuple(pixel_values_PC.shape) != expected:
             raise ValueError(f"pixel_values have shape {tuple(pixel_values_PC.shape)}, but the grids say {expected}")
         weight = self.patch_embed.weight
-        x_PC = self.patch_embed(pixel_values_PC.to(weight))
-        x_PC = x_PC + interpolate_positions(self.pos_embed.weight, grids, config.grid_side, config.merge_size).to(
-            x_PC.dtype
-        )
+        return self.encode(pixel_values_PC.to(weight), PatchPlan.build(grids, self.config, weight.device))
 
-        positions_P2 = vision_positions(grids, config.merge_size).to(weight.device, non_blocking=True)
-        frequencies = inverse_frequencies(config.head_dim // 2, config.rope_theta, device=weight.device)
-        cos, sin = vision_angles(positions_P2, frequencies)
-        segments = Segments.build([h * w for t, h, w in grids for _ in range(t)], device=weight.device)
+    def encode(self, pixel_values_PC: Tensor, plan: PatchPlan) -> VisionFeatures:
+        """The same with the grid arithmetic done: launches only, in the tower's dtype and on its device."""
+        config = self.config
+        x_PC = self.patch_embed(pixel_values_PC)
+        x_PC = x_PC + mix_positions(self.pos_embed.weight, plan.index_P4, plan.weight_P4).to(x_PC.dtype)
+        frequencies = inverse_frequencies(config.head_dim // 2, config.rope_theta, device=x_PC.device)
+        cos, sin = vision_angles(plan.positions_P2, frequencies)
 
         deepstack = []
         for number, block in enumerate(self.blocks):
-            x_PC = block(x_PC, cos, sin, segments)
+            x_PC = block(x_PC, cos, sin, plan.segments)
             if number in config.deepstack_indexes:
                 deepstack.append(self.deepstack_mergers[config.deepstack_indexes.index(number)](x_PC))
         embeds_MH = self.merger(x_PC)
-        return VisionFeatures(
-            embeds_MH, torch.stack(deepstack) if deepstack else embeds_MH.new_empty(0, *embeds_MH.shape)
-        )
+        none = embeds_MH.new_empty(0, *embeds_MH.shape)
+        return VisionFeatures(embeds_MH, torch.stack(deepstack) if deepstack else none)

@@ -5,7 +5,7 @@ import torch
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from qwen3vl_moe.model import Qwen3VLMoe
-from qwen3vl_moe.model.vision import interpolate_positions
+from qwen3vl_moe.model.vision import PatchPlan, mix_positions
 from tests.model.prompts import assert_close_to_scale, make_prompt
 
 
@@ -30,9 +30,8 @@ def test_position_embeddings_are_interpolated_alike(tiny, tower, size):
     )
     table = tiny.oracle.model.visual.pos_embed.weight
     theirs = (table[index] * weight[:, :, None]).sum(1)
-    assert_close_to_scale(
-        interpolate_positions(table, grids, config.grid_side, config.merge_size), theirs, tolerance=1e-6
-    )
+    plan = PatchPlan.build(grids, config)
+    assert_close_to_scale(mix_positions(table, plan.index_P4, plan.weight_P4), theirs, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("images", [[(3, 4)], [(1, 5), (7, 2), (3, 3)], [(1, 1)]])
