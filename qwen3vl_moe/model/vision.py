@@ -65,7 +65,7 @@ class PatchPlan:
 
 
 def mix_positions(table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tensor:
-    """Weighted sum of four learned positions per patch, fp32 [P, C], one corner at a time to keep memory at one [P, C]."""
+    """Weighted sum of four learned positions per patch, fp32 [P, C]; corner by corner, to keep memory at one [P, C]."""
     out_PC = table_SC[index_P4[:, 0]] * weight_P4[:, :1]
     for corner in range(1, 4):
         out_PC += table_SC[index_P4[:, corner]] * weight_P4[:, corner, None]
