@@ -157,7 +157,7 @@ def _from_lru(weight: Tensor, block: tuple[int, ...], gluon: bool):
         return descriptor
 
 
-def weight_descriptor(experts: ExpertWeights, name: str, block: tuple[int, ...], *, gluon: bool = False):
+def weight_descriptor(experts: ExpertWeights, name: str, block: tuple[int, ...], gluon: bool = False):
     """The descriptor of parameter `name` ("gate_up" or "down") for one block shape, under the policy in force.
 
     `gluon` asks for the kind that Gluon kernels take.
@@ -177,6 +177,6 @@ def weight_descriptor(experts: ExpertWeights, name: str, block: tuple[int, ...],
     return _build(weight, block, gluon)
 
 
-def activation_descriptor(tensor: Tensor, block: tuple[int, int], *, gluon: bool = False):
+def activation_descriptor(tensor: Tensor, block: tuple[int, int], gluon: bool = False):
     """A descriptor of a matrix for this call only."""
     return _describe(tensor, list(tensor.shape), [tensor.shape[1], 1], block, gluon)

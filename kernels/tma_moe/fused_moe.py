@@ -8,7 +8,7 @@ from tma_moe.reference import fused_moe_reference, route_reference
 from tma_moe.support import WAY_OUT, unavailable
 
 BACKENDS = ("tma", "reference")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SIZES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 8}  # bytes of each dtype
 
 
 def _check_backend(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -30,7 +30,7 @@ def route(logits_TE: Tensor, k: int, *, backend: str = "tma") -> tuple[Tensor, T
     """
     if logits_TE.dim() != 2:
         raise ValueError(f"route: logits must be [T, E], got shape {tuple(logits_TE.shape)}")
-    if logits_TE.dtype not in _FLOATS:
+    if logits_TE.dtype not in _SIZES:
         raise TypeError(f"route: logits must be floating point, got {logits_TE.dtype}")
     if not 1 <= k <= logits_TE.shape[1]:
         raise ValueError(f"route: k must be between 1 and the {logits_TE.shape[1]} experts, got {k}")
@@ -63,16 +63,47 @@ def fused_moe(
     capture, so that kernels are compiled); no gradients. Raises TypeError, ValueError or RuntimeError, each with one
     clear line.
     """
-    _check_operands(x_TH, topk_ids_TK, topk_weights_TK, experts)
+    operands = (x_TH, topk_ids_TK, topk_weights_TK, experts)
+    sound = _sound(x_TH, topk_ids_TK, topk_weights_TK, experts._parameters["gate_up"], experts._parameters["down"])
+    if not sound:
+        _check_operands(*operands)
     _check_backend("fused_moe", backend, x_TH.device, x_TH.dtype)
     if backend == "reference":
         return fused_moe_reference(x_TH, topk_ids_TK, topk_weights_TK, experts.gate_up, experts.down)
-    _check_layout(x_TH, topk_ids_TK, topk_weights_TK, experts)
+    if not sound:
+        _check_layout(*operands)
     if x_TH.shape[0] == 0:
         return torch.empty_like(x_TH)
     from tma_moe.launch import fused_moe_tma
 
-    return fused_moe_tma(x_TH, topk_ids_TK, topk_weights_TK, experts)
+    return fused_moe_tma(*operands)
+
+
+def _sound(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """All that the checks below ask for, in one cheap pass: host time counts. They say what is wrong if this is False."""
+    if down.dim() != 3 or ids_TK.dim() != 2:
+        return False
+    (E, H, I), (T, K), dtype, device = down.shape, ids_TK.shape, x_TH.dtype, x_TH.device  # noqa: E741
+    address = x_TH.data_ptr() | ids_TK.data_ptr() | weights_TK.data_ptr() | gate_up.data_ptr() | down.data_ptr()
+    return (
+        x_TH.shape == (T, H)
+        and weights_TK.shape == (T, K)
+        and gate_up.shape == (E, 2 * I, H)
+        and dtype in _SIZES
+        and gate_up.dtype is dtype
+        and down.dtype is dtype
+        and ids_TK.dtype in (torch.int32, torch.int64)
+        and weights_TK.dtype in (torch.float32, dtype)
+        and device == ids_TK.device == weights_TK.device == gate_up.device == down.device
+        and x_TH.is_contiguous()
+        and ids_TK.is_contiguous()
+        and weights_TK.is_contiguous()
+        and gate_up.is_contiguous()
+        and down.is_contiguous()
+        and address % 16 == 0
+        and (H | I) * _SIZES[dtype] % 16 == 0
+        and K > 0
+    )
 
 
 def _check_operands(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> None:
@@ -92,7 +123,7 @@ def _check_operands(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: E
         )
     if ids_TK.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"fused_moe: topk_ids must be int32 or int64, got {ids_TK.dtype}")
-    if x_TH.dtype not in _FLOATS or gate_up.dtype != x_TH.dtype or down.dtype != x_TH.dtype:
+    if x_TH.dtype not in _SIZES or gate_up.dtype != x_TH.dtype or down.dtype != x_TH.dtype:
         raise TypeError(
             f"fused_moe: x and the expert weights must share one floating dtype, got x {x_TH.dtype}, "
             f"gate_up {gate_up.dtype}, down {down.dtype}"
@@ -110,19 +141,15 @@ def _check_operands(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: E
 def _check_layout(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> None:
     """What TMA and 16-byte loads need, beyond what the operation itself does."""
     H, I = experts.down.shape[1:]  # noqa: E741
-    size = x_TH.element_size()
+    size = _SIZES[x_TH.dtype]
     if H * size % 16 or I * size % 16:
         raise ValueError(
             f'fused_moe: backend "tma" needs rows of whole 16 bytes, so H and I must be multiples of {16 // size}; '
             f"got H = {H}, I = {I}; {WAY_OUT}"
         )
-    for name, tensor in (
-        ("x", x_TH),
-        ("topk_ids", ids_TK),
-        ("topk_weights", weights_TK),
-        ("experts.gate_up", experts.gate_up),
-        ("experts.down", experts.down),
-    ):
+    names = ("x", "topk_ids", "topk_weights", "experts.gate_up", "experts.down")
+    tensors = (x_TH, ids_TK, weights_TK, experts.gate_up, experts.down)
+    for name, tensor in zip(names, tensors, strict=True):
         if not tensor.is_contiguous():
             raise ValueError(
                 f'fused_moe: backend "tma" needs {name} contiguous, got strides {tensor.stride()}; call .contiguous()'

@@ -12,12 +12,15 @@ Grids depend on sizes only, nothing is read back by the host, and the order is t
 counts of what comes before, so there are no atomics and no buffer that must be zero.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tma_moe.kernel import Launch, current_stream, device_guard
 from tma_moe.support import interpreting
 
 HEADER = tl.constexpr(16)
@@ -27,7 +30,7 @@ SMALL_BLOCK = 256
 CHUNK = 32  # blocks whose counts one program adds up at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def route_topk(
     logits_ptr,
     ids_ptr,
@@ -205,28 +208,30 @@ def rank_pairs(
     _rank(_load_ids(ids_ptr, pair, pairs, E), pair, base, plan_ptr, BLOCK)
 
 
+@functools.cache
+def _route_launch(device: torch.device, dtype: torch.dtype, E: int, k: int, tokens: int) -> Launch:
+    # Device and dtype are only part of the key: a compiled kernel belongs to both.
+    sizes = (E, k, triton.next_power_of_2(E), triton.next_power_of_2(k), tokens)
+    return Launch(route_topk, (*sizes, not interpreting()))
+
+
 def route_tma(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`route` in one launch; arguments were checked by the caller."""
     T, E = logits_TE.shape
-    ids_TK = torch.empty(T, k, dtype=torch.int32, device=logits_TE.device)
-    weights_TK = torch.empty(T, k, dtype=torch.float32, device=logits_TE.device)
+    device = logits_TE.device
+    ids_TK = torch.empty(T, k, dtype=torch.int32, device=device)
+    weights_TK = torch.empty(T, k, dtype=torch.float32, device=device)
     if T:
-        block_e = triton.next_power_of_2(E)
-        block_t = max(1, min(16, 2048 // block_e)) if T > 64 else 1
-        on_gpu = not interpreting()
-        with torch.cuda.device(logits_TE.device if on_gpu else -1):
-            route_topk[(triton.cdiv(T, block_t),)](
-                logits_TE.contiguous(),
-                ids_TK,
-                weights_TK,
-                T,
-                E,
-                k,
-                block_e,
-                triton.next_power_of_2(k),
-                block_t,
-                on_gpu,
-                num_warps=4,
-                **({"launch_pdl": True} if on_gpu else {}),
-            )
+        # Few tokens are spread over the multiprocessors; many share a program as far as registers allow.
+        tokens = 1 if T <= 64 else max(1, min(16, 2048 // triton.next_power_of_2(E)))
+        launch = _route_launch(device, logits_TE.dtype, E, k, tokens)
+        with device_guard(device):
+            grid = (triton.cdiv(T, tokens), 1, 1)
+            launch(current_stream(device), grid, _aligned(logits_TE), ids_TK, weights_TK, T)
     return ids_TK, weights_TK
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and at a multiple of 16 bytes, which a kept compiled kernel relies on."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

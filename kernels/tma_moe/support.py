@@ -13,6 +13,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 WAY_OUT = 'use backend="reference"'
 
 
+@functools.cache
 def interpreting() -> bool:
     """Whether triton runs kernels in its interpreter on the CPU (TRITON_INTERPRET=1 when it was imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
@@ -33,24 +34,17 @@ def triton_problem() -> str | None:
     return None
 
 
-@functools.cache
-def _cuda_problem(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
-    if capability != CAPABILITY:
-        name = torch.cuda.get_device_name(index)
-        return (
-            f"a Hopper GPU (compute capability 9.0) is needed, cuda:{index} is {name} ({capability[0]}.{capability[1]})"
-        )
-    return None
-
-
 def unavailable(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why backend "tma" cannot run on `device` with activations and weights of `dtype`; None if it can.
 
     It needs triton >= 3.6, a GPU of compute capability 9.0 (H100, H200) and bfloat16 or float16. Under triton's
     interpreter it runs on the CPU, for tests, in float16 and float32 (the interpreter's bf16 products are wrong).
     """
-    device = torch.device(device)
+    return _problem(torch.device(device), dtype)
+
+
+@functools.cache
+def _problem(device: torch.device, dtype: torch.dtype) -> str | None:
     problem = triton_problem()
     if problem is not None:
         return problem
@@ -64,7 +58,11 @@ def unavailable(device: torch.device | str, dtype: torch.dtype) -> str | None:
         return f"a Hopper GPU is needed, the device is {device}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU"
-    problem = _cuda_problem(torch.cuda.current_device() if device.index is None else device.index)
-    if problem is None and dtype not in DTYPES:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    capability = torch.cuda.get_device_capability(index)
+    if capability != CAPABILITY:
+        name = f"{torch.cuda.get_device_name(index)} ({capability[0]}.{capability[1]})"
+        return f"a Hopper GPU (compute capability 9.0) is needed, cuda:{index} is {name}"
+    if dtype not in DTYPES:
         return f"bfloat16 or float16 is needed, not {dtype}"
-    return problem
+    return None

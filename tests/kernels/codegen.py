@@ -94,7 +94,7 @@ def kernels_of(choice: Choice, T: int, E: int, K: int, H: int, I: int, dtype: to
     """The launches of one call by kernel name: (kernel, arguments, constants, options). `patch`: a monkeypatch."""
     seen: dict[str, tuple] = {}
 
-    def record(self, grid, *args):
+    def record(self, stream, grid, *args):
         seen[self.kernel.__name__] = (self.kernel, args, self.constants, self.options)
 
     patch.setattr(launch.Launch, "__call__", record)

@@ -79,14 +79,14 @@ def pretend_gpu(monkeypatch):
     """A CUDA GPU of some capability, as far as `unavailable` can tell."""
 
     def pretend(capability):
-        support._cuda_problem.cache_clear()
+        support._problem.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some GPU")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
 
     yield pretend
-    support._cuda_problem.cache_clear()
+    support._problem.cache_clear()
 
 
 @pytest.mark.skipif(support.interpreting(), reason="about real GPUs")
@@ -143,9 +143,11 @@ def test_import_and_reference_without_triton():
 
 def test_old_triton_is_named(monkeypatch):
     triton = pytest.importorskip("triton")
-    support.triton_problem.cache_clear()
     monkeypatch.setattr(triton, "__version__", "3.5.1")
+    support._problem.cache_clear()
+    support.triton_problem.cache_clear()
     assert tma_moe.unavailable("cuda", torch.bfloat16) == "triton >= 3.6 is needed, found 3.5.1"
+    support._problem.cache_clear()
     support.triton_problem.cache_clear()
 
 

@@ -69,7 +69,7 @@ class Problem:
         E, H, I = self.experts.down.shape  # noqa: E741
         device = self.x.device
         recipe = launch.Recipe(device, E, self.ids.shape[1], H, I, choice)
-        return launch.on_device(device, lambda: recipe.run(self.x, self.ids, self.weights, self.experts))
+        return recipe.run(self.x, self.ids, self.weights, self.experts)
 
     def reference(self, dtype: torch.dtype) -> torch.Tensor:
         gate_up, down = self.experts.gate_up.to(dtype), self.experts.down.to(dtype)
@@ -180,6 +180,7 @@ def test_public_op_uses_the_bucket_of_the_call():
 def test_plan(monkeypatch, small, block, rows):
     """The invariants of grouping: rows sorted by expert and stable, tiles that cover every row once."""
     from tma_moe import launch, routing
+    from tma_moe.kernel import current_stream
 
     monkeypatch.setattr(routing, "SMALL_BLOCK", small)
     monkeypatch.setattr(routing, "BLOCK", block)
@@ -194,7 +195,7 @@ def test_plan(monkeypatch, small, block, rows):
     at = [routing.HEADER.value + pairs]
     at.append(at[0] + 4 * bounds[0])
     plan = torch.full((at[1] + 4 * bounds[1],), -7, dtype=torch.int32, device=problem.x.device)
-    recipe._group_pairs(problem.ids, plan, pairs, *at)
+    recipe._group_pairs(current_stream(problem.x.device), problem.ids, plan, pairs, *at)
     plan, ids = plan.cpu(), problem.ids.flatten().cpu()
     valid = ids < 6
     expected = torch.argsort(ids[valid], stable=True)

@@ -1,0 +1,58 @@
+"""How one kernel is launched with little work on the host."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from triton.runtime import driver
+
+from tma_moe.support import interpreting
+
+_HERE = nullcontext()
+
+
+class Launch:
+    """A kernel with its constants. The first call compiles; later ones skip triton's argument binding.
+
+    That is safe because an owner of launches fixes every dtype, all pointers are multiples of 16 bytes, and the kernels
+    are declared not to specialise on the values of their integers. Triton's launch hooks (profilers) see first calls
+    only.
+    """
+
+    def __init__(self, kernel, constants: tuple, warps: int = 4, stages: int = 1) -> None:
+        self.kernel = kernel
+        self.constants = constants
+        self.options = {"num_warps": warps, "num_stages": stages}
+        if not interpreting():
+            self.options["launch_pdl"] = True
+        self.compiled = None
+
+    def __call__(self, stream: int, grid: tuple[int, int, int], *args) -> None:
+        compiled = self.compiled
+        if compiled is None:
+            # None again under the interpreter, which always takes this path.
+            self.compiled = self.kernel[grid](*args, *self.constants, **self.options)
+            return
+        # What `compiled[grid](...)` does, less its look-ups of device, stream and hooks.
+        compiled.run(
+            *grid,
+            stream,
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *args,
+            *self.constants,
+        )
+
+
+def device_guard(device: torch.device) -> AbstractContextManager:
+    """Makes `device` current, as triton launches on the current device; free if it already is."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the stream that torch currently uses on `device`; 0 for the CPU, in the interpreter."""
+    return driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
