@@ -1,6 +1,6 @@
 """Small Triton kernels around the big products: what torch would do in many launches, in one.
 
-Residual add + RMSNorm, and QK-norm + rotation + cache write (the vision tower: the rotation alone). Each has its plain
+Residual add + norm, and QK-norm + rotation + cache write (the vision tower: the rotation alone). Each has its plain
 torch form beside its caller (text.py, vision.py); these run on CUDA devices, and in Triton's interpreter for tests.
 Nothing here depends on the host knowing a length, so all of it can be captured in a CUDA graph.
 """
@@ -14,7 +14,9 @@ from torch import Tensor
 
 
 @triton.jit
-def _add_rms_norm(x_ptr, y_ptr, weight_ptr, out_ptr, H, eps, HAS_Y: tl.constexpr, BLOCK: tl.constexpr):
+def _add_norm(
+    x_ptr, y_ptr, weight_ptr, bias_ptr, out_ptr, H, eps, HAS_Y: tl.constexpr, CENTRE: tl.constexpr, BLOCK: tl.constexpr
+):
     at = tl.program_id(0).to(tl.int64) * H
     i = tl.arange(0, BLOCK)
     inside = i < H
@@ -25,21 +27,30 @@ def _add_rms_norm(x_ptr, y_ptr, weight_ptr, out_ptr, H, eps, HAS_Y: tl.constexpr
         x = total.to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + at + i, x, mask=inside)
     x = x.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x * x) / H + eps)
     weight = tl.load(weight_ptr + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at + i, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    if CENTRE:
+        x = tl.where(inside, x - tl.sum(x) / H, 0.0)
+    out = x * tl.rsqrt(tl.sum(x * x) / H + eps) * weight
+    if CENTRE:
+        out += tl.load(bias_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at + i, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def add_rms_norm(x_TH: Tensor, y_TH: Tensor | None, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + y and its RMSNorm, in one launch. x is updated in place and returned; y None means 0."""
+def add_norm(
+    x_TH: Tensor, y_TH: Tensor | None, weight_H: Tensor, eps: float, bias_H: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + y and its norm, in one launch: RMSNorm, or LayerNorm where there is a bias.
+
+    x is updated in place and returned; y None means 0.
+    """
     out_TH = torch.empty_like(x_TH)
     if len(x_TH):
         width = x_TH.shape[1]
         block = triton.next_power_of_2(width)
+        y, bias = x_TH if y_TH is None else y_TH, weight_H if bias_H is None else bias_H
+        flags = y_TH is not None, bias_H is not None, block
         warps = min(max(block // 256, 1), 8)
-        _add_rms_norm[(len(x_TH),)](
-            x_TH, x_TH if y_TH is None else y_TH, weight_H, out_TH, width, eps, y_TH is not None, block, num_warps=warps
-        )
+        _add_norm[(len(x_TH),)](x_TH, y, weight_H, bias, out_TH, width, eps, *flags, num_warps=warps)
     return x_TH, out_TH
 
 

@@ -127,7 +127,7 @@ def paged_decode(
     _, _, block_size, G, _ = layer_cache.shape
     k_rows, v_rows = layer_cache.unbind(0)
     # Twice as many programs as multiprocessors, no finer: a span is at least one pass.
-    splits = max(1, min(64, triton.next_power_of_2(triton.cdiv(2 * _processors(q_TND.device), S * G))))
+    splits = max(1, min(32, triton.next_power_of_2(triton.cdiv(2 * _processors(q_TND.device), S * G))))
     partial = torch.empty(S, N, splits, D, dtype=torch.float32, device=q_TND.device)
     lse = torch.empty(S, N, splits, dtype=torch.float32, device=q_TND.device)
     width = max(16, triton.next_power_of_2(D))

@@ -29,9 +29,9 @@ class RMSNorm(nn.Module):
 def add_norm(x_TH: Tensor, y_TH: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
     """Add a layer's output to the residual stream (None: nothing yet), and norm the sum for the next layer."""
     if runs_kernels(x_TH):
-        from qwen3vl_moe.model.fused_ops import add_rms_norm  # needs triton, which a CPU may lack
+        from qwen3vl_moe.model import fused_ops  # needs triton, which a CPU may lack
 
-        return add_rms_norm(x_TH, y_TH, norm.weight, norm.eps)
+        return fused_ops.add_norm(x_TH, y_TH, norm.weight, norm.eps)
     x_TH = x_TH if y_TH is None else x_TH + y_TH
     return x_TH, norm(x_TH)
 

@@ -99,7 +99,20 @@ class VisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_PC: Tensor) -> Tensor:
+        if runs_kernels(x_PC):
+            # cuBLAS applies the (tanh) GELU while the product is still in registers.
+            return self.fc2(torch._addmm_activation(self.fc1.bias, x_PC, self.fc1.weight.T, use_gelu=True))
         return self.fc2(F.gelu(self.fc1(x_PC), approximate="tanh"))
+
+
+def add_norm(x_PC: Tensor, y_PC: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Add a block's output to the residual stream (None: nothing yet), and norm the sum for the next one."""
+    if runs_kernels(x_PC):
+        from qwen3vl_moe.model import fused_ops  # needs triton, which a CPU may lack
+
+        return fused_ops.add_norm(x_PC, y_PC, norm.weight, norm.eps, norm.bias)
+    x_PC = x_PC if y_PC is None else x_PC + y_PC
+    return x_PC, norm(x_PC)
 
 
 class VisionBlock(nn.Module):
@@ -110,9 +123,13 @@ class VisionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=_NORM_EPS)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x_PC: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        x_PC = x_PC + self.attn(self.norm1(x_PC), cos, sin, segments)
-        return x_PC + self.mlp(self.norm2(x_PC))
+    def forward(
+        self, x_PC: Tensor, y_PC: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what the block before left to add to it; returns the same of this block."""
+        x_PC, normed_PC = add_norm(x_PC, y_PC, self.norm1)
+        x_PC, normed_PC = add_norm(x_PC, self.attn(normed_PC, cos, sin, segments), self.norm2)
+        return x_PC, self.mlp(normed_PC)
 
 
 class Merger(nn.Module):
@@ -173,11 +190,11 @@ class VisionTower(nn.Module):
         frequencies = inverse_frequencies(config.head_dim // 2, config.rope_theta, device=x_PC.device)
         cos, sin = vision_angles(plan.positions_P2, frequencies)
 
-        deepstack = []
+        deepstack, y_PC = [], None
         for number, block in enumerate(self.blocks):
-            x_PC = block(x_PC, cos, sin, plan.segments)
+            x_PC, y_PC = block(x_PC, y_PC, cos, sin, plan.segments)
             if number in config.deepstack_indexes:
-                deepstack.append(self.deepstack_mergers[config.deepstack_indexes.index(number)](x_PC))
-        embeds_MH = self.merger(x_PC)
+                deepstack.append(self.deepstack_mergers[config.deepstack_indexes.index(number)](x_PC + y_PC))
+        embeds_MH = self.merger(x_PC + y_PC)
         none = embeds_MH.new_empty(0, *embeds_MH.shape)
         return VisionFeatures(embeds_MH, torch.stack(deepstack) if deepstack else none)

@@ -25,7 +25,8 @@ def model():
     config = Qwen3VLMoeConfig.qwen3_vl_30b_a3b()
     config = dataclasses.replace(
         config,
-        text=dataclasses.replace(config.text, num_layers=3),
+        # Every token goes to every expert: rounding cannot send it elsewhere.
+        text=dataclasses.replace(config.text, num_layers=3, num_experts=8),
         vision=dataclasses.replace(config.vision, depth=3, deepstack_indexes=(0, 1)),
     )
     return Qwen3VLMoe.random(config, "cuda", torch.bfloat16, moe="tma")
@@ -62,7 +63,9 @@ def step(new, lens, seed, visual_rows=()):
 @pytest.mark.gpu
 @torch.inference_mode()
 def test_replayed_steps_equal_eager_ones(model):
-    """Equal up to bf16 rounding: a bucket may choose other tiles than the exact shape."""
+    """A bucket may choose other tiles than the exact shape: at most twice the eager step's own error against fp32."""
+    exact = Qwen3VLMoe(model.config, "reference").cuda()
+    exact.load_state_dict(model.state_dict())
     cache = torch.randn(3, 2, 512, BLOCK, 4, 128, device="cuda", dtype=torch.bfloat16)
     graphs = StepGraphs(model, cache, max_num_seqs=8, max_model_len=640)
     steps = [
@@ -80,12 +83,16 @@ def test_replayed_steps_equal_eager_ones(model):
         ours_cache = cache.clone()
         cache.copy_(before)
         eager = model(each.to("cuda"), cache)
-        scale = eager.float().abs().max()
-        assert (ours - eager).float().abs().max() <= 0.05 * scale
-        assert (ours.argmax(-1) == eager.argmax(-1)).float().mean() >= 0.5
+        in_fp32 = each.to("cuda")
+        if each.visual is not None:
+            features = VisionFeatures(each.visual.embeds_MH.float(), each.visual.deepstack_LMH.float())
+            in_fp32 = dataclasses.replace(in_fp32, visual=features)
+        exact_cache = before.float()
+        truth = exact(in_fp32, exact_cache)
+        assert (ours - truth).norm() <= 2 * (eager - truth).norm()
         rows = each.slots_T.cuda()
-        written, expected = (c.flatten(2, 3)[:, :, rows].float() for c in (ours_cache, cache))
-        assert (written - expected).abs().max() <= 0.05 * expected.abs().max()
+        written, eagerly, truth = (c.flatten(2, 3)[:, :, rows].float() for c in (ours_cache, cache, exact_cache))
+        assert (written - truth).norm() <= 2 * (eagerly - truth).norm()
         untouched = torch.ones(512 * BLOCK, dtype=torch.bool, device="cuda")
         untouched[rows] = False
         assert torch.equal(ours_cache.flatten(2, 3)[:, :, untouched], before.flatten(2, 3)[:, :, untouched])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from qwen3vl_moe.model.attention import _per_segment as attention_per_segment
 from qwen3vl_moe.model.batch import Batch, Segments
-from qwen3vl_moe.model.fused_ops import add_rms_norm, norm_rotate_store
+from qwen3vl_moe.model.fused_ops import add_norm, norm_rotate_store
 from qwen3vl_moe.model.packed_attention import packed_attention, paged_attention
 from qwen3vl_moe.model.paged_decode import paged_decode
 from qwen3vl_moe.model.rope import rotate
@@ -51,16 +51,21 @@ def within_rounding(ours, exact, plain):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 32), (5, 48), *([(300, 2048)] if ON_GPU else [])])
 @pytest.mark.parametrize("with_y", [True, False])
-def test_add_and_norm(dtype, shape, with_y):
-    x, y = (torch.randn(shape, device=DEVICE, dtype=dtype) for _ in range(2))
-    weight = torch.rand(shape[1], device=DEVICE, dtype=dtype) + 0.5
+@pytest.mark.parametrize("with_bias", [True, False], ids=["LayerNorm", "RMSNorm"])
+def test_add_and_norm(dtype, shape, with_y, with_bias):
+    x, y = (torch.randn(shape, device=DEVICE, dtype=dtype) + 0.5 for _ in range(2))
+    weight, bias = (torch.rand(shape[1], device=DEVICE, dtype=dtype) + 0.5 for _ in range(2))
     total = x + y if with_y else x.clone()
-    exact = F.rms_norm(total.double(), total.shape[1:], weight.double(), 1e-6)
-    plain = F.rms_norm(total, total.shape[1:], weight, 1e-6)
-    new_x, out = add_rms_norm(x, y if with_y else None, weight, 1e-6)
+
+    def expected(kind):
+        if with_bias:
+            return F.layer_norm(total.to(kind), total.shape[1:], weight.to(kind), bias.to(kind), 1e-6)
+        return F.rms_norm(total.to(kind), total.shape[1:], weight.to(kind), 1e-6)
+
+    new_x, out = add_norm(x, y if with_y else None, weight, 1e-6, bias if with_bias else None)
     assert new_x is x
     assert torch.equal(x, total)
-    within_rounding(out, exact, plain)
+    within_rounding(out, expected(torch.float64), expected(dtype))
 
 
 @runs_kernels

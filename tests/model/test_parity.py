@@ -153,12 +153,13 @@ def test_pixels_and_grids_go_together(models, tiny):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cut", [10_000, 7, 1])
-def test_the_gpu_path_is_as_good_as_plain_torch(tiny, cut):
-    """bf16 on the card, through flash attention and our kernels: at most twice the error of plain torch in bf16.
+def test_the_gpu_path_is_as_good_as_plain_torch(make_tiny, cut):
+    """bf16 on the card, through our attention and norm kernels: at most twice the error of plain torch in bf16.
 
-    The medians over tokens are compared: rounding sends a token near a tie to another expert now and then, and such a
-    token's error is that of the weights, not of the arithmetic.
+    The checkpoint routes every token to every expert: else rounding sends a token near a tie to another expert now and
+    then, and its error, and that of every token that attends to it, is that of the weights, not of the arithmetic.
     """
+    tiny = make_tiny("dense_routing")
     prompts = [make_prompt(tiny.oracle.config, images, seed) for seed, images in enumerate(CASES.values())]
     cuts = [cut] * -(-max(len(prompt.ids) for prompt in prompts) // cut)
     plain = Qwen3VLMoe.from_pretrained(tiny.path, dtype=torch.bfloat16, progress=False)
@@ -166,7 +167,7 @@ def test_the_gpu_path_is_as_good_as_plain_torch(tiny, cut):
     fused = Qwen3VLMoe.from_pretrained(tiny.path, device="cuda", dtype=torch.bfloat16, moe="reference", progress=False)
     ours = torch.cat(steps_of(fused, prompts, cuts)).float().cpu()
     truth, peer = (torch.cat([model.logits(*p.our_inputs()).float() for p in prompts]) for model in (exact, plain))
-    assert (ours - truth).norm(dim=1).median() <= 2 * (peer - truth).norm(dim=1).median()
+    assert (ours - truth).norm() <= 2 * (peer - truth).norm()
 
 
 def test_random_weights_are_reproducible_and_finite(plain):
