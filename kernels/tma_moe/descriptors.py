@@ -16,10 +16,11 @@ Descriptors of activations are made for one call and never kept.
 """
 
 import contextlib
+import functools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -110,17 +111,22 @@ def _view(weight: Tensor, rank: int) -> tuple[list[int], list[int]]:
     return [E, 2, N // 2, K], [N * K, N // 2 * K, K, 1]
 
 
-def _describe(tensor: Tensor, shape: list[int], strides: list[int], block: tuple[int, ...], gluon: bool):
+@functools.cache
+def _descriptor_type(gluon: bool, bits: int, rank: int) -> Callable:
+    """The class of a descriptor. A Gluon kernel's also states the shared-memory layout: swizzled rows of 128 bytes."""
     if not gluon:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        return TensorDescriptor(tensor, shape, strides, list(block))
+        return TensorDescriptor
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # A Gluon kernel states the layout in shared memory itself: rows of 128 bytes, swizzled.
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * tensor.element_size(), rank=len(block))
-    return TensorDescriptor(tensor, shape, strides, list(block), layout)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=rank)
+    return functools.partial(TensorDescriptor, layout=layout)
+
+
+def _describe(tensor: Tensor, shape: list[int], strides: list[int], block: tuple[int, ...], gluon: bool):
+    return _descriptor_type(gluon, 8 * tensor.element_size(), len(block))(tensor, shape, strides, list(block))
 
 
 def _build(weight: Tensor, block: tuple[int, ...], gluon: bool):
