@@ -28,15 +28,24 @@ class Engine:
         tokenizer: for the text of tokens.
         defaults: the checkpoint's sampling defaults.
         options: sizes.
+        progress: show how far the warm-up is.
     """
 
-    def __init__(self, model: Qwen3VLMoe, tokenizer, defaults: GenerationDefaults, options: EngineOptions):
+    def __init__(
+        self,
+        model: Qwen3VLMoe,
+        tokenizer,
+        defaults: GenerationDefaults,
+        options: EngineOptions,
+        progress: bool = False,
+    ):
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
         free_bytes = None if options.num_blocks else free_cache_bytes(model, options)
         num_blocks, self.max_model_len = plan_cache(model.config.text, model.dtype, options, free_bytes)
         self.cache = KVCache(model.config.text, num_blocks, options.block_size, model.dtype, model.device)
         self.scheduler = Scheduler(self.cache, options.max_num_seqs, options.max_prefill_tokens)
-        self.runner = Runner(model, self.cache, options.seed)
+        self.runner = Runner(model, self.cache, options, self.max_model_len)
+        self.runner.warm_up(progress)
         self._token_bytes = TokenBytes(tokenizer)
         self._decoded: dict[int, str] = {}
         self._ids = itertools.count()

@@ -119,12 +119,15 @@ class StepGraphs:
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture_all(self) -> Iterator[str]:
-        """Make every graph; yields a name after each. Until then steps make their own at first use."""
+    def __len__(self) -> int:
+        return len(self._decode) + len(_TOKENS)
+
+    def capture_all(self) -> Iterator[None]:
+        """Make every graph, with a pause after each. A step whose graph is missing makes it."""
         for decoding, buckets in ((True, self._decode), (False, _TOKENS)):
             for size in reversed(buckets):  # the largest first: smaller ones fit into its memory
                 self._graph(size, decoding)
-                yield f"{'decode' if decoding else 'prefill'} {size}"
+                yield
 
     def run(self, batch: Batch) -> Tensor | None:
         """Logits [R, V] of a step whose tensors are on the host, or None if no bucket fits it.
@@ -202,11 +205,14 @@ class VisionGraphs:
         square = config.merge_size**2
         self._buckets = tuple(size for size in _PATCHES if size % square == 0)
 
-    def capture_all(self) -> Iterator[str]:
-        """Make every graph; yields a name after each."""
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def capture_all(self) -> Iterator[None]:
+        """Make every graph, with a pause after each."""
         for size in reversed(self._buckets):
             self._graph(size)
-            yield f"vision {size}"
+            yield
 
     def run(self, pixel_values_PC: Tensor, grids: list[Grid]) -> VisionFeatures | None:
         """Features of a few images in memory of their own, or None if no bucket fits them."""

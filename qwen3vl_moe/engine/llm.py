@@ -46,9 +46,10 @@ class LLM:
         moe: "tma" (Hopper), "reference" (plain torch), "auto".
         min_pixels, max_pixels: area to which images are resized, in pixels; None: the checkpoint's.
         expert_layout: "published" or "transformers5", for checkpoints that do not tell.
-        progress: show the loader's progress bar.
+        progress: show the bars of loading and warming up.
         engine_options: fields of :class:`EngineOptions`: ``max_model_len``, ``max_num_seqs``, ``max_prefill_tokens``,
-            ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``.
+            ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``,
+            ``enforce_eager``.
 
     Raises:
         UserError: an option, or the checkpoint, cannot be used; one line says why.
@@ -83,7 +84,7 @@ class LLM:
             weights = Qwen3VLMoe.from_pretrained(
                 directory, device, dtype, moe, expert_layout=expert_layout, progress=progress
             )
-        self.engine = Engine(weights, tokenizer, defaults, options)
+        self.engine = Engine(weights, tokenizer, defaults, options, progress)
 
     @classmethod
     def from_parts(

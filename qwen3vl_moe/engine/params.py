@@ -159,6 +159,7 @@ class EngineOptions:
         num_blocks: cache blocks; None sizes the cache from the memory of the device.
         gpu_memory_utilization: part of the device's memory that weights, steps and cache may take together.
         seed: of the tokens of requests that bring none: the same calls in the same order give the same tokens.
+        enforce_eager: launch every kernel of every step, instead of replaying small steps from CUDA graphs.
 
     Raises:
         OptionError: a value is outside of what is possible; the message names it.
@@ -171,6 +172,7 @@ class EngineOptions:
     num_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     seed: int = 0
+    enforce_eager: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_prefill_tokens", "block_size", "num_blocks"):

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from qwen3vl_moe.engine.graphs import StepGraphs, VisionGraphs, can_capture
 from qwen3vl_moe.engine.kv_cache import KVCache
 from qwen3vl_moe.engine.params import EngineOptions
 from qwen3vl_moe.engine.sampler import TokenLogprob, sample, token_logprobs
@@ -16,6 +18,7 @@ from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
 
+_GRAPH_BYTES = 3 << 30  # what all graphs of the published model take
 _PROMPT_LOGIT_ROWS = 256  # logits held at once for prompt_logprobs: 150 MB in fp32 at the published vocabulary
 
 
@@ -43,12 +46,27 @@ class Runner:
     Args:
         model: any device and dtype.
         cache: the cache whose blocks the sequences' block tables name.
-        seed: of the tokens of requests that bring none.
+        options: of the engine.
+        max_model_len: most tokens of a sequence.
     """
 
-    def __init__(self, model: Qwen3VLMoe, cache: KVCache, seed: int = 0):
+    def __init__(self, model: Qwen3VLMoe, cache: KVCache, options: EngineOptions, max_model_len: int):
         self.model, self.cache = model, cache
-        self._generator = torch.Generator(model.device).manual_seed(seed)
+        self._generator = torch.Generator(model.device).manual_seed(options.seed)
+        self._steps: StepGraphs | None = None
+        self._images: VisionGraphs | None = None
+        if uses_graphs(model, options):
+            self._steps = StepGraphs(model, cache.tensor, options.max_num_seqs, max_model_len)
+            self._images = VisionGraphs(model)
+
+    @torch.inference_mode()
+    def warm_up(self, progress: bool) -> None:
+        """Compile and capture before the first request what a step of any small shape will replay."""
+        if self._steps is not None:
+            with tqdm(total=len(self._steps) + len(self._images), desc="CUDA graphs", disable=not progress) as bar:
+                for graphs in (self._steps, self._images):
+                    for _ in graphs.capture_all():
+                        bar.update()
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> StepResult:
@@ -62,14 +80,19 @@ class Runner:
         sample_rows = [begins[number + 1] - 1 for number in sampling]
         prompt_rows = [begins[i] + place - chunks[i].start for i, span in enumerate(spans) for place in span]
         batch = self._pack(chunks, sample_rows + prompt_rows)
-        hidden_RH = self.model.text(batch, self.cache.tensor)
-
         results = [ChunkResult() for _ in chunks]
+        logits_RV = None if prompt_rows or self._steps is None else self._steps.run(batch)
+        hidden_RH = None
+        if logits_RV is None:
+            hidden_RH = self.model.text(batch.to(self.model.device), self.cache.tensor)
+            logits_RV = self.model.lm_head(hidden_RH[: len(sampling)])
         if sampling:
             sequences = [chunks[number].sequence for number in sampling]
-            self._sample(hidden_RH[: len(sampling)], sequences, [results[number] for number in sampling])
+            self._sample(logits_RV, sequences, [results[number] for number in sampling])
         row = len(sampling)
         for chunk, span, result in zip(chunks, spans, results, strict=True):
+            if not span:
+                continue
             result.prompt_logprobs = self._prompt_logprobs(hidden_RH[row : row + len(span)], chunk.sequence, span)
             row += len(span)
         return StepResult(results, encoded, _seconds(vision_start, vision_stop) if encoded else 0.0)
@@ -84,7 +107,10 @@ class Runner:
         ]
         if todo:
             pixel_values_PC = torch.cat([image.pixel_values for _, _, image in todo])
-            features = self.model.encode_images(pixel_values_PC, [image.grid_thw for _, _, image in todo])
+            grids = [image.grid_thw for _, _, image in todo]
+            features = None if self._images is None else self._images.run(pixel_values_PC, grids)
+            if features is None:
+                features = self.model.encode_images(pixel_values_PC, grids)
             start = 0
             for sequence, number, image in todo:
                 sequence.features[number] = features.rows(start, start + image.num_tokens)
@@ -92,7 +118,8 @@ class Runner:
         return [sequence for sequence, _, _ in todo]
 
     def _pack(self, chunks: list[Chunk], logit_rows: list[int]) -> Batch:
-        block_size, device = self.cache.block_size, self.model.device
+        """The step as one batch on the host."""
+        block_size = self.cache.block_size
         token_ids: list[int] = []
         slots: list[Tensor] = []
         tables = torch.zeros(len(chunks), max(len(c.sequence.block_table) for c in chunks), dtype=torch.int32)
@@ -111,23 +138,19 @@ class Runner:
                 visual_rows.extend(range(len(token_ids) + first - start, len(token_ids) + last - start))
             token_ids.extend(sequence.token_ids[start:stop])
 
-        def to_device(values: list[int] | Tensor) -> Tensor:
-            return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
         return Batch(
-            input_ids_T=to_device(token_ids),
-            positions_3T=to_device(torch.cat([c.sequence.positions(c.start, c.stop) for c in chunks], dim=1)),
-            segments=Segments.build([c.stop - c.start for c in chunks], [c.stop for c in chunks], device),
-            slots_T=to_device(torch.cat(slots)),
-            block_tables=tables.to(device, non_blocking=True),
+            input_ids_T=torch.tensor(token_ids),
+            positions_3T=torch.cat([c.sequence.positions(c.start, c.stop) for c in chunks], dim=1),
+            segments=Segments.build([c.stop - c.start for c in chunks], [c.stop for c in chunks]),
+            slots_T=torch.cat(slots),
+            block_tables=tables,
             block_size=block_size,
-            visual_rows=to_device(visual_rows) if visual else None,
+            visual_rows=torch.tensor(visual_rows) if visual else None,
             visual=VisionFeatures.cat(visual) if visual else None,
-            logit_rows=to_device(logit_rows),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         )
 
-    def _sample(self, hidden_RH: Tensor, sequences: list[Sequence], results: list[ChunkResult]) -> None:
-        logits_RV = self.model.lm_head(hidden_RH)
+    def _sample(self, logits_RV: Tensor, sequences: list[Sequence], results: list[ChunkResult]) -> None:
         tokens_R = sample(logits_RV, sequences, self._generator)
         for result, token_id in zip(results, tokens_R.tolist(), strict=True):
             result.token_id = token_id
@@ -173,6 +196,11 @@ def _prompt_logprob_span(chunk: Chunk) -> range:
     return range(max(chunk.start, len(sequence.prompt_logprobs) - 1), min(chunk.stop, sequence.num_prompt_tokens - 1))
 
 
+def uses_graphs(model: Qwen3VLMoe, options: EngineOptions) -> bool:
+    """Whether small steps are replayed from CUDA graphs rather than launched one kernel at a time."""
+    return not options.enforce_eager and can_capture(model)
+
+
 @torch.inference_mode()
 def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
     """Device memory that the cache may take: what is left of ``gpu_memory_utilization`` beside the model and a step.
@@ -193,4 +221,5 @@ def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
     step_bytes = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    return int(free - (1 - options.gpu_memory_utilization) * total - step_bytes)
+    graph_bytes = _GRAPH_BYTES if uses_graphs(model, options) else 0
+    return int(free - (1 - options.gpu_memory_utilization) * total - step_bytes - graph_bytes)
