@@ -49,7 +49,7 @@ class Recipe:
         rows = (up.rows, down.rows)
         block = routing.BLOCK
         self.group_few = {
-            size: Launch(routing.group_few, (E, self.bins, *rows, size, pdl), warps=max(1, size // 256))
+            size: Launch(routing.group_few, (E, self.bins, *rows, size, pdl), warps=max(4, size // 256))
             for size in (routing.SMALL_BLOCK, block)
         }
         self.count = Launch(routing.count_pairs, (E, self.bins, block, pdl), warps=8)
