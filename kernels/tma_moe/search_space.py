@@ -125,7 +125,7 @@ def compile_tiles(role: str, tiles: Tiles, shape: MoeShape, dtype: torch.dtype =
     choice = Choice(None, tiles, partner) if role == "up" else Choice(None, partner, tiles)
     launches: dict[str, tuple] = {}
 
-    def record(self: launch.Launch, grid: tuple, *args: object) -> None:
+    def record(self: launch.Launch, stream: int, grid: tuple, *args: object) -> None:
         launches[self.kernel.__name__] = (self, args)
 
     machine = SimpleNamespace(multi_processor_count=132)
