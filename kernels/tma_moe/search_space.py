@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from tma_moe import launch
 from tma_moe.benchmarking import MoeShape
 from tma_moe.experts import ExpertWeights
+from tma_moe.support import has_gluon
 from tma_moe.tuning import Choice, Tiles
 
 SHARED_MEMORY = 232_448  # bytes that one program may use on compute capability 9.0
@@ -42,8 +43,9 @@ class Resources:
 
 
 def families(shape: MoeShape, num_tokens: int) -> list[dict[str, list[Tiles]]]:
-    """Candidates by role, in groups whose members combine freely: decode alone; swap and grouped with each other."""
-    found = [{role: _swap(role, shape, num_tokens) + _grouped(role, shape, num_tokens) for role in ROLES}]
+    """Candidates by role, in groups whose members combine freely: decode alone; all others with each other."""
+    large = (_swap, _grouped, _specialized)
+    found = [{role: [tiles for family in large for tiles in family(role, shape, num_tokens)] for role in ROLES}]
     if num_tokens * shape.experts_per_token <= DECODE_PAIRS:
         found.insert(0, {role: _decode(role, shape) for role in ROLES})
     return found
@@ -94,6 +96,18 @@ def _grouped(role: str, shape: MoeShape, num_tokens: int) -> list[Tiles]:
         for stages in (3, 4)
         for ctas in (1, 2)
         if _fits(role, rows, cols, 64, warps, stages)
+    ]
+
+
+def _specialized(role: str, shape: MoeShape, num_tokens: int) -> list[Tiles]:
+    if _rows_per_expert(shape, num_tokens) < 32 or not has_gluon():
+        return []
+    # Eight warps multiply, four to each half of the rows; a few KB of shared memory go to their stores and barriers.
+    return [
+        Tiles("specialized", 128, cols, 64, 4, stages, 1)
+        for cols in ((64, 128) if role == "up" else (128, 256))
+        for stages in (3, 4, 6)
+        if _fits(role, 128, cols, 64, 8, stages)
     ]
 
 
