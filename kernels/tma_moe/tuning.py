@@ -43,7 +43,7 @@ class Tiles:
 
     Attributes:
         kernel: "decode" (decode_gemv.py), "swap" (swap_gemm.py), "grouped" (grouped_gemm.py) or "specialized"
-            (specialized_gemm.py; warps are those of one consumer, and must be 4).
+            (specialized_gemm.py; warps are those of one of its two consumers).
         rows: rows (token, choice pairs) of an output tile; 1 for "decode".
         cols: columns of an output tile; for the up product these are columns after SwiGLU, twice as many weight rows.
         block_k: step along the contraction.
@@ -68,6 +68,8 @@ class Tiles:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1 or (name != "stages" and value & (value - 1)):
                 raise ValueError(f"tiles: {name} must be a power of two (stages: at least 1), got {value!r}")
+        if self.kernel == "specialized" and (self.warps != 4 or self.rows < 128 or self.block_k < 64):
+            raise ValueError("tiles: 'specialized' takes 4 warps, at least 128 rows and a block_k of at least 64")
 
 
 @dataclass(frozen=True)

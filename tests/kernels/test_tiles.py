@@ -94,6 +94,7 @@ def test_without_gluon_the_triton_kernels_serve(monkeypatch):
         (lambda c: c["shapes"][0]["buckets"][0]["up"].update(kernel="magic"), "kernel must be one of decode, swap"),
         (lambda c: c["shapes"][0]["buckets"][0].update(up={**SWAP, "kernel": "decode"}), "must both be 'decode'"),
         (lambda c: c["shapes"][0]["buckets"][0]["up"].update(depth=3), "unexpected keyword argument 'depth'"),
+        (lambda c: c["shapes"][0]["buckets"][0]["up"].update(kernel="specialized"), "at least 128 rows"),
         (lambda c: c["shapes"][0]["buckets"].reverse(), "max_tokens must rise and the last bucket must have none"),
         (lambda c: c["shapes"][0].update(buckets=[]), "max_tokens must rise"),
     ],
