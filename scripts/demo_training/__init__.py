@@ -1,0 +1,1 @@
+"""What makes the demo checkpoint: drawn pictures, questions, text, tokenizer, batches, model and training loop."""

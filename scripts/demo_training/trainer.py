@@ -1,0 +1,132 @@
+"""The training loop: AdamW on fp32 master weights of a bf16 model, a cosine schedule over a given time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from demo_training.batches import Batch
+from demo_training.model import losses_of
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``minutes``: length of the whole schedule. ``steps`` (if not None) bounds it by steps instead."""
+
+    minutes: float
+    steps: int | None = None
+    learning_rate: float = 1.5e-3
+    warmup: float = 0.02  # share of the schedule
+    final: float = 0.02  # share of the learning rate at the end
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    balance: float = 0.01  # weight of the load-balancing loss
+
+    def rate(self, progress: float) -> float:
+        """Learning rate at ``progress`` (0 to 1) of the schedule."""
+        if progress < self.warmup:
+            return self.learning_rate * max(progress, 1e-4) / self.warmup
+        done = (progress - self.warmup) / (1 - self.warmup)
+        return self.learning_rate * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+
+@dataclass
+class Progress:
+    """Where a run stands; kept in the state file, so that the schedule goes on where it stopped."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    pictures: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    load_LE: list[list[float]] = field(default_factory=list)
+
+
+class Trainer:
+    """A model and its optimizer state. Losses of the pair of batches of a step count alike."""
+
+    def __init__(self, model: Any, recipe: Recipe, *, device: torch.device, dtype: torch.dtype):
+        self.model, self.recipe, self.device, self.progress = model.to(device=device), recipe, device, Progress()
+        # bf16 cannot hold the small steps of late training: the optimizer works on fp32 copies.
+        self.master = [parameter.detach().float().clone() for parameter in model.parameters()]
+        decayed = [copy for copy in self.master if copy.ndim > 1]
+        others = [copy for copy in self.master if copy.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type == "cuda")
+        model.to(dtype=dtype)
+        self.parameters = list(model.parameters())
+
+    def step(self, batches: Iterable[Batch], progress: float) -> dict[str, torch.Tensor]:
+        """One update at ``progress`` of the schedule; figures as tensors, since reading them would wait."""
+        figures: dict[str, torch.Tensor] = {}
+        for name, batch in zip(("pictures", "text"), batches, strict=False):
+            losses = losses_of(self.model, batch.to(self.device))
+            (losses.answers + self.recipe.balance * losses.balance).backward()
+            figures |= {name: losses.answers.detach(), f"{name}_right": losses.right}
+            figures |= {f"{name}_balance": losses.balance.detach(), "load_LE": losses.load_LE}
+            self.progress.tokens += batch.ids_BT.numel()
+            self.progress.pictures += 0 if batch.pixels is None else len(batch.pixels)
+        for copy, parameter in zip(self.master, self.parameters, strict=True):
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(self.master, self.recipe.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(progress)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.master)
+        self.progress.step += 1
+        return figures | {"norm": norm}
+
+    def run(
+        self,
+        batches: Iterable[tuple[Batch, Batch]],
+        *,
+        stop_after: float | None = None,
+        report: Callable[[dict[str, float]], None] = lambda figures: None,
+        every: int = 100,
+    ) -> bool:
+        """Train until the schedule is over (True), or for ``stop_after`` minutes of it (False).
+
+        ``batches`` starts with that of the next step.
+        """
+        before, started = self.progress.seconds, time.monotonic()
+        for pair in batches:
+            share = self.progress.seconds / (60 * self.recipe.minutes)
+            if self.recipe.steps is not None:
+                share = self.progress.step / self.recipe.steps
+            if share >= 1:
+                return True
+            if stop_after is not None and self.progress.seconds - before >= 60 * stop_after:
+                return False
+            figures = self.step(pair, share)
+            if self.progress.step % every == 0 or self.progress.step == 1:
+                self.progress.load_LE = figures.pop("load_LE").tolist()
+                line = {"step": self.progress.step, "lr": self.recipe.rate(share)}
+                line |= {name: float(value) for name, value in figures.items()}
+                self.progress.history.append(line)
+                self.progress.seconds = before + time.monotonic() - started
+                report(line | {"seconds": self.progress.seconds, "tokens": self.progress.tokens})
+            self.progress.seconds = before + time.monotonic() - started
+        return True
+
+    def save(self, path: Path) -> None:
+        """Everything needed to go on; several times the size of the checkpoint, so not for a repository."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"master": self.master, "optimizer": self.optimizer.state_dict(), "progress": vars(self.progress)}
+        torch.save(content, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from what :meth:`save` wrote."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        with torch.no_grad():
+            torch._foreach_copy_(self.master, state["master"])
+            torch._foreach_copy_(self.parameters, self.master)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
