@@ -68,7 +68,6 @@ def main(
 
 def train(options: dict[str, Any]) -> None:
     import torch
-
     from demo_training.batches import TrainingBatches
     from demo_training.model import SMALL, Sizes, build_model, published_config, token_ids
     from demo_training.publish import write_json, write_weights
@@ -171,6 +170,7 @@ def _report(figures: dict[str, float]) -> None:
 
 def _evaluate(out: Path, device: Any, options: dict[str, Any], problems: list) -> dict[str, Any]:
     from demo_training.evaluation import heldout_examples, score_pictures, score_problems
+
     from qwen3vl_moe.engine import LLM
 
     started = time.monotonic()

@@ -39,12 +39,12 @@ def score_pictures(llm: Any, examples: Sequence[Example]) -> dict[str, dict[str,
     return {kind: table[kind] for kind in sorted(table, key=lambda kind: (kind == "all", kind))}
 
 
-def score_problems(llm: Any, problems: Sequence[Problem]) -> dict[str, int]:
+def score_problems(llm: Any, problems: Sequence[Problem], *, max_tokens: int = 320) -> dict[str, int]:
     """Zero-shot with the chat template; right by what follows ``####``, and by the last number."""
     from qwen3vl_moe.engine import SamplingParams
 
     prompts = [[{"role": "user", "content": prompt_text(problem.question)}] for problem in problems]
-    outputs = llm.chat(prompts, SamplingParams(max_tokens=320, temperature=0.0))
+    outputs = llm.chat(prompts, SamplingParams(max_tokens=max_tokens, temperature=0.0))
     texts = [output.outputs[0].text for output in outputs]
     answers = [problem.answer.split("####")[-1].strip().replace(",", "") for problem in problems]
     return {

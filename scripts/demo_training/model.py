@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from demo_training.batches import FRAMES, IGNORE, MERGE, PATCH, Batch
 from qwen3vl_moe.config import Qwen3VLMoeConfig
-from qwen3vl_moe.tiny import TokenIds, SPECIAL_TOKENS
+from qwen3vl_moe.tiny import SPECIAL_TOKENS, TokenIds
 from qwen3vl_moe.transformers_twin import transformers_config
 
 

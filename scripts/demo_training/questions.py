@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 from demo_training.scenes import CHART_TOP, COLOURS, SHAPES, SIZES, Scene, draw_scene
@@ -146,7 +147,13 @@ class Example:
 
 
 def make_example(
-    split: str, seed: int, number: int, *, size: tuple[int, int] | None = None, images: int | None = None, turns: int = 1
+    split: str,
+    seed: int,
+    number: int,
+    *,
+    size: tuple[int, int] | None = None,
+    images: int | None = None,
+    turns: int = 1,
 ) -> Example:
     """Example ``number`` of a split, the same on every call.
 
@@ -227,7 +234,7 @@ def _shape_facts(scene: Scene, rng: Random) -> list[Fact]:
 def describe(scene: Scene) -> str | None:
     """One sentence from left to right, for up to three shapes whose order from left to right is clear."""
     ordered = sorted(scene.shapes, key=lambda shape: shape.x)
-    gaps = [b.x - a.x for a, b in zip(ordered, ordered[1:], strict=False)]
+    gaps = [b.x - a.x for a, b in pairwise(ordered)]
     if len(ordered) > 3 or any(gap < NEAREST for gap in gaps):
         return None
     parts = [f"a {shape.size} {shape.name}" for shape in ordered]

@@ -20,10 +20,13 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "diamond")
 RADII = {"small": (9, 11), "large": (20, 23)}  # pixels, from the centre to the edge of the box around the shape
+# fmt: off
 WORDS = (
-    "cat dog sun moon tree fish bird house car book star ship rain snow milk bread apple green stop open left home hello "
-    "king frog lamp ring door wolf cake"
-).split()
+    "cat", "dog", "sun", "moon", "tree", "fish", "bird", "house", "car", "book", "star", "ship", "rain", "snow",
+    "milk", "bread", "apple", "green", "stop", "open", "left", "home", "hello", "king", "frog", "lamp", "ring",
+    "door", "wolf", "cake",
+)
+# fmt: on
 # Multiples of 32, so that a picture of exactly this size is not resized; areas within SMALLEST and LARGEST.
 SIZES = ((128, 128), (160, 128), (128, 160), (160, 160), (192, 128), (128, 192), (192, 160), (224, 128))
 SMALLEST_AREA, LARGEST_AREA = 128 * 128, 192 * 192
@@ -86,13 +89,13 @@ def draw_scene(rng: Random, size: tuple[int, int], kind: str) -> Scene:
     level = rng.randint(50, 70) if dark else rng.randint(212, 245)
     ground = tuple(level + rng.randint(-6, 6) for _ in range(3))
     colours = [colour for colour in COLOURS if not (dark and colour in ("black", "purple"))]
-    common = dict(
-        width=width,
-        height=height,
-        ground=ground,
-        ornament=rng.choice(("plain", "gradient", "stripes", "dots", "noise")),
-        seed=rng.getrandbits(32),
-    )
+    common = {
+        "width": width,
+        "height": height,
+        "ground": ground,
+        "ornament": rng.choice(("plain", "gradient", "stripes", "dots", "noise")),
+        "seed": rng.getrandbits(32),
+    }
     if kind == "shapes":
         return Scene(**common, shapes=_place(rng, width, height, colours))
     if kind == "chart":

@@ -18,8 +18,23 @@ from qwen3vl_moe.errors import OptionError
 
 # First question of the test file, as a digest: renaming that file does not make it training data.
 _TEST_DIGEST = "2b2e3f9639f6fa28"
-_NAMES = "Anna Ben Carla David Ella Finn Grace Hugo Iris Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Will".split()
-_THINGS = "apples books pens cards coins cookies marbles stickers eggs shells flowers stamps balls tickets".split()
+_NAMES = (
+    "Anna",
+    "Ben",
+    "Carla",
+    "David",
+    "Ella",
+    "Finn",
+    "Grace",
+    "Hugo",
+    "Iris",
+    "Jack",
+    "Mia",
+    "Noah",
+    "Rosa",
+    "Sam",
+)
+_THINGS = ("apples", "books", "pens", "cards", "coins", "cookies", "marbles", "stickers", "eggs", "shells", "stamps")
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,8 @@ def arithmetic_problem(rng: Random) -> Problem:
         )
     doubled, total = 2 * a, 3 * a
     return Problem(
-        f"{name} has {a} {thing}. {other} has twice as many {thing} as {name}. How many {thing} do they have altogether?",
+        f"{name} has {a} {thing}. {other} has twice as many {thing} as {name}. "
+        f"How many {thing} do they have altogether?",
         f"{other} has 2*{a} = <<2*{a}={doubled}>>{doubled} {thing}.\n"
         f"Together they have {a}+{doubled} = <<{a}+{doubled}={total}>>{total} {thing}.\n#### {total}",
     )
