@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,5 +184,4 @@ def _evaluate(out: Path, device: Any, options: dict[str, Any], problems: list) -
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     app()

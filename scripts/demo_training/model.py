@@ -116,7 +116,17 @@ def build_model(raw: dict[str, Any], *, seed: int, experts: str) -> Any:
     model.set_experts_implementation(experts)
     for block in model.model.visual.blocks:
         block.attn.forward = _SameGridAttention(block.attn)
+    model.model.visual.register_forward_pre_hook(_repeat_positions, with_kwargs=True)
     return model.train()
+
+
+def _repeat_positions(_tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Positions of the patches, once for all pictures: transformers would make them picture by picture."""
+    from transformers.vision_utils import get_vision_position_ids
+
+    grid = kwargs["grid_thw"]
+    positions = get_vision_position_ids(grid[:1], MERGE).repeat(len(grid), 1)
+    return args, {**kwargs, "position_ids": positions}
 
 
 class _SameGridAttention:

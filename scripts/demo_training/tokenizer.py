@@ -9,6 +9,7 @@ from random import Random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from demo_training.publish import write_json
 from demo_training.questions import make_example
 from demo_training.scenes import LARGEST_AREA, SMALLEST_AREA
 from demo_training.texts import Problem, arithmetic_problem, chat_messages, prompt_text
@@ -63,4 +64,6 @@ def write_processor(path: str | Path, problems: Sequence[Problem], *, vocab_size
     # The whole processor, so that transformers' AutoProcessor finds its class.
     settings = path / "preprocessor_config.json"
     content = {**json.loads(settings.read_text(encoding="utf-8")), "processor_class": "Qwen3VLProcessor"}
-    settings.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(settings, content)
+    content.pop("image_processor_type")
+    write_json(path / "video_preprocessor_config.json", {**content, "video_processor_type": "Qwen3VLVideoProcessor"})

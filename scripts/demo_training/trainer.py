@@ -59,8 +59,9 @@ class Trainer:
         others = [copy for copy in self.master if copy.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type == "cuda")
-        model.to(dtype=dtype)
         self.parameters = list(model.parameters())
+        for parameter in self.parameters:  # not model.to(dtype): rotary frequencies stay in fp32, as in inference
+            parameter.data = parameter.data.to(dtype)
 
     def step(self, batches: Iterable[Batch], progress: float) -> dict[str, torch.Tensor]:
         """One update at ``progress`` of the schedule; figures as tensors, since reading them would wait."""

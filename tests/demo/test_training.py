@@ -49,6 +49,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(untrained, pair, tmp_path):
         assert torch.equal(one, other)
 
 
+def test_bf16_weights_keep_fp32_frequencies_and_take_a_step(untrained, pair):
+    model = build_model(published_config(SMALL, token_ids(untrained[0])), seed=0, experts="grouped_mm")
+    trainer = Trainer(model, Recipe(minutes=1, steps=2), device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {b.dtype for name, b in model.named_buffers() if "inv_freq" in name} == {torch.float32}
+    before = [copy.clone() for copy in trainer.master]
+    trainer.step(pair, 0.5)
+    assert all(copy.isfinite().all() for copy in trainer.master)
+    assert not all(torch.equal(a, b) for a, b in zip(before, trainer.master, strict=True))
+
+
 def test_the_schedule_warms_up_and_decays():
     recipe = Recipe(minutes=1)
     rates = [recipe.rate(n / 100) for n in range(101)]

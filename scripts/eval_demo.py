@@ -1,0 +1,94 @@
+"""Accuracy of a demo checkpoint on held-out pictures, by question kind, through this package's LLM.
+
+    python scripts/eval_demo.py --model qwen3vl_moe/demo
+    python scripts/eval_demo.py --sample picture.png     # draw one of them, and print its question and answer
+
+The pictures and phrasings are never used in training. The table goes to stderr; stdout holds nothing but JSON with
+--json. Exit status: 0 done, 2 something in the call has to be mended.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qwen3vl_moe.errors import OptionError, UserError
+
+stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+SAMPLE_KIND = "describe"
+
+
+@app.command()
+def main(
+    model: Annotated[str | None, typer.Option(help="Checkpoint directory.")] = None,
+    questions: Annotated[int, typer.Option(help="Held-out picture questions.")] = 1400,
+    data: Annotated[Path | None, typer.Option(help="gsm8k's train.jsonl: score training problems too.")] = None,
+    problems: Annotated[int, typer.Option(help="Training problems, the first of the file.")] = 200,
+    device: Annotated[str, typer.Option(help="auto, cuda, cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
+    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
+    sample: Annotated[Path | None, typer.Option(help="Write one held-out picture here instead; .png.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The counts as one JSON object on stdout.")] = False,
+) -> None:
+    """Accuracy of a demo checkpoint on held-out pictures, by question kind."""
+    try:
+        if questions < 1 or problems < 1:
+            raise OptionError("--questions and --problems have to be positive")
+        if sample is not None:
+            _draw_sample(sample)
+            return
+        if model is None:
+            raise OptionError("name a checkpoint directory with --model, or a picture to draw with --sample")
+        if not Path(model).is_dir():
+            raise OptionError(f"--model {model} is no directory; scripts/train_demo.py makes one")
+        _evaluate(model, questions, data, problems, {"device": device, "dtype": dtype, "moe": moe}, as_json)
+    except UserError as error:
+        stderr.print(f"error: {error}")
+        raise typer.Exit(2) from None
+
+
+def _evaluate(
+    model: str, questions: int, data: Path | None, problems: int, options: dict[str, str], as_json: bool
+) -> None:
+    from demo_training.evaluation import heldout_examples, score_pictures, score_problems
+    from demo_training.texts import read_problems
+
+    from qwen3vl_moe.engine import LLM  # slow to import: not before the options have been checked
+
+    training = read_problems(data)[:problems] if data else []
+    llm = LLM(model, **options)
+    scores = {"pictures": score_pictures(llm, heldout_examples(questions))}
+    table = Table("questions", "right", "of", "share")
+    for kind, cell in scores["pictures"].items():
+        table.add_row(kind, str(cell["right"]), str(cell["of"]), f"{cell['right'] / cell['of']:.1%}")
+    if training:
+        cell = scores["training_problems"] = score_problems(llm, training)
+        for name in ("strict", "flexible"):
+            share = f"{cell[name] / cell['of']:.1%}"
+            table.add_row(f"training problems, {name}", str(cell[name]), str(cell["of"]), share)
+    stderr.print(table)
+    if as_json:
+        print(json.dumps(scores))
+
+
+def _draw_sample(path: Path) -> None:
+    from demo_training.drawing import draw
+    from demo_training.evaluation import heldout_examples
+
+    example = next(e for e in heldout_examples(1000) if e.questions[0].kind == SAMPLE_KIND and len(e.scenes) == 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        draw(example.scenes[0]).save(path)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--sample {path} cannot be written: {error}; name a .png file") from None
+    stderr.print(f"{path}: {example.questions[0].text} {example.questions[0].answer}")
+
+
+if __name__ == "__main__":
+    app()
