@@ -10,7 +10,7 @@ from demo_training.evaluation import conversation
 from demo_training.model import balance_of, losses_of, patches_of
 from demo_training.questions import make_example
 from PIL import Image
-from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeVisionAttention
+from transformers import AutoModelForImageTextToText
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.processor import Processor
@@ -84,11 +84,10 @@ def test_positions_and_losses_are_those_of_transformers(untrained, data):
     assert torch.equal(positions[:, batch.valid_BT], batch.positions_3BT[:, batch.valid_BT])
 
     ours = losses_of(model, batch)
-    batched = {block: block.attn.forward for block in model.model.visual.blocks}
-    for block in batched:  # transformers' own vision attention, one picture after the other
-        block.attn.forward = Qwen3VLMoeVisionAttention.forward.__get__(block.attn)
-    try:
-        theirs = model(
+    # Loaded anew: its vision tower is transformers' own, one picture after the other.
+    theirs = AutoModelForImageTextToText.from_pretrained(untrained[0], dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = theirs(
             input_ids=batch.ids_BT,
             attention_mask=batch.valid_BT.long(),
             pixel_values=patches,
@@ -96,9 +95,6 @@ def test_positions_and_losses_are_those_of_transformers(untrained, data):
             mm_token_type_ids=image.int(),
             labels=batch.labels_BT,
         )
-    finally:
-        for block, forward in batched.items():
-            block.attn.forward = forward
     torch.testing.assert_close(ours.answers, theirs.loss, rtol=1e-4, atol=1e-5)
     assert ours.load_LE.shape == (3, 16)
     torch.testing.assert_close(ours.load_LE.sum(-1), torch.ones(3))
