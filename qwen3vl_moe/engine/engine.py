@@ -119,12 +119,17 @@ class Engine:
                 metrics.stages["queue"] = started - metrics.arrival_time - metrics.stages["preprocess"]
 
         step = self.runner.run(chunks)
-        model_seconds = time.time() - started - step.vision_seconds
+        model_seconds = time.time() - started - sum(step.seconds.values())
 
         for chunk, result in zip(chunks, step.results, strict=True):
             sequence = chunk.sequence
             stages = sequence.metrics.stages
-            stages["vision"] += step.vision_seconds if sequence in step.encoded else 0.0
+            for stage, takes_part in (
+                ("host_to_device", sequence in step.encoded),
+                ("vision", sequence in step.encoded),
+                ("sample", chunk.samples),
+            ):
+                stages[stage] += step.seconds[stage] if takes_part else 0.0
             stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
             sequence.prompt_logprobs += [self._readable(entry) for entry in result.prompt_logprobs]
             sequence.advance(chunk.stop)

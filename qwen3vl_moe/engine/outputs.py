@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+STAGES = ("preprocess", "queue", "host_to_device", "vision", "prefill", "decode", "sample")
+
 
 @dataclass(frozen=True)
 class Logprob:
@@ -19,8 +21,9 @@ class RequestMetrics:
     """Times of one request, in seconds since the epoch, and where they went.
 
     ``stages`` holds wall seconds: ``preprocess`` (template, tokens, image decoding and resizing), ``queue`` (waiting
-    for a first step), ``vision``, ``prefill`` (prompt tokens, those recomputed after a preemption included) and
-    ``decode``. A step that several requests share counts in full for each of them.
+    for a first step), ``host_to_device`` (pixels), ``vision``, ``prefill`` (prompt tokens, those recomputed after a
+    preemption included), ``decode`` and ``sample`` (from logits to tokens on the host). A step that several requests
+    share counts in full for each of them.
     """
 
     arrival_time: float
@@ -28,9 +31,7 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
-    stages: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("preprocess", "queue", "vision", "prefill", "decode"), 0.0)
-    )
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 
 @dataclass(frozen=True)
