@@ -14,6 +14,7 @@ process instead of over HTTP; definitions stand in qwen3vl_moe/benchmarking/stat
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,6 +135,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
                 results["closed_loop"] = workloads.run_closed_loop(llm, sources, load, warmups, temperature, step)
     if options["profile"]:
         results["profiler"] = workloads.profiler_check(llm, sources, load)
+    results["environment"]["card_after"] = report.card(llm)  # the clocks under load, not those of an idle card
     return results
 
 
@@ -202,7 +204,8 @@ def show(results: dict[str, Any]) -> None:
     from qwen3vl_moe.benchmarking import report
     from qwen3vl_moe.benchmarking.statistics import serving_table
 
-    out = Console(highlight=False, markup=False, soft_wrap=True, width=None if stderr.is_terminal else 170)
+    wide = None if sys.stdout.isatty() else 170  # tables whole in a log file
+    out = Console(highlight=False, markup=False, soft_wrap=True, width=wide)
     out.print(results["environment"]["command"])
     out.print(report.heading(results["environment"]))
     out.print(report.cold_line(results["cold"]))

@@ -33,12 +33,18 @@ def environment(llm: LLM) -> dict[str, Any]:
         versions |= {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
     return {
         "command": " ".join(["python", *sys.argv]),
-        "card": CudaTimer().card() if on_gpu else {"name": f"CPU ({platform.machine()})"},
+        "card": card(llm),
         "versions": versions,
         "commit": _commit(),
         "weights": "random" if llm.random_weights else "real",
         "settings": llm.settings,
     }
+
+
+def card(llm: LLM) -> dict[str, str]:
+    """Name, driver, clocks, power limit and temperature of the device, as they are now."""
+    on_gpu = llm.engine.model.device.type == "cuda"
+    return CudaTimer().card() if on_gpu else {"name": f"CPU ({platform.machine()})"}
 
 
 def _commit() -> str | None:

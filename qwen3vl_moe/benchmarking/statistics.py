@@ -147,7 +147,7 @@ _LATENCIES = (
 
 
 def serving_table(metrics: dict[str, Any], max_concurrency: int) -> str:
-    """The metrics as text, row by row as bench_serving prints them."""
+    """The metrics as text, row by row as bench_serving prints them, without its rows about an HTTP server."""
     lines = [" Serving Benchmark Result ".center(50, "=")]
     lines += [_row("Traffic request rate:", math.inf), _row("Max request concurrency:", max_concurrency)]
     lines += [_row(label, metrics[key]) for label, key in _COUNTS]

@@ -101,7 +101,8 @@ def host_us_per_layer(llm: LLM, request: Request, repeats: int = 5) -> float:
 
     The clock runs around each layer's call and does not wait for the device, so on a GPU this is what the launches
     cost. The prompt is text alone, as long as the request's: behind an image tower the queue of launches may fill up,
-    and the host would wait in it. On a CPU it is the whole layer.
+    and the host would wait in it. On a CPU it is the whole layer, and so it is for ``reference``, which waits for the
+    device.
     """
     image_token = llm.engine.model.config.image_token_id
     tokens = llm.processor.chat(request.messages).token_ids
