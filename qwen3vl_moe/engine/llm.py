@@ -153,7 +153,7 @@ class LLM:
 
     def as_completed(
         self,
-        conversations_or_prompts: Iterable[Any],
+        conversations_or_prompts: Any | list[Any],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
         *,
         return_exceptions: bool = False,
@@ -163,18 +163,20 @@ class LLM:
         :meth:`chat` and :meth:`generate` wait for all of these. Closing the iterator gives the rest up.
 
         Args:
-            conversations_or_prompts: a list; each item is a conversation as in :meth:`chat`, or a prompt as in
+            conversations_or_prompts: one or a list; each is a conversation as in :meth:`chat`, or a prompt as in
                 :meth:`generate`.
-            sampling_params: one for all, or one per item.
-            return_exceptions: where an item cannot be used, yield the error in place of its output and go on.
+            sampling_params: one for all, or one per request.
+            return_exceptions: where a request cannot be used, yield the error in place of its output and go on.
 
         Yields:
-            ``(index, output)``, each index once. Items begin in their order and end in any.
+            ``(index, output)``, each index once. Requests begin in their order and end in any.
 
         Raises:
             PromptError, OptionError: as :meth:`generate`, unless ``return_exceptions``.
         """
-        return self._as_completed(conversations_or_prompts, self._prepare, "item", sampling_params, return_exceptions)
+        given = conversations_or_prompts
+        many = [given] if _is_conversation(given) or _is_prompt(given) else given
+        return self._as_completed(many, self._prepare, "request", sampling_params, return_exceptions)
 
     def stream(
         self, conversation_or_prompt: Any, sampling_params: SamplingParams | None = None
