@@ -73,7 +73,7 @@ class TestPatches:
     def test_equal_to_transformers(self, width, height):
         image = noise(width, height)
         expected = oracle_for(SETTINGS)(images=[image], return_tensors="np")
-        patches, grid = SETTINGS.patches(image)
+        patches, grid, _ = SETTINGS.patches(image)
         assert grid == tuple(expected["image_grid_thw"][0])
         assert patches.dtype == np.float32
         np.testing.assert_array_equal(patches, expected["pixel_values"])  # bit for bit
@@ -114,7 +114,7 @@ class TestPatches:
         # A picture whose pixels name their own place: the first merge block is the 8 x 8 corner, patch by patch.
         rows, columns = np.mgrid[0:16, 0:24]
         image = Image.fromarray(np.stack([rows, columns, rows * 0], axis=-1).astype(np.uint8))
-        patches, grid = SETTINGS.patches(image)
+        patches, grid, _ = SETTINGS.patches(image)
         assert grid == (1, 4, 6)
         pixels = np.rint((patches * 0.5 + 0.5) * 255).astype(int).reshape(24, 3, 2, 4, 4)
         assert [tuple(pixels[p, :2, 0, 0, 0]) for p in range(8)] == [
@@ -125,7 +125,7 @@ class TestPatches:
     def test_one_resize_only(self):
         # An image that already has a fitting size is not touched: its pixels can be read back from the patches.
         image = noise(64, 48)
-        patches, (_, rows, columns) = SETTINGS.patches(image)
+        patches, (_, rows, columns), _ = SETTINGS.patches(image)
         blocks = patches.reshape(rows // 2, columns // 2, 2, 2, 3, 2, 4, 4)[:, :, :, :, :, 0]
         pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(48, 64, 3)
         np.testing.assert_array_equal(np.rint((pixels * 0.5 + 0.5) * 255), np.asarray(image))
