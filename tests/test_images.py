@@ -122,6 +122,18 @@ class TestPatches:
         ]  # fmt: skip
         np.testing.assert_array_equal(pixels[:, :, 0], pixels[:, :, 1])  # both frames are the still image
 
+    def test_digest_tells_what_the_model_would_see(self):
+        image, other = noise(64, 48), noise(64, 48)
+        other.putpixel((40, 30), tuple(value ^ 1 for value in image.getpixel((40, 30))))
+        grey = [Image.new("RGB", size, "grey") for size in ((64, 48), (48, 64), (8, 384))]
+        small = SETTINGS.with_bounds(64, 1024)
+        digests = [SETTINGS.patches(each)[2] for each in (image, other, *grey)] + [small.patches(image)[2]]
+        assert len(set(digests)) == len(digests)
+        assert SETTINGS.patches(image.copy())[2] == digests[0]
+        # A file that is resized to the same pixels is the same picture.
+        assert SETTINGS.patches(Image.new("RGB", (80, 60), "grey"))[1:] != SETTINGS.patches(grey[0])[1:]
+        assert SETTINGS.patches(Image.new("RGB", (66, 50), "grey"))[1:] == SETTINGS.patches(grey[0])[1:]
+
     def test_one_resize_only(self):
         # An image that already has a fitting size is not touched: its pixels can be read back from the patches.
         image = noise(64, 48)

@@ -71,7 +71,7 @@ class Scheduler:
         """The next step; empty only when there is nothing left to do."""
         self._make_room()
         chunks: list[Chunk] = []
-        coming: set[bytes] = set()  # full blocks that this step computes
+        coming: set[bytes] = set()  # full blocks that this step computes, if anybody waits
         budget = self.max_prefill_tokens
 
         def take(sequence: Sequence) -> None:
@@ -82,7 +82,8 @@ class Scheduler:
                 budget -= count
             if count:
                 chunks.append(Chunk(sequence, sequence.num_computed, sequence.num_computed + count))
-                coming.update(self._filled(chunks[-1])[1])
+                if self.waiting:
+                    coming.update(self._filled(chunks[-1])[1])
 
         for sequence in self.running:
             take(sequence)
@@ -118,10 +119,10 @@ class Scheduler:
 
     def _filled(self, chunk: Chunk) -> tuple[list[int], list[bytes]]:
         """The blocks that are full when a chunk is computed and were not before, and their keys."""
-        if not self.prefix_caching:
-            return [], []
         size = self.cache.block_size
         first, last = chunk.start // size, chunk.stop // size
+        if first == last or not self.prefix_caching:
+            return [], []
         return chunk.sequence.block_table[first:last], chunk.sequence.block_keys(first, last, size)
 
     def _make_room(self) -> None:
