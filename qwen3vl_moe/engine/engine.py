@@ -43,7 +43,9 @@ class Engine:
         free_bytes = None if options.num_blocks else free_cache_bytes(model, options)
         num_blocks, self.max_model_len = plan_cache(model.config.text, model.dtype, options, free_bytes)
         self.cache = KVCache(model.config.text, num_blocks, options.block_size, model.dtype, model.device)
-        self.scheduler = Scheduler(self.cache, options.max_num_seqs, options.max_prefill_tokens)
+        self.scheduler = Scheduler(
+            self.cache, options.max_num_seqs, options.max_prefill_tokens, options.enable_prefix_caching
+        )
         self.runner = Runner(model, self.cache, options, self.max_model_len)
         self.runner.warm_up(progress)
         self._token_bytes = TokenBytes(tokenizer)
@@ -143,7 +145,7 @@ class Engine:
             stages["vision"] += step.vision_seconds if sequence in step.encoded else 0.0
             stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
             sequence.prompt_logprobs += [self._readable(entry) for entry in result.prompt_logprobs]
-            sequence.advance(chunk.stop)
+            self.scheduler.computed(chunk)
             if result.token_id is not None:
                 sequence.append(result.token_id, self._readable(result.logprobs) if result.logprobs else None)
             if sequence.finished:

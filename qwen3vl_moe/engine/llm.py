@@ -53,7 +53,7 @@ class LLM:
         progress: show the bars of loading and warming up.
         engine_options: fields of :class:`EngineOptions`: ``max_model_len``, ``max_num_seqs``, ``max_prefill_tokens``,
             ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``,
-            ``enforce_eager``.
+            ``enforce_eager``, ``enable_prefix_caching``.
 
     Raises:
         UserError: an option, or the checkpoint, cannot be used; one line says why.
@@ -115,6 +115,18 @@ class LLM:
             "max_num_seqs": self.options.max_num_seqs,
             "max_prefill_tokens": self.options.max_prefill_tokens,
             "kv_cache_tokens": engine.cache.num_blocks * engine.cache.block_size,
+        }
+
+    @property
+    def stats(self) -> dict[str, int]:
+        """Reuse of the cache so far, in tokens: how many were looked up, and how many of them were found.
+
+        A preempted request counts again. The names are those of vLLM's metrics.
+        """
+        scheduler = self.engine.scheduler
+        return {
+            "prefix_cache_queries": scheduler.num_queried_tokens,
+            "prefix_cache_hits": scheduler.num_cached_tokens,
         }
 
     def chat(
