@@ -149,7 +149,9 @@ def load_llm(options: dict[str, Any]) -> Any:
     device = options["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    common = {"device": device, "moe": options["moe"], "enforce_eager": options["eager"]}
+    # Every prompt is computed whole, also where the files of --images come round again.
+    engine = {"enforce_eager": options["eager"], "enable_prefix_caching": False}
+    common = {"device": device, "moe": options["moe"], **engine}
     if options["load_format"] == "dummy":
         length = (
             None if options["model"] else 16384
