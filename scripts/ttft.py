@@ -7,8 +7,9 @@
 
 The single stream covers a grid of image sizes and text lengths, from encoded bytes and text to the first token on the
 host, split by stage. The closed loop takes its options, their meaning and its table from sglang's bench_serving, in
-process instead of over HTTP; definitions stand in qwen3vl_moe/benchmarking/statistics.py, and what the variants of
---compare are in qwen3vl_moe/benchmarking/variants.py. Exit status: 0, or 2 if something in the call has to be mended.
+process instead of over HTTP. Definitions stand in qwen3vl_moe/benchmarking/statistics.py, and what the variants of
+--compare are in qwen3vl_moe/benchmarking/variants.py. No prompt is taken from the cache. Exit status: 0, or 2 if
+something in the call has to be mended.
 """
 
 from __future__ import annotations
@@ -180,6 +181,8 @@ def _kinds(options: dict[str, Any]) -> tuple[str, ...]:
     for name in ("json_file", "plot_file"):
         if options[name] is not None and not options[name].absolute().parent.is_dir():
             raise OptionError(f"{options[name]} cannot be written: there is no directory {options[name].parent}")
+        if options[name] is not None and options[name].is_dir():
+            raise OptionError(f"{options[name]} cannot be written: it is a directory")
     if options["plot_file"] is not None:
         if options["plot_file"].suffix.lower() not in (".png", ".pdf", ".svg"):
             raise OptionError(f"--plot {options['plot_file']}: a name ending in .png, .pdf or .svg is needed")

@@ -4,19 +4,22 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tma_moe.descriptors import current_descriptor_policy
 from typer.testing import CliRunner
 
+from qwen3vl_moe.benchmarking import variants
 from qwen3vl_moe.benchmarking.dummy import dummy_llm
 from qwen3vl_moe.benchmarking.inputs import Images, make_image, parse_resolution, random_lengths
 from qwen3vl_moe.benchmarking.serving import closed_loop, single_stream
 from qwen3vl_moe.benchmarking.statistics import Record, serving_metrics, serving_table, speed_up, summary
 from qwen3vl_moe.benchmarking.variants import TransformersPeer, variant
-from qwen3vl_moe.benchmarking.workloads import Load
+from qwen3vl_moe.benchmarking.workloads import Load, compare
 from qwen3vl_moe.engine import LLM
 from qwen3vl_moe.errors import OptionError, PromptError
 from qwen3vl_moe.image_source import decode_rgb, open_image
@@ -208,6 +211,29 @@ def test_variants_answer_alike_and_put_everything_back(llm):
     assert torch.equal(logits(), expected)
 
 
+def test_variants_run_what_they_say(llm, monkeypatch):
+    before = current_descriptor_policy()
+    for name in ("per_call", "lru", "owned"):
+        with variant(llm, name):
+            assert current_descriptor_policy() == name
+    assert current_descriptor_policy() == before
+
+    calls = []
+    monkeypatch.setattr(variants, "grouped_mm_moe", lambda x_TH, *rest: calls.append(1) or torch.zeros_like(x_TH))
+    request = LOAD.requests(llm, Images(None, "blank", "png", 1), 1)[0]
+    with variant(llm, "grouped_mm"):
+        single_stream(llm, replace(request, output_len=1))
+    assert len(calls) == llm.engine.model.config.text.num_layers
+
+
+def test_the_closed_loop_can_be_compared(llm):
+    images, steps = Images(None, "blank", "png", 1), []
+    load = replace(LOAD, num_prompts=3, max_concurrency=2)
+    rows = compare(llm, images, load, ["reference", "eager"], "closed loop", 2, 1, steps.append)
+    assert steps == [f"closed loop, {name}" for name in ("reference", "eager", "eager", "reference")]
+    assert all(len(row["samples"]) == 2 * 3 for row in rows.values())
+
+
 @pytest.mark.parametrize("routing", ["balanced", "skewed"])
 def test_random_weights_with_drawn_routing(tmp_path, routing):
     write_random_checkpoint(tmp_path)
@@ -301,6 +327,9 @@ def test_the_program_compares(app, tmp_path):
         (["--model", "demo", "--compare", "eager,eager"], "named twice"),
         (["--model", "demo", "--against", "vllm"], "--against 'vllm'"),
         (["--model", "demo", "--against", "transformers"], "add --workload single"),
+        (["--load-format", "dummy", "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--load-format", "dummy", "--routing", "wild"], "routing 'wild'"),
+        (["--model", "demo", "--json", str(SCRIPTS)], "it is a directory"),
         (["--model", "demo", "--json", "no/such/place.json"], "cannot be written"),
         (["--model", "demo", "--plot", "out.doc"], "out.doc"),
         (["--model", "demo", "--device", "cpu", "--compare", "owned"], "owned is a way of the fused experts"),

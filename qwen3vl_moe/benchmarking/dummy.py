@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3vl_moe.checkpoint import resolve
+from qwen3vl_moe.checkpoint import parse_device, resolve
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine import LLM
 from qwen3vl_moe.errors import OptionError
@@ -36,11 +36,12 @@ def dummy_llm(
         engine_options: see :class:`LLM`.
 
     Raises:
-        OptionError: an unknown routing, or the 30B sizes on a CPU.
+        OptionError: an unknown routing, a device that is not here, or the 30B sizes on a CPU.
     """
     if routing is not None and routing not in ROUTINGS:
         raise OptionError(f"routing {routing!r} is unknown; choose from {', '.join(ROUTINGS)}")
-    if model is None and device == "cpu":
+    parsed = parse_device(device)
+    if model is None and parsed.type == "cpu":
         raise OptionError("random weights at the 30B sizes need a GPU; on a CPU give the directory of a small --model")
     with contextlib.ExitStack() as stack:
         if model is None:
@@ -50,7 +51,7 @@ def dummy_llm(
             directory = resolve(model)
             config = Qwen3VLMoeConfig.from_pretrained(directory)
         processor = Processor.from_pretrained(directory, config)
-    weights = Qwen3VLMoe.random(config, device, moe=moe)
+    weights = Qwen3VLMoe.random(config, parsed, moe=moe)
     if routing is not None:  # before the LLM captures its graphs
         rows = engine_options.get("max_prefill_tokens", 8192) + engine_options.get("max_num_seqs", 128)
         draw_routing(weights, routing, rows)
