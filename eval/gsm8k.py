@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -69,7 +70,11 @@ def main(
         results, tracker = problems.evaluate(
             lm, asked, name=llm.name, gen_kwargs=kwargs, cache=cache and cache_file(cache, llm.settings), output=output
         )
-        figures = {**llm.settings, **speed(lm, len(results["samples"]["gsm8k"]) // len(problems.FILTERS))}
+        figures = {
+            **llm.settings,
+            "data": str(data or "hub"),
+            **speed(lm, len(results["samples"]["gsm8k"]) // len(problems.FILTERS)),
+        }
         report(results, figures, asked)
         if output is not None:
             results["qwen3vl_moe"] = figures
@@ -130,7 +135,7 @@ def speed(lm: Any, num_problems: int) -> dict[str, Any]:
 def report(results: dict[str, Any], figures: dict[str, Any], asked: Any) -> None:
     from problems import FILTERS, accuracy
 
-    table = Table("filter", "exact match", "standard error")
+    table = Table("filter", "exact match", "standard error", box=box.SIMPLE)
     for name in FILTERS:
         share, error = accuracy(results, name)
         table.add_row(name, f"{share:.2%}", "-" if error is None else f"{error:.2%}")
