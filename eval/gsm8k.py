@@ -56,8 +56,8 @@ def main(
     try:
         import problems  # imported here, as all that is slow: not before --help has been answered
 
-        problems.require_lm_eval()
         asked = problems.Gsm8k(split, num_fewshot, limit, data, chat)
+        problems.require_lm_eval()
         task_check(asked, output, max_gen_toks, temperature)
         from lm import EngineLM
         from loading import load

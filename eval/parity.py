@@ -9,8 +9,9 @@ The same gsm8k problems go through each variant, over one copy of the weights. P
 1. no difference of accuracy between the first variant and another is more than chance (exact McNemar test over the
    problems that only one of them solves, two-sided, 5 %: it takes at least 6 such problems to reject), and
 2. the log-probabilities of each variant of ours are right (see logprobs.py: against an fp32 evaluation of the same
-   weights, at most twice the error of transformers in the same dtype), twice over: the model's logits over prompts and
-   answers, and what the engine itself reported for the tokens that it generated (cache, decode kernels, graphs).
+   weights, at most twice the error of transformers in the same dtype, and for ``tma`` of ``reference``), twice over:
+   the model's logits over prompts and answers, and what the engine itself reported for the tokens that it generated
+   (cache, decode kernels, graphs).
 
 Random weights solve nothing, so for them only the second counts.
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +38,8 @@ from qwen3vl_moe.errors import OptionError, UserError
 
 SIGNIFICANCE = 0.05
 ANSWER_TOKENS = 128  # of each answer that is compared token by token
-stdout = Console(highlight=False, markup=False, soft_wrap=True)
+# Wide enough for the tables where no terminal says how wide it is.
+stdout = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -66,9 +69,9 @@ def main(
         import problems  # imported here, as all that is slow: not before --help has been answered
         from gsm8k import task_check
 
-        problems.require_lm_eval()
         names = [name.strip() for name in variants.split(",") if name.strip()]
         asked = problems.Gsm8k(split, num_fewshot, limit, data, chat)
+        problems.require_lm_eval()
         task_check(asked, output, max_gen_toks, 0.0)
         from loading import load
         from variants import VARIANTS
@@ -126,7 +129,9 @@ def compare(llm: Any, names: list[str], asked: Any, max_gen_toks: int, count: in
     tokens = token_report(model, {name: runs[name].answers[:count] for name in ours})
     counts = not settings["random_weights"]
     same_accuracy = all(pair["p_value"] >= SIGNIFICANCE for pair in pairs.values())
-    same_logprobs = all(row["verdict"] != "WRONG" for rows in (tokens["logits"], tokens["engine"]) for row in rows)
+    same_logprobs = all(
+        not row["verdict"].startswith("WRONG") for rows in (tokens["logits"], tokens["engine"]) for row in rows
+    )
     return {
         "settings": {key: value for key, value in settings.items() if key != "moe"},
         "variants": names,
@@ -195,54 +200,60 @@ def token_report(model: Any, answers: dict[str, list[Any]]) -> dict[str, Any]:
     """
     import torch
     from logprobs import Distance, of_tokens
-    from variants import Evaluations
+    from variants import PEERS, Evaluations
 
     evaluations, (first, *others) = Evaluations(model), answers
-    logits = {name: Distance() for name in (*answers, "transformers")}
+    everybody = list(dict.fromkeys([*answers, *(peer for name in answers for peer in PEERS[name])]))
+    logits = {name: Distance() for name in everybody}
     between = {name: Distance() for name in others}
-    engine = {name: (Distance(), Distance()) for name in answers}  # the engine's own, the peer's on the same tokens
-    todo = {}  # sequences, and the variants whose engine wrote them
+    engine = {name: {who: Distance() for who in ("engine", *PEERS[name])} for name in answers}
+    todo: dict[tuple[int, ...], list] = {}  # sequences, and whose engine wrote them
     for name, each in answers.items():
         for answer in each:
             todo.setdefault(answer.prompt_ids + answer.token_ids[:ANSWER_TOKENS], []).append((name, answer))
     for ids, writers in track(todo.items(), "log-probabilities", console=stderr, transient=True):
         targets_T = torch.tensor(ids[1:], device=model.device)
-        exact_TV, peer_TV = evaluations.exact(list(ids))[:-1], evaluations.peer(list(ids))[:-1]
+        exact_TV = evaluations.logits("fp32", ids)
+        found = {name: evaluations.logits(name, ids) for name in everybody}
         if writers[0][0] == first:
-            ours = {name: evaluations.ours(name, list(ids))[:-1] for name in answers}
-            for name, logits_TV in [*ours.items(), ("transformers", peer_TV)]:
-                logits[name].add_logits(exact_TV, logits_TV, targets_T)
-            for name in others:
-                between[name].add_logits(ours[name], ours[first], targets_T)
+            for name, distance in logits.items():
+                distance.add_logits(exact_TV, found[name], targets_T)
+            for name, distance in between.items():
+                distance.add_logits(found[name], found[first], targets_T)
         for name, answer in writers:
-            reported = torch.tensor(answer.logprobs[:ANSWER_TOKENS], dtype=torch.float64, device=model.device)
             rows = slice(len(answer.prompt_ids) - 1, None)
-            exact, peer = (of_tokens(x[rows], targets_T[rows]) for x in (exact_TV, peer_TV))
-            engine[name][0].add((reported - exact).tolist())
-            engine[name][1].add((peer - exact).tolist())
+            exact_T = of_tokens(exact_TV[rows], targets_T[rows])
+            reported_T = torch.tensor(answer.logprobs[:ANSWER_TOKENS], dtype=torch.float64, device=model.device)
+            for who, distance in engine[name].items():
+                own_T = reported_T if who == "engine" else of_tokens(found[who][rows], targets_T[rows])
+                distance.add(own_T - exact_T)
+    reports = []
+    for name, distances in engine.items():
+        own, peers = distances["engine"], [distances[peer] for peer in PEERS[name]]
+        reports.append({"variant": name, **own.figures(), "verdict": verdict_of(own, peers)})
+        reports += [{"variant": f"- {p}", **distances[p].figures(), "verdict": "a peer"} for p in PEERS[name]]
     rows = []
     for name, distance in logits.items():
-        verdict = "the peer" if name == "transformers" else verdict_of(distance, logits["transformers"])
-        rows.append({"variant": name, **distance.figures(), "verdict": verdict})
-    reports = []
-    for name, (own, peer) in engine.items():
-        reports.append({"variant": name, **own.figures(), "verdict": verdict_of(own, peer)})
-        reports.append({"variant": f"transformers ({name})", **peer.figures(), "verdict": "the peer"})
+        peers = [logits[peer] for peer in PEERS.get(name, ())]
+        rows.append({"variant": name, **distance.figures(), "verdict": verdict_of(distance, peers)})
     return {
         "logits": rows,
         "engine": reports,
-        "between": [{"variant": f"{first} against {name}", **d.figures()} for name, d in between.items()],
+        "between": [{"variant": f"{first} - {name}", **d.figures()} for name, d in between.items()],
     }
 
 
-def verdict_of(distance: Any, peer: Any) -> str:
-    return "right" if distance.within(peer) else "WRONG"
+def verdict_of(distance: Any, peers: list[Any]) -> str:
+    wrong = sorted({what for peer in peers for what in distance.too_far(peer)})
+    return f"WRONG: {', '.join(wrong)}" if wrong else "right" if peers else "a peer"
 
 
 def show(report: dict[str, Any]) -> None:
     """Print the report for a reader."""
     first, *_ = report["variants"]
-    table = Table("variant", *report["accuracy"][first], title="gsm8k, right answers", box=box.SIMPLE)
+    table = Table(
+        "variant", *report["accuracy"][first], title="gsm8k, right answers", title_justify="left", box=box.SIMPLE
+    )
     for name, shares in report["accuracy"].items():
         table.add_row(name, *(f"{share:.2%}" for share in shares.values()))
     stdout.print(table)
@@ -254,14 +265,14 @@ def show(report: dict[str, Any]) -> None:
             f"{pair['right_to_wrong']} right -> wrong, {pair['wrong_to_right']} wrong -> right by {first}, "
             f"exact McNemar p = {pair['p_value']:.3g}"
         )
-    headings = ("tokens", "mean |Δ|", "rms", "largest", "KL", "top-1", "")
+    headings = ("tokens", "median", "mean", "largest", "median KL", "KL", "top-1", "")
     for key, title in (
         ("logits", "the model's logits against fp32, on prompts and answers"),
         ("engine", "what the engine reported for its own answers, against fp32"),
         ("between", "the model's logits, variant against variant"),
     ):
         if report[key]:
-            table = Table("Δ log p", *headings, title=title, box=box.SIMPLE)
+            table = Table("Δ log p", *headings, title=title, title_justify="left", box=box.SIMPLE)
             for row in report[key]:
                 table.add_row(row["variant"], *_cells(row))
             stdout.print(table)
@@ -271,14 +282,11 @@ def show(report: dict[str, Any]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    kl, top1 = row["kl"], row["top1"]
-    return [
-        str(row["tokens"]),
-        *(f"{row[key]:.2e}" for key in ("mean", "rms", "largest")),
-        "-" if kl is None else f"{kl:.2e}",
-        "-" if top1 is None else f"{top1:.2%}",
-        row.get("verdict", ""),
-    ]
+    numbers = (
+        "-" if row[key] is None else f"{row[key]:.2e}" for key in ("median", "mean", "largest", "median_kl", "kl")
+    )
+    top1 = "-" if row["top1"] is None else f"{row['top1']:.2%}"
+    return [str(row["tokens"]), *numbers, top1, row.get("verdict", "")]
 
 
 if __name__ == "__main__":
