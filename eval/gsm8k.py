@@ -58,7 +58,7 @@ def main(
 
         asked = problems.Gsm8k(split, num_fewshot, limit, data, chat)
         problems.require_lm_eval()
-        task_check(asked, output, max_gen_toks, temperature)
+        task_check(asked, output, max_gen_toks, temperature, cache)
         from lm import EngineLM
         from loading import load
 
@@ -88,19 +88,21 @@ def main(
         raise typer.Exit(130) from None
 
 
-def task_check(asked: Any, output: Path | None, max_gen_toks: int, temperature: float) -> None:
+def task_check(
+    asked: Any, output: Path | None, max_gen_toks: int, temperature: float = 0.0, cache: Path | None = None
+) -> None:
     """What can be known before the weights are loaded."""
     if max_gen_toks < 1:
         raise OptionError(f"--max-gen-toks {max_gen_toks}: 1 or more is needed")
     if temperature < 0:
         raise OptionError(f"--temperature {temperature}: 0 or more is needed")
-    if asked.data is not None:
-        asked.task()
-    if output is not None:
+    asked.task()
+    for option, folder in (("--output", output), ("--cache", cache and cache.parent)):
         try:
-            output.mkdir(parents=True, exist_ok=True)
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--output {output} cannot be made a folder: {error.strerror}") from None
+            raise UserError(f"{option}: {folder} cannot be made a folder: {error.strerror}") from None
 
 
 def generation(max_gen_toks: int, temperature: float = 0.0, ignore_eos: bool = False) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def report(results: dict[str, Any], figures: dict[str, Any], asked: Any) -> None
         stdout.print(f"{figures['problems'] - computed} answers were in the cache; the figures below leave them out.")
     if not computed:
         return
-    stdout.print(f"{figures['answers_truncated']} of {computed} answers ran into --max-gen-toks")
+    stdout.print(f"{figures['answers_truncated']} of {computed} answers were cut off at the longest length")
     stdout.print(
         f"{prompt} prompt tokens, {figures['prompt_tokens_reused'] / prompt:.1%} of them reused from earlier prompts; "
         f"{figures['answer_tokens']} answer tokens"

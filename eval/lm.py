@@ -5,6 +5,8 @@ imported; every option of ``lm_eval run`` works:
 
     python eval/lm.py run --model qwen3vl_moe --model_args pretrained=DIR,moe=tma --tasks arc_easy --apply_chat_template
 
+(lm-eval asks for the device cuda:0 unless told otherwise: add ``--device cpu`` where there is no GPU.)
+
 From Python it takes two lines (with this folder on the path):
 
     from lm import EngineLM

@@ -72,7 +72,7 @@ def main(
         names = [name.strip() for name in variants.split(",") if name.strip()]
         asked = problems.Gsm8k(split, num_fewshot, limit, data, chat)
         problems.require_lm_eval()
-        task_check(asked, output, max_gen_toks, 0.0)
+        task_check(asked, output, max_gen_toks)
         from loading import load
         from variants import VARIANTS
 

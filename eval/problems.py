@@ -57,7 +57,7 @@ class Gsm8k:
         # An example is never the problem itself, so the training split has to hold one more.
         if self.num_fewshot and len(rows["train"]) <= self.num_fewshot:
             raise OptionError(
-                f"--num-fewshot {self.num_fewshot}: {self.data / 'train.jsonl'} has {len(rows['train'])} problems, "
+                f"--num-fewshot {self.num_fewshot}: the training split has {len(rows['train'])} problems, "
                 f"and {self.num_fewshot + 1} are needed"
             )
         task = {"task": "gsm8k", "num_fewshot": self.num_fewshot, "test_split": self.split}

@@ -157,6 +157,8 @@ def test_a_bad_line_is_named(run, problems_dir, tmp_path, case):
         (("--num-fewshot", 4), "has 4 problems, and 5 are needed"),
         (("--max-gen-toks", 0), "--max-gen-toks 0: 1 or more"),
         (("--output", __file__), "cannot be made a folder"),
+        (("--cache", f"{__file__}/cache"), "--cache: "),
+        (("--temperature", -1), "--temperature -1.0: 0 or more"),
         (("--load-format", "tensorizer"), "choose auto or dummy"),
         (("--moe", "fast"), "moe='fast' is unknown"),
     ],
