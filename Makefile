@@ -34,5 +34,5 @@ $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --upgrade pip setuptools
 	.venv/bin/pip install --quiet $(TORCH)
-	.venv/bin/pip install --quiet --no-build-isolation -e '.[test,eval]'
+	.venv/bin/pip install -qq --no-build-isolation -e '.[test,eval]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""The weighted sum over a token's experts, in float32 and in the order of its choices."""
+"""The weighted sum over a token's experts, in float32 and in a fixed order."""
 
 import triton
 import triton.language as tl

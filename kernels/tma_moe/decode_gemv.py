@@ -32,14 +32,15 @@ def decode_up(
     slot = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * COLS + tl.arange(0, COLS)
     e = tl.load(ids_ptr + slot).to(tl.int64)
-    real = (e >= 0) & (e < E)
+    # An id that is no expert has no columns to compute.
+    columns = tl.where((e >= 0) & (e < E), I, 0)
     gate_rows = (gate_up_ptr + (e * 2 * I + n) * H)[:, None]
     up_rows = gate_rows + I * H
     gate = tl.zeros([COLS, BLOCK_K], tl.float32)
     up = tl.zeros([COLS, BLOCK_K], tl.float32)
     for at in tl.static_range(0, H, BLOCK_K):
         i = at + tl.arange(0, BLOCK_K)
-        read = (n < I)[:, None] & (i < H)[None, :] & real
+        read = (n < columns)[:, None] & (i < H)[None, :]
         w_gate = tl.load(gate_rows + i[None, :], mask=read, other=0.0, eviction_policy="evict_first")
         w_up = tl.load(up_rows + i[None, :], mask=read, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptr + slot // TOPK * H + i, mask=i < H, other=0.0).to(tl.float32)[None, :]
@@ -47,7 +48,7 @@ def decode_up(
         up += w_up.to(tl.float32) * x
     g = tl.sum(gate, axis=1)
     h = g / (1.0 + tl.exp(-g)) * tl.sum(up, axis=1)
-    tl.store(h_ptr + slot * I + n, h.to(h_ptr.dtype.element_ty), mask=(n < I) & real)
+    tl.store(h_ptr + slot * I + n, h.to(h_ptr.dtype.element_ty), mask=n < columns)
 
 
 @triton.jit

@@ -57,11 +57,11 @@ def fused_moe(
     | experts.gate_up | [E, 2I, H] | bf16, float16, float32, ...    | contiguous, 16-byte aligned      |
     | experts.down    | [E, H, I]  | that of gate_up                | I multiple of 8                  |
 
-    Returns y [T, H] in the dtype of x. Products accumulate in float32, the weighted sum is taken in float32 in the
-    order of k, and no atomics touch an output: the result is bitwise the same from run to run. Ids outside [0, E)
-    contribute nothing. Backend "tma" makes no host synchronisation and can be captured in a CUDA graph (run once before
-    capture, so that kernels are compiled); no gradients. Raises TypeError, ValueError or RuntimeError, each with one
-    clear line.
+    Returns y [T, H] in the dtype of x. Products accumulate in float32, the weighted sum over k is taken in float32 in
+    a fixed order, and no atomics touch an output: the result is bitwise the same from run to run. Ids outside [0, E)
+    contribute nothing. Backend "tma" makes no host synchronisation and can be captured in a CUDA graph (run once
+    before capture, so that kernels are compiled). Raises TypeError, ValueError (operands) or RuntimeError (backend
+    "tma" cannot run there, or is asked for gradients), each with one clear line.
     """
     operands = (x_TH, topk_ids_TK, topk_weights_TK, experts)
     sound = _sound(x_TH, topk_ids_TK, topk_weights_TK, experts._parameters["gate_up"], experts._parameters["down"])
@@ -72,6 +72,12 @@ def fused_moe(
         return fused_moe_reference(x_TH, topk_ids_TK, topk_weights_TK, experts.gate_up, experts.down)
     if not sound:
         _check_layout(*operands)
+    weights = experts._parameters.values()
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x_TH, topk_weights_TK, *weights)):
+        raise RuntimeError(
+            'fused_moe: backend "tma" computes no gradients, and an operand asks for one; '
+            f"call it under torch.inference_mode() or torch.no_grad(), or {WAY_OUT}"
+        )
     if x_TH.shape[0] == 0:
         return torch.empty_like(x_TH)
     from tma_moe.launch import fused_moe_tma
@@ -80,7 +86,7 @@ def fused_moe(
 
 
 def _sound(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """All that the checks below ask for, in one cheap pass: host time counts. They say what is wrong if this is False."""
+    """All that the checks below ask for, in one cheap pass, as host time counts. They say what is wrong, if so."""
     if down.dim() != 3 or ids_TK.dim() != 2:
         return False
     (E, H, I), (T, K), dtype, device = down.shape, ids_TK.shape, x_TH.dtype, x_TH.device  # noqa: E741

@@ -2,8 +2,8 @@
 
 A `Recipe` is everything that does not depend on the call: kernels with their constants, block shapes, grids. It is made
 once per device, shape, dtype and bucket of token counts. A call then allocates its buffers and launches two kernels
-(decode) or four. Buffers come from torch's caching allocator at every call, so streams, threads and CUDA graphs each
-have their own, and nothing outlives the call.
+(decode), four, or six (above routing.BLOCK pairs, where grouping takes three). Buffers come from torch's caching
+allocator at every call, so streams, threads and CUDA graphs each have their own, and nothing outlives the call.
 
 All kernels use programmatic dependent launch: each waits for the one before it before its first write, so a chain of
 them, and the next call's first, may start early but never run ahead.
@@ -49,7 +49,7 @@ class Recipe:
         rows = (up.rows, down.rows)
         block = routing.BLOCK
         self.group_few = {
-            size: Launch(routing.group_few, (E, self.bins, *rows, size, pdl), warps=max(1, size // 256))
+            size: Launch(routing.group_few, (E, self.bins, *rows, size, pdl), warps=max(4, size // 256))
             for size in (routing.SMALL_BLOCK, block)
         }
         self.count = Launch(routing.count_pairs, (E, self.bins, block, pdl), warps=8)

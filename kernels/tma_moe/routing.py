@@ -27,7 +27,7 @@ HEADER = tl.constexpr(16)
 # Pairs that a program ranks at a time. A call of one block is grouped in one launch; the small block is for decoding.
 BLOCK = 2048
 SMALL_BLOCK = 256
-CHUNK = 32  # blocks whose counts one program adds up at a time
+CHUNK = 16  # blocks whose counts one program adds up at a time
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from tma_moe import launch
 from tma_moe.benchmarking import MoeShape
 from tma_moe.experts import ExpertWeights
+from tma_moe.support import has_gluon
 from tma_moe.tuning import Choice, Tiles
 
 SHARED_MEMORY = 232_448  # bytes that one program may use on compute capability 9.0
@@ -42,8 +43,9 @@ class Resources:
 
 
 def families(shape: MoeShape, num_tokens: int) -> list[dict[str, list[Tiles]]]:
-    """Candidates by role, in groups whose members combine freely: decode alone; swap and grouped with each other."""
-    found = [{role: _swap(role, shape, num_tokens) + _grouped(role, shape, num_tokens) for role in ROLES}]
+    """Candidates by role, in groups whose members combine freely: decode alone; all others with each other."""
+    large = (_swap, _grouped, _specialized)
+    found = [{role: [tiles for family in large for tiles in family(role, shape, num_tokens)] for role in ROLES}]
     if num_tokens * shape.experts_per_token <= DECODE_PAIRS:
         found.insert(0, {role: _decode(role, shape) for role in ROLES})
     return found
@@ -97,6 +99,18 @@ def _grouped(role: str, shape: MoeShape, num_tokens: int) -> list[Tiles]:
     ]
 
 
+def _specialized(role: str, shape: MoeShape, num_tokens: int) -> list[Tiles]:
+    if _rows_per_expert(shape, num_tokens) < 32 or not has_gluon():
+        return []
+    # Eight warps multiply, four to each half of the rows; a few KB of shared memory go to their stores and barriers.
+    return [
+        Tiles("specialized", 128, cols, 64, 4, stages, 1)
+        for cols in ((64, 128) if role == "up" else (128, 256))
+        for stages in (3, 4, 6)
+        if _fits(role, 128, cols, 64, 8, stages)
+    ]
+
+
 def _fits(role: str, rows: int, cols: int, block_k: int, warps: int, stages: int) -> bool:
     weight_rows = 2 * cols if role == "up" else cols
     buffers = stages * (weight_rows + rows) * block_k * 2
@@ -125,7 +139,7 @@ def compile_tiles(role: str, tiles: Tiles, shape: MoeShape, dtype: torch.dtype =
     choice = Choice(None, tiles, partner) if role == "up" else Choice(None, partner, tiles)
     launches: dict[str, tuple] = {}
 
-    def record(self: launch.Launch, grid: tuple, *args: object) -> None:
+    def record(self: launch.Launch, stream: int, grid: tuple, *args: object) -> None:
         launches[self.kernel.__name__] = (self, args)
 
     machine = SimpleNamespace(multi_processor_count=132)

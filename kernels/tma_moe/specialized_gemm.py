@@ -1,9 +1,9 @@
 """The largest loads: the products of grouped_gemm.py with one job per warp group, in Gluon.
 
-A producer only copies; two consumers only multiply and store, each one half of the rows of a tile. They meet at a ring of
-buffers guarded by two barriers each, "full" and "empty". Nothing else is synchronised, so a consumer's epilogue runs
-under the other consumer's multiplications and under the producer's copies for the next tile, which Triton's own pipeline
-cannot arrange. Gluon is part of triton, has no interpreter, and is still called experimental.
+A producer only copies; two consumers only multiply and store, each one half of the rows of a tile. They meet at a ring
+of buffers guarded by two barriers each, "full" and "empty". Nothing else is synchronised, so a consumer's epilogue runs
+under the other consumer's multiplications and under the producer's copies for the next tile, which Triton's own
+pipeline cannot arrange. Gluon is part of triton, has no interpreter, and is still called experimental.
 """
 
 from triton.experimental import gluon
@@ -34,6 +34,35 @@ def _wait_for_previous_kernel():
 
 
 @gluon.jit
+def _make_ring(
+    layout: gl.constexpr,
+    dtype: gl.constexpr,
+    STAGES: gl.constexpr,
+    A_ROWS: gl.constexpr,
+    B_ROWS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    FULL_COUNT: gl.constexpr,
+):
+    """STAGES buffers of both operands with their barriers: (a, b, full, empty)."""
+    a = gl.allocate_shared_memory(dtype, [STAGES, A_ROWS, BLOCK_K], layout)
+    b = gl.allocate_shared_memory(dtype, [STAGES, B_ROWS, BLOCK_K], layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=FULL_COUNT)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    return a, b, full, empty
+
+
+@gluon.jit
+def _tile(plan_ptr, tiles_at, tile, COL_TILES: gl.constexpr, COLS: gl.constexpr):
+    """Expert, first row, last row + 1 and first column of an output tile."""
+    entry = plan_ptr + tiles_at + 4 * (tile // COL_TILES)
+    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), tile % COL_TILES * COLS
+
+
+@gluon.jit
 def _halves(x):
     """Left and right half of the columns; both stay in the registers that they are in."""
     rows: gl.constexpr = x.shape[0]
@@ -42,10 +71,9 @@ def _halves(x):
 
 
 @gluon.jit
-def _multiply(
-    a_ring, b_ring, full, empty, step, half, K_STEPS: gl.constexpr, COLS: gl.constexpr, GATHERED: gl.constexpr
-):
+def _multiply(ring, step, half, K_STEPS: gl.constexpr, COLS: gl.constexpr, GATHERED: gl.constexpr):
     """One tile's product of this consumer's rows; returns it and the running number of steps."""
+    a_ring, b_ring, full, empty = ring
     STAGES: gl.constexpr = a_ring.shape[0]
     ROWS: gl.constexpr = a_ring.shape[1] // CONSUMERS
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLS, 16])
@@ -68,8 +96,9 @@ def _multiply(
 
 
 @gluon.jit
-def _skip(full, empty, step, K_STEPS: gl.constexpr):
+def _skip(ring, step, K_STEPS: gl.constexpr):
     """Gives back the buffers of a tile in which this consumer has no rows."""
+    _, _, full, empty = ring
     STAGES: gl.constexpr = full.shape[0]
     for _ in range(K_STEPS):
         stage = step % STAGES
@@ -81,7 +110,7 @@ def _skip(full, empty, step, K_STEPS: gl.constexpr):
 
 @gluon.jit
 def _store(values, row_ptrs, inside, first_col, width, layout: gl.constexpr):
-    """Stores [ROWS, COLS] in pieces of 64 columns, to keep the shared memory for the exchange between threads small."""
+    """Stores [ROWS, COLS] in pieces of 64 columns: the exchange between threads then takes little shared memory."""
     cols: gl.constexpr = values.shape[1]
     if cols > 64:
         left, right = _halves(values)
@@ -94,55 +123,47 @@ def _store(values, row_ptrs, inside, first_col, width, layout: gl.constexpr):
 
 
 @gluon.jit
-def _tile(plan_ptr, tiles_at, tile, COL_TILES: gl.constexpr, COLS: gl.constexpr):
-    """Expert, first row, last row + 1 and first column of an output tile."""
-    entry = plan_ptr + tiles_at + 4 * (tile // COL_TILES)
-    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), tile % COL_TILES * COLS
-
-
-@gluon.jit
-def _consume_up(
-    half: gl.constexpr, a_ring, b_ring, full, empty, plan_ptr, h_ptr, tiles_at, total,
-    H: gl.constexpr, I: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, BLOCK_K: gl.constexpr,  # noqa: E741
-):  # fmt: skip
-    COL_TILES: gl.constexpr = (I + COLS - 1) // COLS
-    MINE: gl.constexpr = ROWS // CONSUMERS
+def _consume_up(half: gl.constexpr, ring, plan_ptr, h_ptr, tiles_at, total, sizes: gl.constexpr):
+    H: gl.constexpr = sizes[0]
+    I: gl.constexpr = sizes[1]  # noqa: E741
+    COLS: gl.constexpr = sizes[3]
+    ROWS: gl.constexpr = sizes[2] // CONSUMERS
+    K_STEPS: gl.constexpr = (H + sizes[4] - 1) // sizes[4]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        e, first, last, n = _tile(plan_ptr, tiles_at, tile, COL_TILES, COLS)
-        K_STEPS: gl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-        if first + half * MINE < last:
-            acc, step = _multiply(a_ring, b_ring, full, empty, step, half, K_STEPS, 2 * COLS, True)
+        _, first, last, n = _tile(plan_ptr, tiles_at, tile, (I + COLS - 1) // COLS, COLS)
+        if first + half * ROWS < last:
+            acc, step = _multiply(ring, step, half, K_STEPS, 2 * COLS, True)
             gate, up = _halves(acc)
             h = (gate / (1.0 + gl.exp(-gate)) * up).to(h_ptr.dtype.element_ty)
-            rows = first + half * MINE + gl.arange(0, MINE, gl.SliceLayout(1, layout))
+            rows = first + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             _store(h, h_ptr + rows.to(gl.int64) * I, rows < last, n, I, layout)
         else:
-            step = _skip(full, empty, step, K_STEPS)
+            step = _skip(ring, step, K_STEPS)
 
 
 @gluon.jit
-def _produce_up(
-    x_ptr, gate_up_desc, a_ring, b_ring, full, empty, plan_ptr, tiles_at, total,
-    H: gl.constexpr, I: gl.constexpr, TOPK: gl.constexpr,  # noqa: E741
-    ROWS: gl.constexpr, COLS: gl.constexpr, BLOCK_K: gl.constexpr,
-):  # fmt: skip
-    COL_TILES: gl.constexpr = (I + COLS - 1) // COLS
+def _produce_up(x_ptr, gate_up_desc, ring, plan_ptr, tiles_at, total, TOPK: gl.constexpr, sizes: gl.constexpr):
+    H: gl.constexpr = sizes[0]
+    I: gl.constexpr = sizes[1]  # noqa: E741
+    COLS: gl.constexpr = sizes[3]
+    BLOCK_K: gl.constexpr = sizes[4]
+    a_ring, b_ring, full, empty = ring
     STAGES: gl.constexpr = a_ring.shape[0]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_K // 8), BLOCK_K // 8], [4, 1], [1, 0])
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        e, first, last, n = _tile(plan_ptr, tiles_at, tile, COL_TILES, COLS)
+        e, first, last, n = _tile(plan_ptr, tiles_at, tile, (I + COLS - 1) // COLS, COLS)
         # Rows past the end repeat the last one: no mask in the loop, and what they compute is not stored.
-        rows = gl.minimum(first + gl.arange(0, ROWS, gl.SliceLayout(1, layout)), last - 1)
+        rows = gl.minimum(first + gl.arange(0, sizes[2], gl.SliceLayout(1, layout)), last - 1)
         tokens = gl.load(plan_ptr + PLAN_HEADER + rows) // TOPK
         cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
         x = (x_ptr + tokens.to(gl.int64) * H)[:, None] + cols[None, :]
         for at in range(0, H, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(stage), 2 * COLS * BLOCK_K * 2)
+            mbarrier.expect(full.index(stage), 2 * gate_up_desc.block_type.nbytes)
             b = b_ring.index(stage)
             tma_load(gate_up_desc, [e * 2 * I + n, at], full.index(stage), b.slice(0, COLS))
             tma_load(gate_up_desc, [e * 2 * I + I + n, at], full.index(stage), b.slice(COLS, COLS))
@@ -172,23 +193,16 @@ def specialized_up(
     """h[row, n] = silu(gate[e, n] . x[token]) * (up[e, n] . x[token]); tokens are gathered by the producer."""
     _wait_for_previous_kernel()
     total = gl.load(plan_ptr) * ((I + COLS - 1) // COLS)
+    swizzled: gl.constexpr = gate_up_desc.layout
     dtype: gl.constexpr = gate_up_desc.dtype
-    ring: gl.constexpr = gate_up_desc.layout
-    a_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], ring)
-    b_ring = gl.allocate_shared_memory(dtype, [STAGES, 2 * COLS, BLOCK_K], ring)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1 + 128)  # the producer's announcement, and each of its threads
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
-    fence_async_shared()
-    rings = (a_ring, b_ring, full, empty)
-    sizes = (H, I, ROWS, COLS, BLOCK_K)
+    # A buffer is full after the producer's announcement of TMA's bytes and the copies of each of its 128 threads.
+    ring = _make_ring(swizzled, dtype, STAGES, ROWS, 2 * COLS, BLOCK_K, 1 + 128)
+    sizes: gl.constexpr = (H, I, ROWS, COLS, BLOCK_K)
     gl.warp_specialize(
         [
-            (_consume_up, (gl.constexpr(0), a_ring, b_ring, full, empty, plan_ptr, h_ptr, tiles_at, total, H, I, ROWS, COLS, BLOCK_K)),
-            (_consume_up, (gl.constexpr(1), a_ring, b_ring, full, empty, plan_ptr, h_ptr, tiles_at, total, H, I, ROWS, COLS, BLOCK_K)),
-            (_produce_up, (x_ptr, gate_up_desc, a_ring, b_ring, full, empty, plan_ptr, tiles_at, total, H, I, TOPK, ROWS, COLS, BLOCK_K)),
+            (_consume_up, (gl.constexpr(0), ring, plan_ptr, h_ptr, tiles_at, total, sizes)),
+            (_consume_up, (gl.constexpr(1), ring, plan_ptr, h_ptr, tiles_at, total, sizes)),
+            (_produce_up, (x_ptr, gate_up_desc, ring, plan_ptr, tiles_at, total, TOPK, sizes)),
         ],
         [4, 4],
         [216, 56],
@@ -196,38 +210,35 @@ def specialized_up(
 
 
 @gluon.jit
-def _consume_down(
-    half: gl.constexpr, a_ring, b_ring, full, empty, plan_ptr, rows_ptr, tiles_at, total,
-    H: gl.constexpr, I: gl.constexpr, ROWS: gl.constexpr, COLS: gl.constexpr, BLOCK_K: gl.constexpr,  # noqa: E741
-):  # fmt: skip
-    COL_TILES: gl.constexpr = (H + COLS - 1) // COLS
-    MINE: gl.constexpr = ROWS // CONSUMERS
+def _consume_down(half: gl.constexpr, ring, plan_ptr, rows_ptr, tiles_at, total, sizes: gl.constexpr):
+    H: gl.constexpr = sizes[0]
+    COLS: gl.constexpr = sizes[3]
+    ROWS: gl.constexpr = sizes[2] // CONSUMERS
+    K_STEPS: gl.constexpr = (sizes[1] + sizes[4] - 1) // sizes[4]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        e, first, last, n = _tile(plan_ptr, tiles_at, tile, COL_TILES, COLS)
-        K_STEPS: gl.constexpr = (I + BLOCK_K - 1) // BLOCK_K
-        if first + half * MINE < last:
-            rows = first + half * MINE + gl.arange(0, MINE, gl.SliceLayout(1, layout))
+        _, first, last, n = _tile(plan_ptr, tiles_at, tile, (H + COLS - 1) // COLS, COLS)
+        if first + half * ROWS < last:
+            rows = first + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             slots = gl.load(plan_ptr + PLAN_HEADER + rows, mask=rows < last, other=0)
-            acc, step = _multiply(a_ring, b_ring, full, empty, step, half, K_STEPS, COLS, False)
+            acc, step = _multiply(ring, step, half, K_STEPS, COLS, False)
             out = acc.to(rows_ptr.dtype.element_ty)
             _store(out, rows_ptr + slots.to(gl.int64) * H, rows < last, n, H, layout)
         else:
-            step = _skip(full, empty, step, K_STEPS)
+            step = _skip(ring, step, K_STEPS)
 
 
 @gluon.jit
-def _produce_down(
-    h_desc, down_desc, a_ring, b_ring, full, empty, plan_ptr, tiles_at, total,
-    H: gl.constexpr, I: gl.constexpr, COLS: gl.constexpr, BLOCK_K: gl.constexpr,  # noqa: E741
-):  # fmt: skip
-    COL_TILES: gl.constexpr = (H + COLS - 1) // COLS
+def _produce_down(h_desc, down_desc, ring, plan_ptr, tiles_at, total, sizes: gl.constexpr):
+    H: gl.constexpr = sizes[0]
+    COLS: gl.constexpr = sizes[3]
+    a_ring, b_ring, full, empty = ring
     STAGES: gl.constexpr = a_ring.shape[0]
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        e, first, last, n = _tile(plan_ptr, tiles_at, tile, COL_TILES, COLS)
-        for at in range(0, I, BLOCK_K):
+        e, first, _, n = _tile(plan_ptr, tiles_at, tile, (H + COLS - 1) // COLS, COLS)
+        for at in range(0, sizes[1], sizes[4]):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), h_desc.block_type.nbytes + down_desc.block_type.nbytes)
@@ -253,20 +264,15 @@ def specialized_down(
     """rows[slot, n] = down[e, n] . h[row]. Tiles may run into the next expert's rows; only the store is masked."""
     _wait_for_previous_kernel()
     total = gl.load(plan_ptr + 1) * ((H + COLS - 1) // COLS)
+    swizzled: gl.constexpr = down_desc.layout
     dtype: gl.constexpr = down_desc.dtype
-    a_ring = gl.allocate_shared_memory(dtype, [STAGES, ROWS, BLOCK_K], h_desc.layout)
-    b_ring = gl.allocate_shared_memory(dtype, [STAGES, COLS, BLOCK_K], down_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
-    fence_async_shared()
+    ring = _make_ring(swizzled, dtype, STAGES, ROWS, COLS, BLOCK_K, 1)
+    sizes: gl.constexpr = (H, I, ROWS, COLS, BLOCK_K)
     gl.warp_specialize(
         [
-            (_consume_down, (gl.constexpr(0), a_ring, b_ring, full, empty, plan_ptr, rows_ptr, tiles_at, total, H, I, ROWS, COLS, BLOCK_K)),
-            (_consume_down, (gl.constexpr(1), a_ring, b_ring, full, empty, plan_ptr, rows_ptr, tiles_at, total, H, I, ROWS, COLS, BLOCK_K)),
-            (_produce_down, (h_desc, down_desc, a_ring, b_ring, full, empty, plan_ptr, tiles_at, total, H, I, COLS, BLOCK_K)),
+            (_consume_down, (gl.constexpr(0), ring, plan_ptr, rows_ptr, tiles_at, total, sizes)),
+            (_consume_down, (gl.constexpr(1), ring, plan_ptr, rows_ptr, tiles_at, total, sizes)),
+            (_produce_down, (h_desc, down_desc, ring, plan_ptr, tiles_at, total, sizes)),
         ],
         [4, 1],
         [216, 24],

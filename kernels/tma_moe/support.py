@@ -34,6 +34,16 @@ def triton_problem() -> str | None:
     return None
 
 
+@functools.cache
+def has_gluon() -> bool:
+    """Whether the Gluon kernels can be imported: Gluon is experimental and may change with any triton release."""
+    try:
+        importlib.import_module("tma_moe.specialized_gemm")
+    except Exception:
+        return False
+    return True
+
+
 def unavailable(device: torch.device | str, dtype: torch.dtype) -> str | None:
     """Why backend "tma" cannot run on `device` with activations and weights of `dtype`; None if it can.
 

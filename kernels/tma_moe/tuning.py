@@ -5,6 +5,7 @@ A configuration file is JSON, one file for a device and a triton version:
     {
       "devices": ["NVIDIA H200", "NVIDIA H100 80GB HBM3"],   names as torch.cuda.get_device_name gives them
       "measured_on": "NVIDIA H200",                           the one that was timed
+      "note": "...",                                          anything a reader should know (optional)
       "triton": "3.6.0",                                      the version it was timed with
       "shapes": [
         {
@@ -30,6 +31,8 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tma_moe.support import has_gluon
+
 CONFIG_DIR = Path(__file__).parent / "configs"
 KERNELS = ("decode", "swap", "grouped", "specialized")
 
@@ -40,7 +43,7 @@ class Tiles:
 
     Attributes:
         kernel: "decode" (decode_gemv.py), "swap" (swap_gemm.py), "grouped" (grouped_gemm.py) or "specialized"
-            (specialized_gemm.py; warps are those of one consumer, and must be 4).
+            (specialized_gemm.py; warps are those of one of its two consumers).
         rows: rows (token, choice pairs) of an output tile; 1 for "decode".
         cols: columns of an output tile; for the up product these are columns after SwiGLU, twice as many weight rows.
         block_k: step along the contraction.
@@ -65,6 +68,8 @@ class Tiles:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1 or (name != "stages" and value & (value - 1)):
                 raise ValueError(f"tiles: {name} must be a power of two (stages: at least 1), got {value!r}")
+        if self.kernel == "specialized" and (self.warps != 4 or self.rows < 128 or self.block_k < 64):
+            raise ValueError("tiles: 'specialized' takes 4 warps, at least 128 rows and a block_k of at least 64")
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,10 @@ class Choice:
             )
 
 
+GROUPED_UP = Tiles("grouped", 128, 128, 64, 8, 3, ctas_per_sm=1, flatten=True)
+GROUPED_DOWN = Tiles("grouped", 128, 256, 64, 8, 3, ctas_per_sm=1, flatten=True)
+
+
 def choices_for(device: str, triton: str, experts: int, topk: int, hidden: int, width: int) -> tuple[Choice, ...]:
     """The choices for a device (by name) and shape, by rising `max_tokens`.
 
@@ -93,10 +102,19 @@ def choices_for(device: str, triton: str, experts: int, topk: int, hidden: int, 
     for file in files:
         for shape, choices in file["shapes"]:
             if shape == (experts, topk, hidden, width):
-                return choices
+                return choices if has_gluon() else tuple(map(_without_gluon, choices))
     if not files:
         _warn_unlisted(device)
     return default_choices(experts, topk, hidden, width)
+
+
+def _without_gluon(choice: Choice) -> Choice:
+    """The same choice with the kernels of grouped_gemm.py for those of specialized_gemm.py."""
+
+    def tiles(chosen: Tiles, instead: Tiles) -> Tiles:
+        return instead if chosen.kernel == "specialized" else chosen
+
+    return Choice(choice.max_tokens, tiles(choice.up, GROUPED_UP), tiles(choice.down, GROUPED_DOWN))
 
 
 @functools.cache
@@ -160,12 +178,8 @@ def default_choices(experts: int, topk: int, hidden: int, width: int) -> tuple[C
             Tiles("swap", rows, 128, 64, 4, stages),
         )
 
-    decode = Choice(4, Tiles("decode", 1, 4, 1024, 4, 1), Tiles("decode", 1, 4, 256, 4, 1))
-    grouped = Choice(
-        None,
-        Tiles("grouped", 128, 128, 64, 8, 3, ctas_per_sm=1, flatten=True),
-        Tiles("grouped", 128, 256, 64, 8, 3, ctas_per_sm=1, flatten=True),
-    )
+    decode = Choice(4, Tiles("decode", 1, 4, 1024, 4, 1), Tiles("decode", 1, 4, 256, 8, 1))
+    grouped = Choice(None, GROUPED_UP, GROUPED_DOWN)
     small = [swap(tokens(8), 16, 5), swap(tokens(16), 32, 5), swap(tokens(32), 64, 4), swap(tokens(64), 128, 3)]
     # Few experts or many choices can bring neighbouring limits together; the smaller tile then has nothing to do.
     distinct = {choice.max_tokens: choice for choice in small if choice.max_tokens > decode.max_tokens}

@@ -16,11 +16,12 @@ class Logprob:
 
 @dataclass
 class RequestMetrics:
-    """Times of one request, in seconds since the epoch, and where they went.
+    """Times of one request, in seconds since the epoch, where they went, and what the cache saved.
 
     ``stages`` holds wall seconds: ``preprocess`` (template, tokens, image decoding and resizing), ``queue`` (waiting
     for a first step), ``vision``, ``prefill`` (prompt tokens, those recomputed after a preemption included) and
-    ``decode``. A step that several requests share counts in full for each of them.
+    ``decode``. A step that several requests share counts in full for each of them. ``num_cached_tokens`` counts the
+    prompt tokens that were in the cache when the request first ran; after a preemption more may be found.
     """
 
     arrival_time: float
@@ -28,6 +29,7 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    num_cached_tokens: int = 0
     stages: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("preprocess", "queue", "vision", "prefill", "decode"), 0.0)
     )

@@ -17,6 +17,7 @@ from qwen3vl_moe.engine.sampler import TokenLogprob, sample, token_logprobs
 from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
+from qwen3vl_moe.model.rope import Grid
 
 _GRAPH_BYTES = 3 << 30  # what all graphs of the published model take
 _PROMPT_LOGIT_ROWS = 256  # logits held at once for prompt_logprobs: 150 MB in fp32 at the published vocabulary
@@ -48,10 +49,13 @@ class Runner:
         cache: the cache whose blocks the sequences' block tables name.
         options: of the engine.
         max_model_len: most tokens of a sequence.
+
+    Attributes:
+        replays: set to False to launch every kernel of the steps that follow, as a debugger or a hook needs.
     """
 
     def __init__(self, model: Qwen3VLMoe, cache: KVCache, options: EngineOptions, max_model_len: int):
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.replays = model, cache, True
         self._generator = torch.Generator(model.device).manual_seed(options.seed)
         self._steps: StepGraphs | None = None
         self._images: VisionGraphs | None = None
@@ -81,7 +85,8 @@ class Runner:
         prompt_rows = [begins[i] + place - chunks[i].start for i, span in enumerate(spans) for place in span]
         batch = self._pack(chunks, sample_rows + prompt_rows)
         results = [ChunkResult() for _ in chunks]
-        logits_RV = None if prompt_rows or self._steps is None else self._steps.run(batch)
+        replayed = self.replays and self._steps is not None and not prompt_rows
+        logits_RV = self._steps.run(batch) if replayed else None
         hidden_RH = None
         if logits_RV is None:
             hidden_RH = self.model.text(batch.to(self.model.device), self.cache.tensor)
@@ -108,14 +113,18 @@ class Runner:
         if todo:
             pixel_values_PC = torch.cat([image.pixel_values for _, _, image in todo])
             grids = [image.grid_thw for _, _, image in todo]
-            features = None if self._images is None else self._images.run(pixel_values_PC, grids)
-            if features is None:
-                features = self.model.encode_images(pixel_values_PC, grids)
+            features = self.encode(pixel_values_PC, grids)
             start = 0
             for sequence, number, image in todo:
                 sequence.features[number] = features.rows(start, start + image.num_tokens)
                 start += image.num_tokens
         return [sequence for sequence, _, _ in todo]
+
+    def encode(self, pixel_values_PC: Tensor, grids: list[Grid]) -> VisionFeatures:
+        """Features of images in one packed call, replayed from a graph where they are few."""
+        replayed = self.replays and self._images is not None
+        features = self._images.run(pixel_values_PC, grids) if replayed else None
+        return self.model.encode_images(pixel_values_PC, grids) if features is None else features
 
     def _pack(self, chunks: list[Chunk], logit_rows: list[int]) -> Batch:
         """The step as one batch on the host."""

@@ -105,13 +105,14 @@ def _norm_rotate_store(
     tl.store(k_at, first, mask=inside & is_k)
     tl.store(k_at + D // 2, second, mask=inside & is_k)
     if HAS_CACHE:
-        slot = tl.load(slots_ptr + t)
-        k_row = k_rows_ptr + (slot * G + head - N) * D + i
-        v_row = v_rows_ptr + (slot * G + head - N - G) * D + i
-        tl.store(k_row, first, mask=inside & is_k & (slot >= 0))
-        tl.store(k_row + D // 2, second, mask=inside & is_k & (slot >= 0))
-        tl.store(v_row, first, mask=inside & is_v & (slot >= 0))
-        tl.store(v_row + D // 2, second, mask=inside & is_v & (slot >= 0))
+        slot = tl.load(slots_ptr + t).to(tl.int64)
+        if slot >= 0:
+            k_row = k_rows_ptr + (slot * G + head - N) * D + i
+            v_row = v_rows_ptr + (slot * G + head - N - G) * D + i
+            tl.store(k_row, first, mask=inside & is_k)
+            tl.store(k_row + D // 2, second, mask=inside & is_k)
+            tl.store(v_row, first, mask=inside & is_v)
+            tl.store(v_row + D // 2, second, mask=inside & is_v)
 
 
 def norm_rotate_store(

@@ -273,6 +273,7 @@ def test_nothing_to_do(llm):
         ({"seed": "x"}, "seed='x'"),
         ({"seed": -1}, "seed=-1"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching=1: True or False"),
         ({"max_modell_len": 5}, "unknown option 'max_modell_len'; the engine has .*max_model_len"),
         ({"max_model_len": 4097}, "max_model_len=4097 is longer than the model's 4096"),
         ({"max_model_len": 100, "num_blocks": 2, "block_size": 16}, "max_model_len=100 does not fit.* holds 32 tokens"),

@@ -49,7 +49,7 @@ def _type(argument: object) -> str:
     if hasattr(argument, "block_shape"):
         layout = f",{argument.layout!r}" if hasattr(argument, "layout") else ""
         return f"tensordesc<{SHORT[argument.base.dtype]}{list(argument.block_shape)}{layout}>"
-    return "i32"
+    return "fp32" if isinstance(argument, float) else "i32"
 
 
 def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict) -> Compiled:

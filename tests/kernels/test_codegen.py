@@ -17,9 +17,8 @@ triton = pytest.importorskip("triton")
 if support.interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from tma_moe import routing  # noqa: E402
-
 from codegen import Compiled, compile_for_hopper, kernels_of  # noqa: E402
+from tma_moe import routing  # noqa: E402
 
 LARGE = 4096  # tokens of a call of the last bucket
 SHARED_MEMORY = 232_448  # bytes a block may have on sm_90
@@ -32,10 +31,15 @@ PRODUCTS = {
 
 
 def shipped() -> dict[str, tuple[tuple[int, int, int, int], tuning.Choice, torch.dtype]]:
-    """All distinct choices: those in configs/ and the defaults for two shapes, one of them in fp16."""
+    """What this triton would be given: choices in configs/, and the defaults for two shapes, one of them in fp16."""
     found = {}
-    for path in sorted(tuning.CONFIG_DIR.glob("*.json")):
-        for shape, choices in tuning.load(path)["shapes"]:
+    files = {path: tuning.load(path) for path in sorted(tuning.CONFIG_DIR.glob("*.json"))}
+    # As the look-up does: files of other versions serve only if this version has none.
+    versions = {file["triton"] for file in files.values()}
+    if triton.__version__ in versions:
+        versions = {triton.__version__}
+    for path, file in files.items():
+        for shape, choices in file["shapes"] if file["triton"] in versions else ():
             for choice in choices:
                 found[f"{path.stem}-{choice.max_tokens}"] = (shape, choice, torch.bfloat16)
     for name, shape, dtype in (

@@ -1,9 +1,6 @@
 """The tuner: what it tries, what it rejects, what it finds with a made-up cost, and the file it writes."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -18,8 +15,8 @@ from tma_moe.tuning import Choice, Tiles
 from typer.testing import CliRunner
 
 from scripts import tune_moe
+from tests.interpreted import INTERPRETED, run_in_interpreter
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPE = MoeShape()
 SMALL = MoeShape(num_experts=8, experts_per_token=2, hidden_size=256, expert_width=128)
 CURRENT = tuning.default_choices(128, 8, 2048, 768)
@@ -66,7 +63,7 @@ def test_candidates_fit_the_machine_and_the_load(num_tokens):
     found = families(SHAPE, num_tokens)
     kernels = [{tiles.kernel for role in ROLES for tiles in family[role]} for family in found]
     expected = [{"decode"}] if num_tokens <= 16 else []
-    expected.append({"swap"} if num_tokens < 512 else {"swap", "grouped"})
+    expected.append({"swap"} if num_tokens < 512 else {"swap", "grouped", "specialized"})
     assert kernels == expected
     for family in found:
         for role in ROLES:
@@ -75,7 +72,8 @@ def test_candidates_fit_the_machine_and_the_load(num_tokens):
                 weight_rows = tiles.cols * (2 if role == "up" else 1)
                 if tiles.kernel != "decode":
                     assert tiles.stages * (weight_rows + tiles.rows) * tiles.block_k * 2 <= 232_448
-                    assert weight_rows * tiles.rows <= 128 * 32 * tiles.warps
+                    warps = tiles.warps * (2 if tiles.kernel == "specialized" else 1)  # of one of its two consumers
+                    assert weight_rows * tiles.rows <= 128 * 32 * warps
 
 
 def test_candidates_include_what_is_shipped_by_default():
@@ -88,6 +86,7 @@ def test_candidates_include_what_is_shipped_by_default():
     }
     assert ("up", Tiles("swap", 64, 64, 64, 4, 4)) in tried
     assert ("up", Tiles("grouped", 128, 128, 64, 8, 3, flatten=True)) in tried
+    assert ("down", same_kernel(Tiles("specialized", 128, 256, 64, 4, 4, 1))) in tried
 
 
 def test_compiled_resources_decide():
@@ -286,16 +285,7 @@ def invoke(*arguments):
 
 @pytest.mark.skipif(INTERPRETED, reason="this process runs the kernels itself")
 def test_the_real_op_in_the_interpreter():
-    this = f"{__file__}::test_interpreted_op_runs_given_tiles_and_sees_their_error"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", this],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "2 passed" in done.stdout, done.stdout[-5000:]
+    run_in_interpreter(f"{__file__}::test_interpreted_op_runs_given_tiles_and_sees_their_error", at_least=2)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")

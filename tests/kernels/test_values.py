@@ -174,6 +174,15 @@ def test_public_op_uses_the_bucket_of_the_call():
     assert empty.shape == (0, 40)
 
 
+def test_gradients_are_refused():
+    problem = Problem(3)
+    problem.x.requires_grad_()
+    with pytest.raises(RuntimeError, match="computes no gradients"):
+        tma_moe.fused_moe(problem.x, problem.ids, problem.weights, problem.experts)
+    with torch.no_grad():
+        tma_moe.fused_moe(problem.x, problem.ids, problem.weights, problem.experts)
+
+
 @pytest.mark.parametrize("small", [256, 64], ids=["one-small-block", "one-block"])
 @pytest.mark.parametrize("block", [256, 32], ids=["one-launch", "counted"])
 @pytest.mark.parametrize("rows", [(16, 64), (64, 16)])

@@ -1,0 +1,252 @@
+"""How fast is the engine on this card? Time to first token, decode steps, prefill, vision, beside their floors.
+
+    python scripts/bench_engine.py                       # the 30B sizes with random weights: needs an 80 GB card
+    python scripts/bench_engine.py --model demo --quick  # anywhere; tries the program out
+
+Everything goes through the engine as a user's request does: a step's time includes scheduling, packing, sampling and
+detokenising. Medians of warm runs. Tokens are drawn at temperature 1, because random weights collapse greedily onto a
+few experts; how many experts a layer reads is printed beside each decode figure.
+
+Floors: a decode step reads the touched experts, the other weights and the cache once, at the bandwidth of a
+device-to-device copy measured in the same run; prefill and vision need their matrix products, at the rate of a large
+bf16 product measured likewise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from qwen3vl_moe import LLM, Qwen3VLMoe, Qwen3VLMoeConfig, SamplingParams
+from qwen3vl_moe.errors import OptionError, UserError
+from qwen3vl_moe.processor import Processor
+from qwen3vl_moe.tiny import write_processor_dir
+
+console = Console(stderr=True, highlight=False)
+DECODE = ((1, 450), (32, 512), (128, 1024))
+
+
+def load(model: str, device: str, moe: str, eager: bool) -> LLM:
+    """A checkpoint's LLM, or the 30B sizes with random weights and the tokenizer made on the spot."""
+    options = {"max_model_len": 16384 if model == "random" else None, "enforce_eager": eager}
+    if model != "random":
+        return LLM(model, device=device, moe=moe, **options)
+    if device == "cpu":
+        raise OptionError("--model random has the size of the 30B model and needs a GPU; try --model demo")
+    with tempfile.TemporaryDirectory() as directory:
+        ids = write_processor_dir(directory, vocab_size=151936, min_pixels=65536, max_pixels=1 << 24)
+        config = dataclasses.replace(
+            Qwen3VLMoeConfig.qwen3_vl_30b_a3b(),
+            image_token_id=ids.image,
+            video_token_id=ids.video,
+            vision_start_token_id=ids.vision_start,
+            vision_end_token_id=ids.vision_end,
+        )
+        processor = Processor.from_pretrained(directory, config)
+    return LLM.from_parts(Qwen3VLMoe.random(config, device, moe=moe), processor, **options)
+
+
+def ceilings(device: torch.device) -> tuple[float, float]:
+    """Bytes per second of a copy (read + write), and bf16 FLOP per second of a large product, measured now."""
+    size = (1 << 30, 8192) if device.type == "cuda" else (1 << 24, 512)
+    a, b = (torch.randn(size[0] // 2, dtype=torch.float32, device=device).to(torch.bfloat16) for _ in range(2))
+    x, y = (torch.randn(size[1], size[1], device=device).to(torch.bfloat16) for _ in range(2))
+    copy, product = (median(lambda: b.copy_(a), device), median(lambda: x @ y, device))
+    return 2 * a.numel() * a.element_size() / copy, 2 * size[1] ** 3 / product
+
+
+def median(run, device: torch.device, times: int = 7) -> float:
+    """Median seconds of a warm call, device work included."""
+    seconds = []
+    for _ in range(times + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:])
+
+
+def experts_touched(llm: LLM) -> float:
+    """Distinct experts per layer in the engine's next step, which is launched eagerly so that hooks see it."""
+    model, counts = llm.engine.model, []
+    k = model.config.text.experts_per_token
+
+    def count(module, inputs, logits_TE) -> None:
+        counts.append(len(logits_TE.topk(k, dim=-1).indices.unique()))
+
+    hooks = [layer.moe.router.register_forward_hook(count) for layer in model.text.layers]
+    llm.engine.runner.replays = False
+    llm.engine.step()
+    llm.engine.runner.replays = True
+    for hook in hooks:
+        hook.remove()
+    return statistics.mean(counts)
+
+
+def token_ids(llm: LLM, count: int, rng: np.random.Generator) -> list[int]:
+    """Random tokens with none of the special ones (<|...|>) among them."""
+    tokenizer = llm.processor.tokenizer
+    plain = [i for i in range(min(len(tokenizer), 5000)) if not tokenizer.convert_ids_to_tokens(i).startswith("<|")]
+    return [plain[i] for i in rng.integers(0, len(plain), count)]
+
+
+def photo(side: int, rng: np.random.Generator) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def first_token(llm: LLM, rng: np.random.Generator, times: int) -> dict:
+    """One 560x560 JPEG and about 128 tokens of text at a time, from bytes to the first token on the host."""
+    params, totals, stages = SamplingParams(max_tokens=1, temperature=1.0, ignore_eos=True), [], []
+    for _ in range(times + 2):
+        text = llm.processor.tokenizer.decode(token_ids(llm, 100, rng), errors="replace")
+        content = [{"type": "image", "image": photo(560, rng)}, {"type": "text", "text": text}]
+        started = time.perf_counter()
+        [output] = llm.chat([{"role": "user", "content": content}], params)
+        totals.append(time.perf_counter() - started)
+        stages.append(output.metrics.stages)
+    parts = {name: 1e3 * statistics.median(s[name] for s in stages[2:]) for name in ("preprocess", "vision", "prefill")}
+    return {
+        "what": f"time to first token, 560x560 JPEG + text ({len(output.prompt_token_ids)} tokens)",
+        "ms": 1e3 * statistics.median(totals[2:]),
+        "first_ms": 1e3 * totals[0],
+        "note": ", ".join(f"{name} {value:.1f}" for name, value in parts.items()),
+    }
+
+
+def decode_step(llm: LLM, S: int, context: int, bandwidth: float, rng: np.random.Generator, steps: int) -> dict:
+    """Steps in which S sequences decode around a context length."""
+    engine, params = llm.engine, SamplingParams(max_tokens=steps, temperature=1.0, ignore_eos=True)
+    prompts = [token_ids(llm, context - steps // 2, rng) for _ in range(S)]
+    sequences = [engine.request(llm.processor.prompt(ids), params) for ids in prompts]
+    for sequence in sequences:
+        engine.add(sequence)
+    seconds, experts = [], 0.0
+    while not all(sequence.finished for sequence in sequences):
+        decoding = all(sequence.pending == 1 for sequence in sequences)
+        if decoding and not experts:
+            experts = experts_touched(llm)
+            continue
+        started = time.perf_counter()
+        engine.step()
+        if decoding:
+            seconds.append(time.perf_counter() - started)
+    text = engine.model.config.text
+    size = engine.model.dtype.itemsize
+    expert_bytes = 3 * text.hidden_size * text.expert_width * size
+    rest = sum(p.numel() for n, p in engine.model.named_parameters() if n.startswith(("text.", "lm_head")))
+    rest -= sum(p.numel() for n, p in engine.model.named_parameters() if ".experts." in n or n == "text.embed.weight")
+    cached = 2 * text.num_layers * text.num_kv_heads * text.head_dim * size * context * S
+    moved = text.num_layers * experts * expert_bytes + rest * size + cached
+    return {
+        "what": f"decode step, batch {S}, context {context}",
+        "ms": 1e3 * statistics.median(seconds),
+        "floor_ms": 1e3 * moved / bandwidth,
+        "note": f"{experts:.0f} of {text.num_experts} experts a layer",
+    }
+
+
+def prefill_step(llm: LLM, T: int, rate: float, rng: np.random.Generator, times: int) -> dict:
+    """One step over a prompt of T tokens."""
+    engine, text = llm.engine, llm.engine.model.config.text
+    seconds = []
+    for _ in range(times + 2):
+        prompt = llm.processor.prompt(token_ids(llm, T, rng))
+        sequence = engine.request(prompt, SamplingParams(max_tokens=1, temperature=1.0, ignore_eos=True))
+        engine.add(sequence)
+        started = time.perf_counter()
+        while not sequence.finished:
+            engine.step()
+        seconds.append(time.perf_counter() - started)
+    heads = text.num_heads + 2 * text.num_kv_heads
+    per_token = heads * text.head_dim + text.num_heads * text.head_dim + text.num_experts
+    per_token = text.hidden_size * (per_token + 3 * text.experts_per_token * text.expert_width)
+    flop = text.num_layers * (2 * T * per_token + 2 * T * T * text.num_heads * text.head_dim)
+    return {
+        "what": f"prefill of {T} text tokens in one step",
+        "ms": 1e3 * statistics.median(seconds[2:]),
+        "floor_ms": 1e3 * flop / rate,
+        "note": "",
+    }
+
+
+def vision_call(llm: LLM, images: int, rate: float, times: int) -> dict:
+    """The tower on 560x560 images (36 x 36 patches), pixels on the host."""
+    model, vision = llm.engine.model, llm.engine.model.config.vision
+    grid = (1, 18 * vision.merge_size, 18 * vision.merge_size)
+    P = grid[1] * grid[2]
+    pixels = torch.randn(images * P, vision.patch_dim)
+    with torch.inference_mode():
+        seconds = median(lambda: llm.engine.runner.encode(pixels, [grid] * images), model.device, times)
+    width = vision.hidden_size
+    block = P * width * (4 * width + 2 * vision.intermediate_size) + 2 * P * P * width
+    mergers = (1 + len(vision.deepstack_indexes)) * P // vision.merge_size**2
+    flop = 2 * vision.depth * block + 2 * mergers * vision.merged_width * (vision.merged_width + vision.out_hidden_size)
+    return {
+        "what": f"vision tower, {images} image{'s' if images > 1 else ''} in one call",
+        "ms": 1e3 * seconds,
+        "floor_ms": 1e3 * images * flop / rate,
+        "note": "",
+    }
+
+
+def main(
+    model: str = typer.Option("random", help="'random' (30B sizes), a checkpoint directory, a hub id, or 'demo'."),
+    device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
+    moe: str = typer.Option("auto", help="tma, reference, auto."),
+    eager: bool = typer.Option(False, help="Launch every kernel instead of replaying CUDA graphs."),
+    quick: bool = typer.Option(False, help="Small sizes and few repetitions."),
+    json_file: Path | None = typer.Option(None, "--json", help="Write the figures here."),
+) -> None:
+    """Measure the engine on this machine."""
+    try:
+        started = time.perf_counter()
+        llm = load(model, device, moe, eager)
+        console.print(f"ready after {time.perf_counter() - started:.1f} s: {llm.settings}", markup=False)
+        rows = measure(llm, quick)
+    except UserError as error:
+        console.print(f"error: {error}", markup=False)
+        raise typer.Exit(2) from None
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
+    table = Table("what", "ms", "floor ms", "note", title=f"{name}, torch {torch.__version__}, weights: {model}")
+    for row in rows:
+        floor = f"{row['floor_ms']:.2f}" if "floor_ms" in row else ""
+        table.add_row(row["what"], f"{row['ms']:.2f}", floor, row["note"])
+    Console().print(table)
+    if json_file:
+        json_file.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=2))
+
+
+def measure(llm: LLM, quick: bool) -> list[dict]:
+    rng = np.random.default_rng(0)
+    bandwidth, rate = ceilings(llm.engine.model.device)
+    console.print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
+    times = 2 if quick else 10
+    rows = [first_token(llm, rng, times)]
+    for S, context in ((1, 40), (3, 40)) if quick else DECODE:
+        rows.append(decode_step(llm, S, context, bandwidth, rng, 8 if quick else 40))
+    for T in (100,) if quick else (450, 8192):
+        rows.append(prefill_step(llm, T, rate, rng, times))
+    for images in (1,) if quick else (1, 32):
+        rows.append(vision_call(llm, images, rate, times))
+    return rows
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,65 @@
+"""What the compiler makes of the decoder's and the tower's kernels for Hopper, at the published sizes, with no GPU."""
+
+import pytest
+import torch
+
+from tests.interpreted import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("compiles, so not in the interpreter", allow_module_level=True)
+
+from qwen3vl_moe.model import fused_ops, packed_attention, paged_decode
+from tests.kernels.codegen import compile_for_hopper
+
+BF16, FP32, INT32 = (torch.empty(16, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.int32))
+
+
+@pytest.mark.parametrize(("width", "has_bias"), [(2048, False), (1152, True)], ids=["RMSNorm", "LayerNorm"])
+def test_add_and_norm(width, has_bias):
+    block = 2048
+    made = compile_for_hopper(
+        fused_ops._add_norm, (BF16,) * 5 + (width, 1e-6), (True, has_bias, block), {"num_warps": 8}
+    )
+    assert made.spilled == 0
+
+
+@pytest.mark.parametrize(
+    "sizes", [(32, 4, 128, 8, 64, True, True), (16, 16, 72, 8, 64, False, False)], ids=["decoder", "vision tower"]
+)
+def test_norm_rotate_and_store(sizes):
+    arguments = (BF16, FP32, FP32, BF16, BF16, INT32, BF16, BF16, BF16, BF16, 1e-6)
+    made = compile_for_hopper(fused_ops._norm_rotate_store, arguments, sizes, {"num_warps": 4})
+    assert made.spilled == 0
+
+
+def test_paged_decode():
+    arguments = (BF16, INT32, BF16, BF16, INT32, INT32, FP32, FP32, 256, 0.1)
+    constants = (16, 32, 4, 128, 16, 128, 32, paged_decode._TOKENS)
+    made = compile_for_hopper(paged_decode._attend_span, arguments, constants, {"num_warps": 4, "num_stages": 2})
+    assert made.spilled == 0
+    assert made.count("mma.sync") > 0
+    made = compile_for_hopper(paged_decode._join_spans, (FP32, FP32, BF16, INT32, 32), (128, 128, 32), {"num_warps": 2})
+    assert made.spilled == 0
+
+
+@pytest.mark.parametrize("block_size", [0, 16], ids=["packed", "paged"])
+@pytest.mark.parametrize(
+    ("heads", "width", "causal", "tile"),
+    [
+        ((32, 4), 128, True, (64, 64, 4, 3)),
+        ((16, 16), 72, False, (128, 64, 8, 3)),
+        ((16, 16), 72, False, (64, 64, 4, 3)),
+    ],
+    ids=["decoder", "vision, many images", "vision, one image"],
+)
+def test_packed_attention(heads, width, causal, tile, block_size):
+    queries, keys, warps, stages = tile
+    arguments = (BF16,) * 4 + (INT32,) * 3 + (4096, 512, 512, 256, 3, 0.1)
+    constants = (*heads, width, *packed_attention.head_parts(width), block_size, block_size > 0, causal)
+    options = {"num_warps": warps, "num_stages": stages}
+    made = compile_for_hopper(packed_attention._attend_packed, arguments, (*constants, queries, keys, 32), options)
+    assert made.spilled == 0
+    assert made.count("wgmma.mma_async") > 0
+    assert made.count("mma.sync") == 0
+    assert made.shared <= 232_448
+    assert made.warps == warps
