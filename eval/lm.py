@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,6 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from qwen3vl_moe import LLM, SamplingParams
-from qwen3vl_moe.engine import RequestOutput
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
 from qwen3vl_moe.processor import IMAGE_PLACEHOLDER
 
@@ -209,8 +207,7 @@ class EngineLM(TemplateLM):
 
     def _answer(self, prompts: list[Any], params: list[SamplingParams], done: Callable[[int, Answer], Any]) -> None:
         """Answer prompts; ``done(number, answer)`` is called for each as soon as it is there, in any order."""
-
-        def finished(number: int, output: RequestOutput) -> None:
+        for number, output in self.llm.as_completed(prompts, params):
             completion, logprobs = output.outputs[0], None
             if completion.logprobs is not None:
                 pairs = zip(completion.logprobs, completion.token_ids, strict=True)
@@ -220,12 +217,10 @@ class EngineLM(TemplateLM):
                 token_ids=tuple(completion.token_ids),
                 text=completion.text,
                 truncated=completion.finish_reason == "length",
-                cached_tokens=getattr(output.metrics, "num_cached_tokens", 0),
+                cached_tokens=output.metrics.num_cached_tokens,
                 logprobs=logprobs,
             )
             done(number, answer)
-
-        complete(self.llm, prompts, params, finished)
 
     def _score(
         self,
@@ -243,18 +238,17 @@ class EngineLM(TemplateLM):
             else:
                 prompts.append(ids[-(self.max_length - 1) :])  # lm-eval's rule: the oldest context goes first
         scores: dict[int, tuple[float, bool]] = {}
-
-        def finished(number: int, output: RequestOutput) -> None:
-            count = len(pairs[number][1])
-            entries = output.prompt_logprobs[max(1, len(output.prompt_logprobs) - count) :] if count else []
-            ids = output.prompt_token_ids[len(output.prompt_token_ids) - len(entries) :]
-            own = [entry[token] for entry, token in zip(entries, ids, strict=True)]
-            scores[number] = sum(each.logprob for each in own), all(each.rank == 1 for each in own)
-            cache(number, scores[number])
-
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
         with self._bar(what, len(prompts), disable_tqdm) as bar:
-            complete(self.llm, prompts, [params] * len(prompts), lambda *done: (finished(*done), bar.update()))
+            for number, output in self.llm.as_completed(prompts, params):
+                count, ids = len(pairs[number][1]), output.prompt_token_ids
+                # The first token of a prompt has no log-probability.
+                first = max(1, len(ids) - count) if count else len(ids)
+                entries = zip(output.prompt_logprobs[first:], ids[first:], strict=True)
+                own = [entry[token] for entry, token in entries]
+                scores[number] = sum(each.logprob for each in own), all(each.rank == 1 for each in own)
+                cache(number, scores[number])
+                bar.update()
         return [scores[number] for number in range(len(pairs))]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -303,35 +297,6 @@ class EngineLM(TemplateLM):
 
     def _bar(self, what: str, total: int, disable: bool) -> tqdm:
         return tqdm(total=total, desc=what, unit="", disable=disable or not self.progress)
-
-
-def complete(
-    llm: LLM, prompts: list[Any], params: list[SamplingParams], done: Callable[[int, RequestOutput], Any]
-) -> None:
-    """Hand all prompts to the engine; ``done(number, output)`` is called for each when it is finished.
-
-    ``LLM.generate`` returns when the last answer is there, which is too late for a cache and for a progress bar.
-
-    Raises:
-        PromptError: a prompt cannot be used; the message says which one.
-    """
-    todo, going = deque(enumerate(zip(prompts, params, strict=True))), {}
-    try:
-        while todo or going:
-            # Images take far more memory as pixels than as files: no more requests are prepared than can wait.
-            while todo and len(llm.engine.scheduler.waiting) < llm.options.max_num_seqs:
-                number, (prompt, each) = todo.popleft()
-                try:
-                    going[number] = llm.engine.request(llm.processor.prompt(prompt), each)
-                except PromptError as error:
-                    raise PromptError(f"request {number}: {error}") from None
-                llm.engine.add(going[number])
-            llm.engine.step()
-            for number in [number for number, sequence in going.items() if sequence.finished]:
-                done(number, going.pop(number).output())
-    finally:
-        for sequence in going.values():
-            llm.engine.abort(sequence)
 
 
 def _images(rest: list[dict[str, Any]]) -> list[Any]:

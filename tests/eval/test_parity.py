@@ -88,7 +88,7 @@ def test_a_fault_is_reported(run, monkeypatch, fault):
 def test_a_fault_in_the_fast_path_alone(run, monkeypatch, tmp_path):
     """``tma`` stands for a kernel with a fault; the other backend is found right."""
     plant(monkeypatch, "experts swapped", backend="tma")
-    done = run("--variants", "tma,reference", "--output", tmp_path, "--limit", 1)
+    done = run("--variants", "tma,reference", "--output", tmp_path, "--limit", 1, "--max-gen-toks", 24)
     assert done.code == 1, done.out
     report = json.loads((tmp_path / "parity.json").read_text())
     assert {row["variant"]: row["verdict"].split(":")[0] for row in report["logits"]} == {
@@ -96,6 +96,13 @@ def test_a_fault_in_the_fast_path_alone(run, monkeypatch, tmp_path):
         "reference": "right",
         "transformers": "a peer",
     }
+    assert [(row["variant"], row["verdict"].split(":")[0]) for row in report["engine"]] == [
+        ("tma", "WRONG"),
+        ("- transformers", "a peer"),
+        ("- reference", "a peer"),
+        ("reference", "right"),
+        ("- transformers", "a peer"),
+    ]
     (between,) = report["between"]
     ours = report["logits"][0]
     assert between["mean"] == pytest.approx(ours["mean"], rel=0.5), "nearly all of the error is the fault"
