@@ -38,6 +38,9 @@ def main(
     split: Annotated[str, typer.Option(help="test or train.")] = "test",
     data: Annotated[Path | None, typer.Option(help="Folder with train.jsonl and test.jsonl. [hub]")] = None,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Ask through the chat template.")] = True,
+    fixed_examples: Annotated[
+        bool, typer.Option(help="The same examples before every problem: quicker, and not lm-eval's default.")
+    ] = False,
     max_gen_toks: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     ignore_eos: Annotated[bool, typer.Option(help="Answers of exactly --max-gen-toks tokens, for timing.")] = False,
@@ -56,7 +59,7 @@ def main(
     try:
         import problems  # imported here, as all that is slow: not before --help has been answered
 
-        asked = problems.Gsm8k(split, num_fewshot, limit, data, chat)
+        asked = problems.Gsm8k(split, num_fewshot, limit, data, chat, fixed_examples)
         problems.require_lm_eval()
         task_check(asked, output, max_gen_toks, temperature, cache)
         from lm import EngineLM

@@ -27,6 +27,8 @@ class Gsm8k:
         limit: only the first so many problems; None for all.
         data: folder with ``train.jsonl`` and ``test.jsonl``; None takes the data set from the hub.
         chat: put question and examples into the chat template, the examples as earlier turns.
+        fixed_examples: the same (first) examples before every problem, which the engine then computes once. lm-eval
+            draws them anew for each problem unless told otherwise.
 
     Raises:
         OptionError: an impossible value.
@@ -37,6 +39,7 @@ class Gsm8k:
     limit: int | None = None
     data: Path | None = None
     chat: bool = True
+    fixed_examples: bool = False
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -64,6 +67,8 @@ class Gsm8k:
         task["custom_dataset"] = _Rows(rows)
         if not self.num_fewshot:
             task |= {"training_split": None, "fewshot_split": None}  # no examples: their file need not be there
+        elif self.fixed_examples:
+            task["fewshot_config"] = {"sampler": "first_n"}
         return task
 
 

@@ -109,6 +109,19 @@ def test_an_interrupted_run_goes_on_from_the_cache(run, tmp_path):
     assert "in the cache" not in other.out
 
 
+def test_fixed_examples_are_computed_once(run, problems_dir, tmp_path):
+    arguments = ("--num-fewshot", 2, "--fixed-examples", "--max-num-seqs", 1, "--max-gen-toks", 2)
+    assert run(*arguments, "--output", tmp_path).code == 0
+    results, samples = result_files(tmp_path)
+    prompts = [row["arguments"]["gen_args_0"]["arg_0"] for row in samples if row["filter"] == "strict-match"]
+    examples = [json.loads(line) for line in (problems_dir / "train.jsonl").read_text().splitlines()[:2]]
+    for prompt in prompts:
+        places = [prompt.index(example["answer"]) for example in examples]
+        assert places == sorted(places)
+    figures = results["qwen3vl_moe"]
+    assert 0.4 < figures["prompt_tokens_reused"] / figures["prompt_tokens"] < 2 / 3, "for the 2nd and 3rd problem"
+
+
 def test_answers_of_one_length(run, tmp_path):
     done = run("--num-fewshot", 0, "--max-gen-toks", 7, "--ignore-eos", "--temperature", 1, "--output", tmp_path)
     assert done.code == 0, done.err
