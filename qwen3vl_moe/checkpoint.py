@@ -264,7 +264,7 @@ def load_model(
     table = expand_table(config)
     check_tensors(table, stored, directory)
     layout = find_expert_layout(table, stored, directory, expert_layout)
-    device, dtype = _parse_device(device), _parse_dtype(dtype, config)
+    device, dtype = parse_device(device), _parse_dtype(dtype, config)
 
     with torch.device("meta"):
         model = Qwen3VLMoe(config, resolve_moe(moe, device, dtype)).to(dtype)
@@ -284,7 +284,8 @@ def load_model(
     return model
 
 
-def _parse_device(device: torch.device | str) -> torch.device:
+def parse_device(device: torch.device | str) -> torch.device:
+    """A device that can hold weights; raises OptionError for one that is not here."""
     if str(device) == "meta":
         raise OptionError("device 'meta' holds no values: choose cpu or cuda")
     try:

@@ -7,6 +7,7 @@ the package is an image scaled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -144,12 +145,13 @@ class ImageSettings:
         """Image tokens of a grid: merge_size x merge_size patches become one."""
         return math.prod(grid) // self.merge_size**2
 
-    def patches(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Resize an RGB image and cut it into normalised patches: fp32 [P, patch_dim], and its grid.
+    def patches(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int], bytes]:
+        """Resize an RGB image and cut it into normalised patches: fp32 [P, patch_dim], its grid, and its digest.
 
         Patches come in the order of the vision tower: merge_size x merge_size neighbours in a row, so that the merger
         only has to join consecutive rows. Within a patch: channel, frame, row, column. A still image fills all
-        ``temporal_patch_size`` frames.
+        ``temporal_patch_size`` frames. The digest (SHA-256) is of the resized picture, its shape included: under the
+        same settings, equal digests mean equal patches.
         """
         grid = _, rows, columns = self.grid(image.height, image.width)
         patch, merge = self.patch_size, self.merge_size
@@ -158,8 +160,10 @@ class ImageSettings:
             (rows // merge, columns // merge, merge, merge, 3, self.temporal_patch_size, patch, patch), np.float32
         )
 
-        def fill(channel: int, plane: Image.Image) -> None:
+        def fill(channel: int, plane: Image.Image) -> bytes:
             pixels = np.asarray(plane.resize(size, Image.Resampling.BICUBIC))
+            # Of single bytes: the patches would be eight times as much to read.
+            digest = hashlib.sha256(pixels.reshape(-1)).digest()
             pixels = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch)
             # Permuted while a value is one byte; the arithmetic then runs in place over contiguous fp32.
             values = pixels.transpose(0, 3, 1, 4, 2, 5).astype(np.float32, order="C")
@@ -169,11 +173,12 @@ class ImageSettings:
             values -= np.float32(self.mean[channel])
             values /= np.float32(self.std[channel])
             blocks[:, :, :, :, channel] = values[:, :, :, :, None]
+            return digest
 
         # Pillow resizes the channels of an image independently, so each can have a core of its own.
         parallel = size[0] * size[1] >= _PARALLEL_PIXELS
-        list((_WORKERS.map if parallel else map)(fill, range(3), image.split()))  # a list: errors are raised here
-        return blocks.reshape(rows * columns, -1), grid
+        planes = b"".join((_WORKERS.map if parallel else map)(fill, range(3), image.split()))
+        return blocks.reshape(rows * columns, -1), grid, hashlib.sha256(planes + repr(grid).encode()).digest()
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -41,12 +41,14 @@ class ImageInput:
         grid_thw: frames, rows, columns, counted in patches; their product is P.
         start: index of its first placeholder token in the prompt.
         num_tokens: image tokens it takes, P / merge_size**2.
+        digest: of its pixels and its grid; pictures with the same digest are the same to the model.
     """
 
     pixel_values: torch.Tensor
     grid_thw: tuple[int, int, int]
     start: int
     num_tokens: int
+    digest: bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,9 +205,9 @@ class Processor:
         token_ids: list[int] = []
         images: list[ImageInput] = []
         done = 0
-        for (start, stop), count, (pixel_values, grid) in zip(runs, counts, prepared, strict=True):
+        for (start, stop), count, (pixel_values, grid, digest) in zip(runs, counts, prepared, strict=True):
             token_ids += ids[done:start]
-            images.append(ImageInput(pixel_values, grid, len(token_ids), count))
+            images.append(ImageInput(pixel_values, grid, len(token_ids), count, digest))
             token_ids += [self.config.image_token_id] * count
             done = stop
         token_ids += ids[done:]
@@ -260,14 +262,14 @@ class Processor:
             f"with {count} image tokens; lower max_pixels (now {self.image_settings.max_pixels}) or raise max_model_len"
         )
 
-    def _prepare(self, opened: OpenedImage, count: int) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    def _prepare(self, opened: OpenedImage, count: int) -> tuple[torch.Tensor, tuple[int, int, int], bytes]:
         image = decode_rgb(opened)
-        patches, grid = self.image_settings.patches(image)
+        patches, grid, digest = self.image_settings.patches(image)
         if self.image_settings.num_tokens(grid) != count:  # would put every later token in the wrong place
             raise PromptError(
                 f"{opened.where} is not of the size that its header gives: it decodes to {image.width}x{image.height}"
             )
-        return torch.from_numpy(patches), grid
+        return torch.from_numpy(patches), grid, digest
 
     def _map(self, function, *arguments) -> list:
         """``function`` over images; the first error in their order is raised."""

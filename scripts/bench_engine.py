@@ -14,11 +14,9 @@ bf16 product measured likewise.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
@@ -29,10 +27,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from qwen3vl_moe import LLM, Qwen3VLMoe, Qwen3VLMoeConfig, SamplingParams
+from qwen3vl_moe import LLM, SamplingParams
+from qwen3vl_moe.benchmarking.dummy import dummy_llm
+from qwen3vl_moe.benchmarking.inputs import plain_token_ids
 from qwen3vl_moe.errors import OptionError, UserError
-from qwen3vl_moe.processor import Processor
-from qwen3vl_moe.tiny import write_processor_dir
 
 console = Console(stderr=True, highlight=False)
 DECODE = ((1, 450), (32, 512), (128, 1024))
@@ -45,17 +43,7 @@ def load(model: str, device: str, moe: str, eager: bool) -> LLM:
         return LLM(model, device=device, moe=moe, **options)
     if device == "cpu":
         raise OptionError("--model random has the size of the 30B model and needs a GPU; try --model demo")
-    with tempfile.TemporaryDirectory() as directory:
-        ids = write_processor_dir(directory, vocab_size=151936, min_pixels=65536, max_pixels=1 << 24)
-        config = dataclasses.replace(
-            Qwen3VLMoeConfig.qwen3_vl_30b_a3b(),
-            image_token_id=ids.image,
-            video_token_id=ids.video,
-            vision_start_token_id=ids.vision_start,
-            vision_end_token_id=ids.vision_end,
-        )
-        processor = Processor.from_pretrained(directory, config)
-    return LLM.from_parts(Qwen3VLMoe.random(config, device, moe=moe), processor, **options)
+    return dummy_llm(device=device, moe=moe, **options)
 
 
 def ceilings(device: torch.device) -> tuple[float, float]:
@@ -98,13 +86,6 @@ def experts_touched(llm: LLM) -> float:
     return statistics.mean(counts)
 
 
-def token_ids(llm: LLM, count: int, rng: np.random.Generator) -> list[int]:
-    """Random tokens with none of the special ones (<|...|>) among them."""
-    tokenizer = llm.processor.tokenizer
-    plain = [i for i in range(min(len(tokenizer), 5000)) if not tokenizer.convert_ids_to_tokens(i).startswith("<|")]
-    return [plain[i] for i in rng.integers(0, len(plain), count)]
-
-
 def photo(side: int, rng: np.random.Generator) -> bytes:
     out = io.BytesIO()
     Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(out, "JPEG")
@@ -115,13 +96,14 @@ def first_token(llm: LLM, rng: np.random.Generator, times: int) -> dict:
     """One 560x560 JPEG and about 128 tokens of text at a time, from bytes to the first token on the host."""
     params, totals, stages = SamplingParams(max_tokens=1, temperature=1.0, ignore_eos=True), [], []
     for _ in range(times + 2):
-        text = llm.processor.tokenizer.decode(token_ids(llm, 100, rng), errors="replace")
+        text = llm.processor.tokenizer.decode(plain_token_ids(llm.processor.tokenizer, 100, rng), errors="replace")
         content = [{"type": "image", "image": photo(560, rng)}, {"type": "text", "text": text}]
         started = time.perf_counter()
         [output] = llm.chat([{"role": "user", "content": content}], params)
         totals.append(time.perf_counter() - started)
         stages.append(output.metrics.stages)
-    parts = {name: 1e3 * statistics.median(s[name] for s in stages[2:]) for name in ("preprocess", "vision", "prefill")}
+    names = ("preprocess", "host_to_device", "vision", "prefill", "sample")
+    parts = {name: 1e3 * statistics.median(s[name] for s in stages[2:]) for name in names}
     return {
         "what": f"time to first token, 560x560 JPEG + text ({len(output.prompt_token_ids)} tokens)",
         "ms": 1e3 * statistics.median(totals[2:]),
@@ -133,7 +115,7 @@ def first_token(llm: LLM, rng: np.random.Generator, times: int) -> dict:
 def decode_step(llm: LLM, S: int, context: int, bandwidth: float, rng: np.random.Generator, steps: int) -> dict:
     """Steps in which S sequences decode around a context length."""
     engine, params = llm.engine, SamplingParams(max_tokens=steps, temperature=1.0, ignore_eos=True)
-    prompts = [token_ids(llm, context - steps // 2, rng) for _ in range(S)]
+    prompts = [plain_token_ids(llm.processor.tokenizer, context - steps // 2, rng) for _ in range(S)]
     sequences = [engine.request(llm.processor.prompt(ids), params) for ids in prompts]
     for sequence in sequences:
         engine.add(sequence)
@@ -167,7 +149,7 @@ def prefill_step(llm: LLM, T: int, rate: float, rng: np.random.Generator, times:
     engine, text = llm.engine, llm.engine.model.config.text
     seconds = []
     for _ in range(times + 2):
-        prompt = llm.processor.prompt(token_ids(llm, T, rng))
+        prompt = llm.processor.prompt(plain_token_ids(llm.processor.tokenizer, T, rng))
         sequence = engine.request(prompt, SamplingParams(max_tokens=1, temperature=1.0, ignore_eos=True))
         engine.add(sequence)
         started = time.perf_counter()

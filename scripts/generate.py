@@ -1,9 +1,17 @@
-"""Ask the model a question, with or without pictures, or chat with it.
+"""Ask the model a question, with or without pictures, or chat with it, or answer a file of requests.
 
     python scripts/generate.py --model demo --image cat.jpg --prompt "What is this?"
+    python scripts/generate.py --model demo --input requests.jsonl --output answers.jsonl
 
 The answer goes to stdout while it is being written, and nothing else does; settings, progress and errors go to stderr.
-Exit status: 0 done, 2 something in the call has to be mended, 130 interrupted.
+
+With --input, each line of the file is a request, {"prompt": ..., "image": ...} or {"messages": ...}, and each line of
+--output is an answer, or says what is wrong with the request; qwen3vl_moe/batch_file.py has all keys of both. The same
+command goes on after an interruption of any kind, and does nothing when all is done. Answers are written as they finish
+and are in the order of the requests when all are there.
+
+Exit status: 0 done, 1 done but some requests of --input could not be answered, 2 something in the call has to be
+mended, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,13 +19,19 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwen3vl_moe.errors import UserError
+
+SECONDS_BETWEEN_LINES = 30.0  # of progress, where stderr is no terminal
 
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -29,6 +43,23 @@ def main(
     image: Annotated[list[str] | None, typer.Option(help="Image file or URL, before the text; repeatable.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="The question. Without it: a chat, one line of stdin a turn.")
+    ] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help='Answer a file of requests, a JSON object a line: "prompt" (with "image" or "images": paths from the '
+            'file\'s folder, or URLs) or "messages"; and, where wanted, "id", "max_tokens", "temperature", "seed", '
+            '"stop" and the other sampling parameters, which go before the options here.',
+        ),
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            help='Where the answers to --input go: "index", "id", and "text" with "finish_reason" and token counts, or '
+            '"error". The same command goes on where an interrupted one was.',
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. [default: the checkpoint's]")] = None,
@@ -43,8 +74,15 @@ def main(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,
 ) -> None:
-    """Ask the model a question, with or without pictures, or chat with it."""
+    """Ask the model a question, with or without pictures, or chat with it, or answer a file of requests.
+
+    Exit status: 0 done, 1 some requests of --input could not be answered, 2 an error in the call, 130 interrupted.
+    """
     try:
+        if (requests is None) != (answers is None):
+            raise UserError("--input and --output go together: a file of requests, and one for their answers")
+        if requests is not None and (image or prompt is not None or as_json):
+            raise UserError("--input brings prompts and images of its own: leave out --prompt, --image and --json")
         if as_json and prompt is None:
             raise UserError("--json needs --prompt: a chat is not one JSON object")
         from qwen3vl_moe.engine import LLM, SamplingParams  # slow to import: not before --help has been answered
@@ -54,16 +92,23 @@ def main(
             if "://" not in source:
                 open_image(source, number)  # a mistyped name should show before the weights are loaded
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-        llm = LLM(
-            model,
-            device=device,
-            dtype=dtype,
-            moe=moe,
-            max_model_len=max_model_len,
-            max_pixels=max_pixels,
-            expert_layout=expert_layout,
-        )
-        stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")
+
+        def load() -> LLM:
+            llm = LLM(
+                model,
+                device=device,
+                dtype=dtype,
+                moe=moe,
+                max_model_len=max_model_len,
+                max_pixels=max_pixels,
+                expert_layout=expert_layout,
+            )
+            stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")
+            return llm
+
+        if requests is not None:
+            raise typer.Exit(_answer_file(load, requests, answers, params, {"model": model, "max_pixels": max_pixels}))
+        llm = load()
         images = [{"type": "image", "image": path} for path in image or []]
         if as_json:
             _write(json.dumps(_answer(llm, images, prompt, params), ensure_ascii=False) + "\n")
@@ -76,7 +121,7 @@ def main(
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         stderr.print()
-        raise typer.Exit(130 if prompt is not None else 0) from None
+        raise typer.Exit(0 if prompt is None and requests is None else 130) from None
 
 
 def _chat(llm: Any, images: list[dict], params: Any) -> None:
@@ -144,6 +189,65 @@ def _answer(llm: Any, images: list[dict], prompt: str, params: Any) -> dict:
         },
         **llm.settings,
     }
+
+
+def _answer_file(load: Callable, source: Path, target: Path, params: Any, settings: dict) -> int:
+    """Answer what is left of a file of requests; the exit status."""
+    from qwen3vl_moe.batch_file import AnswerFile, read_requests
+
+    requests = read_requests(source, params, settings)
+    with AnswerFile(target, requests, source) as answers:
+        todo, before = answers.todo, len(answers.done)
+        if answers.repaired:
+            stderr.print(f"{target}: the last line was written in part only; its request is answered again")
+        if before and todo:
+            stderr.print(f"{target} has {before} of {len(requests)} answers; going on with the other {len(todo)}")
+        try:
+            # The model first: a mistake in its options should leave no records behind that were made with them.
+            llm = load() if any(request.error is None for request in todo) else None
+            speed = _answer_requests(llm, todo, answers) if todo else "nothing to do"
+        except KeyboardInterrupt:
+            stderr.print(
+                f"interrupted: {len(answers.done)} of {len(requests)} are in {target}; the same command goes on"
+            )
+            raise
+        answers.sort()
+        errors = answers.num_errors
+    stderr.print(f"{target} is complete: {len(requests) - errors} answers, {errors} errors; {speed}")
+    return 1 if errors else 0
+
+
+def _answer_requests(llm: Any, todo: list, answers: Any) -> str:
+    """Write a record for each request of ``todo``; how fast that was, in words."""
+    start = said = time.monotonic()
+    requests = tokens = 0
+
+    def speed() -> str:
+        seconds = max(time.monotonic() - start, 1e-9)
+        return f"{requests / seconds:.1f} requests/s, {tokens / seconds:.0f} answer tokens/s"
+
+    valid = [request for request in todo if request.error is None]
+    for request in todo:
+        if request.error is not None:
+            answers.write(request, request.error)
+    if not valid:
+        return "no request of this run could be read"
+    conversations, params = [request.conversation for request in valid], [request.params for request in valid]
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+    with (
+        Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress,
+        closing(llm.as_completed(conversations, params, return_exceptions=True)) as results,
+    ):
+        bar = progress.add_task(speed(), total=len(valid))
+        for number, result in results:
+            answers.write(valid[number], result)
+            requests += 1
+            tokens += 0 if isinstance(result, Exception) else len(result.outputs[0].token_ids)
+            progress.update(bar, advance=1, description=speed())
+            if not stderr.is_terminal and time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                stderr.print(f"{requests} of {len(valid)}, {speed()}")
+    return speed()
 
 
 def _write(text: str) -> None:

@@ -73,7 +73,7 @@ class TestPatches:
     def test_equal_to_transformers(self, width, height):
         image = noise(width, height)
         expected = oracle_for(SETTINGS)(images=[image], return_tensors="np")
-        patches, grid = SETTINGS.patches(image)
+        patches, grid, _ = SETTINGS.patches(image)
         assert grid == tuple(expected["image_grid_thw"][0])
         assert patches.dtype == np.float32
         np.testing.assert_array_equal(patches, expected["pixel_values"])  # bit for bit
@@ -114,7 +114,7 @@ class TestPatches:
         # A picture whose pixels name their own place: the first merge block is the 8 x 8 corner, patch by patch.
         rows, columns = np.mgrid[0:16, 0:24]
         image = Image.fromarray(np.stack([rows, columns, rows * 0], axis=-1).astype(np.uint8))
-        patches, grid = SETTINGS.patches(image)
+        patches, grid, _ = SETTINGS.patches(image)
         assert grid == (1, 4, 6)
         pixels = np.rint((patches * 0.5 + 0.5) * 255).astype(int).reshape(24, 3, 2, 4, 4)
         assert [tuple(pixels[p, :2, 0, 0, 0]) for p in range(8)] == [
@@ -122,10 +122,22 @@ class TestPatches:
         ]  # fmt: skip
         np.testing.assert_array_equal(pixels[:, :, 0], pixels[:, :, 1])  # both frames are the still image
 
+    def test_digest_tells_what_the_model_would_see(self):
+        image, other = noise(64, 48), noise(64, 48)
+        other.putpixel((40, 30), tuple(value ^ 1 for value in image.getpixel((40, 30))))
+        grey = [Image.new("RGB", size, "grey") for size in ((64, 48), (48, 64), (8, 384))]
+        small = SETTINGS.with_bounds(64, 1024)
+        digests = [SETTINGS.patches(each)[2] for each in (image, other, *grey)] + [small.patches(image)[2]]
+        assert len(set(digests)) == len(digests)
+        assert SETTINGS.patches(image.copy())[2] == digests[0]
+        # A file that is resized to the same pixels is the same picture.
+        assert SETTINGS.patches(Image.new("RGB", (80, 60), "grey"))[1:] != SETTINGS.patches(grey[0])[1:]
+        assert SETTINGS.patches(Image.new("RGB", (66, 50), "grey"))[1:] == SETTINGS.patches(grey[0])[1:]
+
     def test_one_resize_only(self):
         # An image that already has a fitting size is not touched: its pixels can be read back from the patches.
         image = noise(64, 48)
-        patches, (_, rows, columns) = SETTINGS.patches(image)
+        patches, (_, rows, columns), _ = SETTINGS.patches(image)
         blocks = patches.reshape(rows // 2, columns // 2, 2, 2, 3, 2, 4, 4)[:, :, :, :, :, 0]
         pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(48, 64, 3)
         np.testing.assert_array_equal(np.rint((pixels * 0.5 + 0.5) * 255), np.asarray(image))

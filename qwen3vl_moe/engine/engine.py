@@ -43,7 +43,9 @@ class Engine:
         free_bytes = None if options.num_blocks else free_cache_bytes(model, options)
         num_blocks, self.max_model_len = plan_cache(model.config.text, model.dtype, options, free_bytes)
         self.cache = KVCache(model.config.text, num_blocks, options.block_size, model.dtype, model.device)
-        self.scheduler = Scheduler(self.cache, options.max_num_seqs, options.max_prefill_tokens)
+        self.scheduler = Scheduler(
+            self.cache, options.max_num_seqs, options.max_prefill_tokens, options.enable_prefix_caching
+        )
         self.runner = Runner(model, self.cache, options, self.max_model_len)
         self.runner.warm_up(progress)
         self._token_bytes = TokenBytes(tokenizer)
@@ -60,11 +62,27 @@ class Engine:
         if outside:
             raise OptionError(f"stop_token_ids: {outside[0]} is outside of the vocabulary ({vocabulary} tokens)")
 
-    def request(self, prompt: Prompt, params: SamplingParams, arrival: float | None = None) -> Sequence:
+    @property
+    def has_room(self) -> bool:
+        """Whether the next step should see one more request, if there is one.
+
+        There has to be a free seat. Images take long to prepare, so no more of them than fill a step are waited for:
+        the step then computes while others are prepared. Requests alone decide, not the clock, so that the same calls
+        make the same steps again.
+        """
+        waiting = self.scheduler.waiting
+        images = sum(image.num_tokens for sequence in waiting for image in sequence.prompt.images)
+        seats = self.scheduler.max_num_seqs - len(self.scheduler.running) - len(waiting)
+        return seats > 0 and images < self.scheduler.max_prefill_tokens
+
+    def request(
+        self, prompt: Prompt, params: SamplingParams, arrival: float | None = None, preprocess: float = 0.0
+    ) -> Sequence:
         """Check a request and make its sequence, ready for :meth:`add`.
 
         Args:
-            arrival: when it came (seconds since the epoch), if work on it has begun before; now if None.
+            arrival: when work on it began (seconds since the epoch); now if None.
+            preprocess: seconds that it took to make the prompt.
 
         Raises:
             PromptError: the prompt leaves no room for an answer in max_model_len.
@@ -93,7 +111,7 @@ class Engine:
             generator=generator,
             metrics=RequestMetrics(arrival_time=time.time() if arrival is None else arrival),
         )
-        sequence.metrics.stages["preprocess"] = time.time() - sequence.metrics.arrival_time
+        sequence.metrics.stages["preprocess"] = preprocess
         return sequence
 
     def add(self, sequence: Sequence) -> None:
@@ -119,15 +137,20 @@ class Engine:
                 metrics.stages["queue"] = started - metrics.arrival_time - metrics.stages["preprocess"]
 
         step = self.runner.run(chunks)
-        model_seconds = time.time() - started - step.vision_seconds
+        model_seconds = time.time() - started - sum(step.seconds.values())
 
         for chunk, result in zip(chunks, step.results, strict=True):
             sequence = chunk.sequence
             stages = sequence.metrics.stages
-            stages["vision"] += step.vision_seconds if sequence in step.encoded else 0.0
+            for stage, takes_part in (
+                ("host_to_device", sequence in step.encoded),
+                ("vision", sequence in step.encoded),
+                ("sample", chunk.samples),
+            ):
+                stages[stage] += step.seconds[stage] if takes_part else 0.0
             stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
             sequence.prompt_logprobs += [self._readable(entry) for entry in result.prompt_logprobs]
-            sequence.advance(chunk.stop)
+            self.scheduler.computed(chunk)
             if result.token_id is not None:
                 sequence.append(result.token_id, self._readable(result.logprobs) if result.logprobs else None)
             if sequence.finished:

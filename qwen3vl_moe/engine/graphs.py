@@ -62,6 +62,7 @@ class _Inputs:
             size += -(-torch.Size(shape).numel() // 4) * 4
         self._host = torch.zeros(size, dtype=torch.int32, pin_memory=True)
         self._device = torch.zeros(size, dtype=torch.int32, device=device)
+        self._copied = torch.cuda.Event()
 
         def views(buffer: Tensor) -> dict[str, Tensor]:
             return {
@@ -73,6 +74,7 @@ class _Inputs:
 
     def fill(self, batch: Batch) -> None:
         """Copy a step (tensors on the host) to the device, padded to this bucket."""
+        self._copied.synchronize()  # a step that samples nothing does not wait for the device
         host, T, segments = self.host, len(batch.input_ids_T), batch.segments
         S, width = batch.block_tables.shape
         host["ids_T"][:T] = batch.input_ids_T
@@ -86,6 +88,7 @@ class _Inputs:
         host["logit_rows"][: len(batch.logit_rows)] = batch.logit_rows
         host["tables"][:S, :width] = batch.block_tables
         self._device.copy_(self._host, non_blocking=True)
+        self._copied.record()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,16 @@
-"""The paged KV cache: one tensor cut into blocks, handed out to sequences through their block tables."""
+"""The paged KV cache: one tensor cut into blocks, handed out to sequences through their block tables.
+
+A full block is named by its content (:func:`block_key`), so that a sequence that begins like an earlier one finds its
+beginning computed. Any number of sequences may hold such a block: nobody writes into it any more. When the last one
+has let go of it, it is free, but stays findable until its memory is needed; the least recently used goes first.
+"""
 
 from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +22,25 @@ from qwen3vl_moe.errors import OptionError
 _CPU_BYTES = 4 << 30  # on a CPU: pages of the zeroed cache take memory only once they are written
 
 
+def block_key(parent: bytes, token_ids: Sequence[int], images: Sequence[tuple[bytes, int]]) -> bytes:
+    """Name of a full block, by all that its keys and values depend on: itself and everything before it.
+
+    Positions need no mention: they follow from the tokens and the images' grids.
+
+    Args:
+        parent: name of the block before it; empty for the first one.
+        token_ids: of the block.
+        images: digest of each image with placeholders in the block, and where its first placeholder is, counted from
+            the block's first token. Placeholders look alike; only this tells one picture from another.
+    """
+    key = hashlib.sha256(parent + array("q", token_ids).tobytes())
+    for digest, offset in images:
+        key.update(digest + offset.to_bytes(8, "little", signed=True))
+    return key.digest()
+
+
 class KVCache:
-    """Keys and values of all running sequences.
+    """Keys and values of all running sequences, and of past ones while there is room.
 
     Args:
         config: sizes of the decoder.
@@ -31,25 +58,73 @@ class KVCache:
         self.num_blocks, self.block_size = num_blocks, block_size
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.tensor: Tensor = torch.zeros(shape, dtype=dtype, device=device)
-        self._free = list(range(num_blocks))[::-1]
+        self._references = [0] * num_blocks  # block tables that hold the block
+        self._free = OrderedDict.fromkeys(range(num_blocks))  # blocks without references; the next to be reused first
+        self._key_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
 
     @property
     def num_free(self) -> int:
+        """Blocks that no sequence holds, findable or not."""
         return len(self._free)
 
-    def grow(self, table: list[int], num_tokens: int) -> bool:
-        """Extend a block table to hold ``num_tokens``; False, with nothing taken, if too few blocks are free."""
-        missing = -(-num_tokens // self.block_size) - len(table)
-        if missing > len(self._free):
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """Blocks with the content that ``keys`` name, from the first on, as far as they are here."""
+        found = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def grow(self, table: list[int], num_tokens: int, found: Sequence[int] = ()) -> bool:
+        """Extend a block table to hold ``num_tokens``; False, with nothing taken, if too few blocks are free.
+
+        Args:
+            table: of a sequence; empty where there are ``found`` blocks.
+            num_tokens: of the whole sequence, more than the found blocks hold.
+            found: blocks to begin with, shared with whoever else holds them.
+        """
+        revived = [block for block in found if self._references[block] == 0]
+        missing = -(-num_tokens // self.block_size) - len(table) - len(found)
+        if missing + len(revived) > len(self._free):
             return False
+        for block in revived:
+            del self._free[block]
+        for block in found:
+            self._references[block] += 1
+        table.extend(found)
         for _ in range(missing):
-            table.append(self._free.pop())
+            block, _ = self._free.popitem(last=False)
+            self._forget(block)
+            self._references[block] = 1
+            table.append(block)
         return True
+
+    def publish(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
+        """Make full blocks findable, now that they are computed. Their content must not change after this."""
+        for block, key in zip(blocks, keys, strict=True):
+            if key not in self._block_of:  # of equal blocks the first one serves
+                self._block_of[key] = block
+                self._key_of[block] = key
 
     def release(self, table: list[int]) -> None:
         """Give a sequence's blocks back and empty its table."""
-        self._free.extend(reversed(table))
+        # The last block first: a beginning is of use without what follows it, but not the other way round.
+        for block in reversed(table):
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free[block] = None
+                if self._key_of[block] is None:  # nobody can find it, so it is the first to be reused
+                    self._free.move_to_end(block, last=False)
         table.clear()
+
+    def _forget(self, block: int) -> None:
+        key = self._key_of[block]
+        if key is not None:
+            del self._block_of[key]
+            self._key_of[block] = None
 
 
 def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:

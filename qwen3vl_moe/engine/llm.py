@@ -1,13 +1,16 @@
-"""What a user calls: load a checkpoint, chat, generate, stream."""
+"""What a user calls: load a checkpoint, chat, generate, stream.
+
+Prompts are made (templates, tokens, images) in threads ahead of the engine, which itself runs in the caller's thread.
+"""
 
 from __future__ import annotations
 
 import logging
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ from qwen3vl_moe.engine.engine import Engine
 from qwen3vl_moe.engine.outputs import RequestOutput
 from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.engine.sequence import Sequence
-from qwen3vl_moe.errors import OptionError, PromptError
+from qwen3vl_moe.errors import OptionError, PromptError, UserError
 from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.prefetch import prefetch
 from qwen3vl_moe.processor import Processor, Prompt
 
 Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
@@ -49,7 +53,7 @@ class LLM:
         progress: show the bars of loading and warming up.
         engine_options: fields of :class:`EngineOptions`: ``max_model_len``, ``max_num_seqs``, ``max_prefill_tokens``,
             ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``,
-            ``enforce_eager``.
+            ``enforce_eager``, ``enable_prefix_caching``.
 
     Raises:
         UserError: an option, or the checkpoint, cannot be used; one line says why.
@@ -113,6 +117,18 @@ class LLM:
             "kv_cache_tokens": engine.cache.num_blocks * engine.cache.block_size,
         }
 
+    @property
+    def stats(self) -> dict[str, int]:
+        """Reuse of the cache so far, in tokens: how many were looked up, and how many of them were found.
+
+        A preempted request counts again. The names are those of vLLM's metrics.
+        """
+        scheduler = self.engine.scheduler
+        return {
+            "prefix_cache_queries": scheduler.num_queried_tokens,
+            "prefix_cache_hits": scheduler.num_cached_tokens,
+        }
+
     def chat(
         self,
         conversations: Conversation | list[Conversation],
@@ -147,6 +163,33 @@ class LLM:
         many = [prompts] if _is_prompt(prompts) else prompts
         return self._complete(many, self.processor.prompt, "prompt", sampling_params)
 
+    def as_completed(
+        self,
+        conversations_or_prompts: Any | list[Any],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        return_exceptions: bool = False,
+    ) -> Iterator[tuple[int, RequestOutput | UserError]]:
+        """Answer many conversations and prompts, and give each answer as soon as it is finished.
+
+        :meth:`chat` and :meth:`generate` wait for all of these. Closing the iterator gives the rest up.
+
+        Args:
+            conversations_or_prompts: one or a list; each is a conversation as in :meth:`chat`, or a prompt as in
+                :meth:`generate`.
+            sampling_params: one for all, or one per request.
+            return_exceptions: where a request cannot be used, yield the error in place of its output and go on.
+
+        Yields:
+            ``(index, output)``, each index once. Requests begin in their order and end in any.
+
+        Raises:
+            PromptError, OptionError: as :meth:`generate`, unless ``return_exceptions``.
+        """
+        given = conversations_or_prompts
+        many = [given] if _is_conversation(given) or _is_prompt(given) else given
+        return self._as_completed(many, self._prepare, "request", sampling_params, return_exceptions)
+
     def stream(
         self, conversation_or_prompt: Any, sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
@@ -159,9 +202,8 @@ class LLM:
         Raises:
             PromptError, OptionError: at the call, before the first output.
         """
-        is_chat = _is_conversation(conversation_or_prompt)
-        prepare = self.processor.chat if is_chat else self.processor.prompt
-        return self._stream(self._request(prepare, conversation_or_prompt, sampling_params or SamplingParams()))
+        prompt, arrival, seconds = _timed(self._prepare, conversation_or_prompt)
+        return self._stream(self.engine.request(prompt, sampling_params or SamplingParams(), arrival, seconds))
 
     def _stream(self, sequence: Sequence) -> Iterator[RequestOutput]:
         # Queued at the first next(): a stream that is never begun leaves nothing behind.
@@ -179,38 +221,61 @@ class LLM:
             self.engine.abort(sequence)
 
     def _complete(self, items: Any, prepare: Prepare, kind: str, params: Any) -> list[RequestOutput]:
+        outputs = dict(self._as_completed(items, prepare, kind, params))
+        return [outputs[number] for number in range(len(outputs))]
+
+    def _as_completed(
+        self, items: Any, prepare: Prepare, kind: str, params: Any, return_exceptions: bool = False
+    ) -> Iterator[tuple[int, RequestOutput | UserError]]:
         if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
             raise PromptError(f"a {kind} or a list of them is needed, got {type(items).__name__}")
         items = list(items)
         params = _params_per_item(params, len(items), kind)
-        for each in params:
-            self.engine.check(each)
+        if not return_exceptions:
+            for each in params:
+                self.engine.check(each)
+        return self._run(items, prepare, kind, params, return_exceptions)
 
-        # Images take far more memory as pixels than as files: only as many requests as can run are prepared ahead.
-        todo = deque(enumerate(zip(items, params, strict=True)))
+    def _run(
+        self, items: list, prepare: Prepare, kind: str, params: list[SamplingParams], return_exceptions: bool
+    ) -> Iterator[tuple[int, RequestOutput | UserError]]:
         going: dict[int, Sequence] = {}
-        outputs: dict[int, RequestOutput] = {}
-        try:
-            while todo or going:
-                while todo and len(self.engine.scheduler.waiting) < self.options.max_num_seqs:
-                    number, (item, each) = todo.popleft()
-                    try:
-                        going[number] = self._request(prepare, item, each)
-                    except PromptError as error:
-                        raise PromptError(f"{kind} {number}: {error}" if len(items) > 1 else str(error)) from None
-                    self.engine.add(going[number])
-                self.engine.step()
-                for number in [number for number, sequence in going.items() if sequence.finished]:
-                    outputs[number] = going.pop(number).output()
-        finally:
-            # After an error or Ctrl-C nothing of this call stays behind, and the engine can go on.
-            for sequence in going.values():
-                self.engine.abort(sequence)
-        return [outputs[number] for number in range(len(items))]
+        entered = 0
+        # Images take far more memory as pixels than as files: only as many requests as can run are prepared ahead.
+        with closing(prefetch(partial(_timed, prepare), items, self.options.max_num_seqs)) as prepared:
+            try:
+                while entered < len(items) or going:
+                    while entered < len(items) and self.engine.has_room:
+                        number, entered = entered, entered + 1
+                        take = next(prepared)
+                        try:
+                            prompt, arrival, seconds = take()
+                            sequence = self.engine.request(prompt, params[number], arrival, seconds)
+                        except UserError as error:
+                            if not return_exceptions:
+                                where = f"{kind} {number}: " if len(items) > 1 else ""
+                                raise type(error)(f"{where}{error}") from None
+                            yield number, error
+                        else:
+                            going[number] = sequence
+                            self.engine.add(sequence)
+                    self.engine.step()
+                    for number in [number for number, sequence in going.items() if sequence.finished]:
+                        yield number, going.pop(number).output()
+            finally:
+                # After an error or Ctrl-C nothing of this call stays behind, and the engine can go on.
+                for sequence in going.values():
+                    self.engine.abort(sequence)
 
-    def _request(self, prepare: Prepare, item: Any, params: SamplingParams) -> Sequence:
-        arrival = time.time()
-        return self.engine.request(prepare(item), params, arrival)
+    def _prepare(self, conversation_or_prompt: Any) -> Prompt:
+        is_chat = _is_conversation(conversation_or_prompt)
+        return (self.processor.chat if is_chat else self.processor.prompt)(conversation_or_prompt)
+
+
+def _timed(prepare: Prepare, item: Any) -> tuple[Prompt, float, float]:
+    """A prompt, when work on it began (seconds since the epoch), and how many seconds that took."""
+    arrival = time.time()
+    return prepare(item), arrival, time.time() - arrival
 
 
 @contextmanager

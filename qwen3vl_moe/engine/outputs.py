@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+STAGES = ("preprocess", "queue", "host_to_device", "vision", "prefill", "decode", "sample")
+
 
 @dataclass(frozen=True)
 class Logprob:
@@ -16,11 +18,13 @@ class Logprob:
 
 @dataclass
 class RequestMetrics:
-    """Times of one request, in seconds since the epoch, and where they went.
+    """Times of one request, in seconds since the epoch, where they went, and what the cache saved.
 
     ``stages`` holds wall seconds: ``preprocess`` (template, tokens, image decoding and resizing), ``queue`` (waiting
-    for a first step), ``vision``, ``prefill`` (prompt tokens, those recomputed after a preemption included) and
-    ``decode``. A step that several requests share counts in full for each of them.
+    for a first step), ``host_to_device`` (pixels), ``vision``, ``prefill`` (prompt tokens, those recomputed after a
+    preemption included), ``decode`` and ``sample`` (from logits to tokens on the host). A step that several requests
+    share counts in full for each of them. ``num_cached_tokens`` counts the prompt tokens that were in the cache when
+    the request first ran; after a preemption more may be found.
     """
 
     arrival_time: float
@@ -28,9 +32,8 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
-    stages: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("preprocess", "queue", "vision", "prefill", "decode"), 0.0)
-    )
+    num_cached_tokens: int = 0
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,7 @@ class EngineOptions:
         gpu_memory_utilization: part of the device's memory that weights, steps and cache may take together.
         seed: of the tokens of requests that bring none: the same calls in the same order give the same tokens.
         enforce_eager: launch every kernel of every step, instead of replaying small steps from CUDA graphs.
+        enable_prefix_caching: let a prompt that begins like an earlier one, images included, reuse its cache blocks.
 
     Raises:
         OptionError: a value is outside of what is possible; the message names it.
@@ -173,6 +174,7 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9
     seed: int = 0
     enforce_eager: bool = False
+    enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "max_num_seqs", "max_prefill_tokens", "block_size", "num_blocks"):
@@ -182,6 +184,9 @@ class EngineOptions:
                 raise OptionError(f"{name}={value!r}: an integer of at least 1 is needed")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise OptionError(f"seed={self.seed!r}: an integer from 0 to 2**63 - 1 is needed")
+        for name in ("enforce_eager", "enable_prefix_caching"):
+            if type(getattr(self, name)) is not bool:
+                raise OptionError(f"{name}={getattr(self, name)!r}: True or False is needed")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise OptionError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: a number in (0, 1] is needed")
 

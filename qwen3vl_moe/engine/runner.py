@@ -34,11 +34,14 @@ class ChunkResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One result per chunk; the sequences whose images were encoded, and the seconds that this took."""
+    """One result per chunk; the sequences whose images were encoded; and seconds of parts of the step.
+
+    ``seconds`` has the keys ``host_to_device`` (pixels), ``vision`` and ``sample`` (from logits to tokens on the host).
+    """
 
     results: list[ChunkResult]
     encoded: list[Sequence]
-    vision_seconds: float
+    seconds: dict[str, float]
 
 
 class Runner:
@@ -75,9 +78,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> StepResult:
         """Compute the chunks and write them into the cache."""
-        vision_start = _now(self.model.device)
-        encoded = self._encode_images(chunks)
-        vision_stop = _now(self.model.device)
+        encoded, marks = self._encode_images(chunks)
         sampling = [number for number, chunk in enumerate(chunks) if chunk.samples]
         spans = [_prompt_logprob_span(chunk) for chunk in chunks]
         begins = [0, *itertools.accumulate(chunk.stop - chunk.start for chunk in chunks)]
@@ -93,32 +94,48 @@ class Runner:
             logits_RV = self.model.lm_head(hidden_RH[: len(sampling)])
         if sampling:
             sequences = [chunks[number].sequence for number in sampling]
+            computed = _now(self.model.device)
             self._sample(logits_RV, sequences, [results[number] for number in sampling])
+            sampled = _now(self.model.device)
         row = len(sampling)
         for chunk, span, result in zip(chunks, spans, results, strict=True):
             if not span:
                 continue
             result.prompt_logprobs = self._prompt_logprobs(hidden_RH[row : row + len(span)], chunk.sequence, span)
             row += len(span)
-        return StepResult(results, encoded, _seconds(vision_start, vision_stop) if encoded else 0.0)
+        # Read only now: asking a mark for its time waits for the device.
+        seconds = {
+            "host_to_device": _seconds(marks[0], marks[1]) if encoded else 0.0,
+            "vision": _seconds(marks[1], marks[2]) if encoded else 0.0,
+            "sample": _seconds(computed, sampled) if sampling else 0.0,
+        }
+        return StepResult(results, encoded, seconds)
 
-    def _encode_images(self, chunks: list[Chunk]) -> list[Sequence]:
-        """Vision features of all images that the step needs and that have none yet, in one packed call."""
+    def _encode_images(self, chunks: list[Chunk]) -> tuple[list[Sequence], list[torch.cuda.Event | float]]:
+        """Vision features of all images that the step needs and that have none yet, in one packed call.
+
+        Also returns when, in the device's work, their pixels began to be copied, were there, and were encoded.
+        """
         todo = [
             (chunk.sequence, number, image)
             for chunk in chunks
             for number, image in chunk.sequence.images_in(chunk.start, chunk.stop)
             if chunk.sequence.features[number] is None
         ]
+        marks = []
         if todo:
-            pixel_values_PC = torch.cat([image.pixel_values for _, _, image in todo])
+            device = self.model.device
+            marks.append(_now(device))
+            pixel_values_PC = torch.cat([image.pixel_values for _, _, image in todo]).to(device, non_blocking=True)
+            marks.append(_now(device))
             grids = [image.grid_thw for _, _, image in todo]
             features = self.encode(pixel_values_PC, grids)
             start = 0
             for sequence, number, image in todo:
                 sequence.features[number] = features.rows(start, start + image.num_tokens)
                 start += image.num_tokens
-        return [sequence for sequence, _, _ in todo]
+            marks.append(_now(device))
+        return [sequence for sequence, _, _ in todo], marks
 
     def encode(self, pixel_values_PC: Tensor, grids: list[Grid]) -> VisionFeatures:
         """Features of images in one packed call, replayed from a graph where they are few."""

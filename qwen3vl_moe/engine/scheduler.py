@@ -35,14 +35,24 @@ class Scheduler:
     the head of the queue and is computed again. The oldest never loses its blocks, and any single sequence fits
     (``max_model_len``), so every step brings it closer to its end: nothing can block for ever.
 
+    A sequence that begins like one before it starts behind the blocks that they share, and one that was preempted
+    behind those of its own that are still there.
+
     Args:
         cache: blocks of all sequences.
         max_num_seqs: most sequences in a step.
         max_prefill_tokens: most prompt tokens in a step; decoding sequences add one token each.
+        prefix_caching: whether full blocks are found by their content.
+
+    Attributes:
+        num_queried_tokens: tokens of all sequences that were admitted, once more after each preemption.
+        num_cached_tokens: how many of them were found in the cache.
     """
 
-    def __init__(self, cache: KVCache, max_num_seqs: int, max_prefill_tokens: int):
+    def __init__(self, cache: KVCache, max_num_seqs: int, max_prefill_tokens: int, prefix_caching: bool = True):
         self.cache, self.max_num_seqs, self.max_prefill_tokens = cache, max_num_seqs, max_prefill_tokens
+        self.prefix_caching = prefix_caching
+        self.num_queried_tokens = self.num_cached_tokens = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -61,6 +71,7 @@ class Scheduler:
         """The next step; empty only when there is nothing left to do."""
         self._make_room()
         chunks: list[Chunk] = []
+        coming: set[bytes] = set()  # full blocks that this step computes, if anybody waits
         budget = self.max_prefill_tokens
 
         def take(sequence: Sequence) -> None:
@@ -71,6 +82,8 @@ class Scheduler:
                 budget -= count
             if count:
                 chunks.append(Chunk(sequence, sequence.num_computed, sequence.num_computed + count))
+                if self.waiting:
+                    coming.update(self._filled(chunks[-1])[1])
 
         for sequence in self.running:
             take(sequence)
@@ -78,11 +91,39 @@ class Scheduler:
         # and so do all that came after it, until one that runs has ended.
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            if not self.cache.grow(sequence.block_table, len(sequence.token_ids)):
+            if not self._admit(sequence, coming):
                 break
             self.running.append(self.waiting.popleft())
             take(sequence)
         return chunks
+
+    def computed(self, chunk: Chunk) -> None:
+        """A chunk is in the cache: its sequence goes on, and the blocks that it has filled can be found."""
+        chunk.sequence.advance(chunk.stop)
+        self.cache.publish(*self._filled(chunk))
+
+    def _admit(self, sequence: Sequence, coming: set[bytes]) -> bool:
+        """Blocks for a waiting sequence, or False if it has to wait."""
+        size = self.cache.block_size
+        keys = sequence.block_keys(0, sequence.reusable // size, size) if self.prefix_caching else []
+        found = self.cache.find(keys)
+        # What it needs next is computed in this very step: reading it in the next one is cheaper than doing it twice.
+        if len(found) < len(keys) and keys[len(found)] in coming:
+            return False
+        if not self.cache.grow(sequence.block_table, len(sequence.token_ids), found):
+            return False
+        sequence.start_at(len(found) * size)
+        self.num_queried_tokens += len(sequence.token_ids)
+        self.num_cached_tokens += len(found) * size
+        return True
+
+    def _filled(self, chunk: Chunk) -> tuple[list[int], list[bytes]]:
+        """The blocks that are full when a chunk is computed and were not before, and their keys."""
+        size = self.cache.block_size
+        first, last = chunk.start // size, chunk.stop // size
+        if first == last or not self.prefix_caching:
+            return [], []
+        return chunk.sequence.block_table[first:last], chunk.sequence.block_keys(first, last, size)
 
     def _make_room(self) -> None:
         """A cache row for every token of every running sequence, oldest first; the youngest give way."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_moe.engine.detokenizer import TextStream
+from qwen3vl_moe.engine.kv_cache import block_key
 from qwen3vl_moe.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.model import VisionFeatures
@@ -21,7 +22,8 @@ class Sequence:
 
     Prompt and answer are one list of tokens; the first ``num_computed`` of them are in the cache. A step computes the
     next few: a piece of the prompt, the last token alone, or (after a preemption) all of them again. When none is
-    left uncomputed, the step's last logits give the next token. So prefill, decode and recompute are one case.
+    left uncomputed, the step's last logits give the next token. So prefill, decode and recompute are one case, and a
+    beginning that the cache already holds just makes it start further on.
 
     Attributes:
         request_id: unique within the engine.
@@ -56,6 +58,7 @@ class Sequence:
         self.logprobs: list[dict[int, Logprob]] = []
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
         self._shown = 0
+        self._block_keys: list[bytes] = []
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -92,6 +95,28 @@ class Sequence:
             if image.start < stop and start < image.start + image.num_tokens
         ]
 
+    def block_keys(self, first: int, last: int, block_size: int) -> list[bytes]:
+        """Names by content (:func:`.kv_cache.block_key`) of the full blocks from number ``first`` up to ``last``."""
+        while len(self._block_keys) < last:
+            start = len(self._block_keys) * block_size
+            stop = start + block_size
+            images = [(image.digest, image.start - start) for _, image in self.images_in(start, stop)]
+            parent = self._block_keys[-1] if self._block_keys else b""
+            self._block_keys.append(block_key(parent, self.token_ids[start:stop], images))
+        return self._block_keys[first:last]
+
+    @property
+    def reusable(self) -> int:
+        """How many of the first tokens may be taken from the cache: not those whose logits are still needed."""
+        known = len(self.token_ids) if self.params.prompt_logprobs is None else len(self.prompt_logprobs)
+        return min(known, len(self.token_ids)) - 1
+
+    def start_at(self, num_cached: int) -> None:
+        """Begin, or begin again, behind tokens that were found in the cache."""
+        self.num_computed = num_cached
+        if not self.metrics.num_preemptions:
+            self.metrics.num_cached_tokens = num_cached
+
     def advance(self, computed: int) -> None:
         """The first ``computed`` tokens are in the cache now. Features of a cached prompt are not needed any more."""
         self.num_computed = computed
@@ -99,7 +124,7 @@ class Sequence:
             self.features = [None] * len(self.features)
 
     def reset(self) -> None:
-        """The cache has lost this sequence: compute it again from the start."""
+        """The cache has taken this sequence's blocks: what is not found again is computed again."""
         self.num_computed = 0
         self.metrics.num_preemptions += 1
 

@@ -65,8 +65,9 @@ PROMPTS = {
 
 
 def check_leaks(llm: LLM) -> None:
-    """Nothing is running, and every block is free exactly once."""
+    """Nothing is running, and every block is free and held by nobody."""
     engine = llm.engine
     assert not engine.scheduler.running
     assert not engine.scheduler.waiting
     assert sorted(engine.cache._free) == list(range(engine.cache.num_blocks))
+    assert not any(engine.cache._references)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qwen3vl_moe.engine import LLM, SamplingParams
+from qwen3vl_moe.engine.outputs import STAGES
 from qwen3vl_moe.engine.params import GenerationDefaults
 from qwen3vl_moe.errors import CheckpointError, OptionError, PromptError
 from tests.engine.conftest import PROMPTS, check_leaks, mixed_prompt
@@ -273,6 +274,7 @@ def test_nothing_to_do(llm):
         ({"seed": "x"}, "seed='x'"),
         ({"seed": -1}, "seed=-1"),
         ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization=1.5"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching=1: True or False"),
         ({"max_modell_len": 5}, "unknown option 'max_modell_len'; the engine has .*max_model_len"),
         ({"max_model_len": 4097}, "max_model_len=4097 is longer than the model's 4096"),
         ({"max_model_len": 100, "num_blocks": 2, "block_size": 16}, "max_model_len=100 does not fit.* holds 32 tokens"),
@@ -309,7 +311,7 @@ def test_metrics(llm):
     metrics = output.metrics
     times = [metrics.arrival_time, metrics.first_scheduled_time, metrics.first_token_time, metrics.finished_time]
     assert times == sorted(times)
-    assert set(metrics.stages) == {"preprocess", "queue", "vision", "prefill", "decode"}
+    assert tuple(metrics.stages) == STAGES
     assert all(seconds > 0 for seconds in metrics.stages.values())
     # One request alone: its stages are where its time went. What is left over is host work between the steps.
     assert sum(metrics.stages.values()) <= metrics.finished_time - metrics.arrival_time + 1e-3

@@ -2,9 +2,6 @@
 
 import copy
 import gc
-import os
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -21,6 +18,8 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from tests.interpreted import INTERPRETED, run_in_interpreter
+
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -30,7 +29,6 @@ COMMON = {
     "head_dim": 16,
     "pad_token_id": 0,
 }
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HOPPER = pytest.mark.skipif(
     tma_moe.unavailable(torch.device("cuda"), torch.bfloat16) is not None, reason="needs a Hopper GPU"
 )
@@ -138,16 +136,7 @@ def wide_experts(dtype: torch.dtype) -> nn.Module:
 
 @pytest.mark.skipif(INTERPRETED, reason="this process runs the kernels itself")
 def test_kernels_through_transformers_in_the_interpreter():
-    this = f"{__file__}::test_interpreted_kernels_equal_eager"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", this],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "2 passed" in done.stdout, done.stdout[-5000:]
+    run_in_interpreter(f"{__file__}::test_interpreted_kernels_equal_eager", at_least=2)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")

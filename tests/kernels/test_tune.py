@@ -1,9 +1,6 @@
 """The tuner: what it tries, what it rejects, what it finds with a made-up cost, and the file it writes."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -18,8 +15,8 @@ from tma_moe.tuning import Choice, Tiles
 from typer.testing import CliRunner
 
 from scripts import tune_moe
+from tests.interpreted import INTERPRETED, run_in_interpreter
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPE = MoeShape()
 SMALL = MoeShape(num_experts=8, experts_per_token=2, hidden_size=256, expert_width=128)
 CURRENT = tuning.default_choices(128, 8, 2048, 768)
@@ -288,16 +285,7 @@ def invoke(*arguments):
 
 @pytest.mark.skipif(INTERPRETED, reason="this process runs the kernels itself")
 def test_the_real_op_in_the_interpreter():
-    this = f"{__file__}::test_interpreted_op_runs_given_tiles_and_sees_their_error"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", this],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "2 passed" in done.stdout, done.stdout[-5000:]
+    run_in_interpreter(f"{__file__}::test_interpreted_op_runs_given_tiles_and_sees_their_error", at_least=2)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")

@@ -1,11 +1,11 @@
 """What the compiler makes of the decoder's and the tower's kernels for Hopper, at the published sizes, with no GPU."""
 
-import os
-
 import pytest
 import torch
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+from tests.interpreted import INTERPRETED
+
+if INTERPRETED:
     pytest.skip("compiles, so not in the interpreter", allow_module_level=True)
 
 from qwen3vl_moe.model import fused_ops, packed_attention, paged_decode

@@ -4,10 +4,6 @@ On a GPU they run compiled, in bf16 and fp16. Elsewhere this file runs itself on
 fp32.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,9 +14,9 @@ from qwen3vl_moe.model.fused_ops import add_norm, norm_rotate_store
 from qwen3vl_moe.model.packed_attention import packed_attention, paged_attention
 from qwen3vl_moe.model.paged_decode import paged_decode
 from qwen3vl_moe.model.rope import rotate
+from tests.interpreted import INTERPRETED, run_in_interpreter
 
 ON_GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
 
@@ -29,14 +25,7 @@ runs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs in t
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run here directly")
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
+    run_in_interpreter(__file__, at_least=30)
 
 
 def within_rounding(ours, exact, plain):

@@ -1,0 +1,168 @@
+"""How many of gsm8k's problems does the model solve? lm-eval's own task and filters, on our engine.
+
+    python eval/gsm8k.py --model Qwen/Qwen3-VL-30B-A3B-Instruct
+    python eval/gsm8k.py --model DIR --data ../shared/gsm8k --output results     # no network needed
+    python eval/gsm8k.py --model demo --data ../shared/gsm8k --limit 20
+
+The speed of the whole run, with answers of one length, on random weights of any size:
+
+    python eval/gsm8k.py --model DIR --load-format dummy --ignore-eos --max-gen-toks 128 --temperature 1
+
+Exit status: 0 done, 2 something in the call has to be mended, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qwen3vl_moe.errors import OptionError, UserError
+
+stdout = Console(highlight=False, markup=False, soft_wrap=True)
+stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = "demo",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many problems.")] = None,
+    num_fewshot: Annotated[int, typer.Option(help="Worked examples before each problem.")] = 5,
+    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    data: Annotated[Path | None, typer.Option(help="Folder with train.jsonl and test.jsonl. [hub]")] = None,
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Ask through the chat template.")] = True,
+    fixed_examples: Annotated[
+        bool, typer.Option(help="The same examples before every problem: quicker, and not lm-eval's default.")
+    ] = False,
+    max_gen_toks: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    ignore_eos: Annotated[bool, typer.Option(help="Answers of exactly --max-gen-toks tokens, for timing.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for lm-eval's result and sample files.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="File prefix of lm-eval's cache: an interrupted run goes on from there.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
+    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Most problems in a step.")] = 128,
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
+) -> None:
+    """Accuracy on gsm8k, by lm-eval's own task and filters."""
+    try:
+        import problems  # imported here, as all that is slow: not before --help has been answered
+
+        asked = problems.Gsm8k(split, num_fewshot, limit, data, chat, fixed_examples)
+        problems.require_lm_eval()
+        task_check(asked, output, max_gen_toks, temperature, cache)
+        from lm import EngineLM
+        from loading import load
+
+        sizes = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
+        llm = load(model, load_format=load_format, device=device, dtype=dtype, moe=moe, **sizes)
+        lm = EngineLM(llm)
+        stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")
+        kwargs = generation(max_gen_toks, temperature, ignore_eos)
+        results, tracker = problems.evaluate(
+            lm, asked, name=llm.name, gen_kwargs=kwargs, cache=cache and cache_file(cache, llm.settings), output=output
+        )
+        figures = {
+            **llm.settings,
+            "data": str(data or "hub"),
+            **speed(lm, len(results["samples"]["gsm8k"]) // len(problems.FILTERS)),
+        }
+        report(results, figures, asked)
+        if output is not None:
+            results["qwen3vl_moe"] = figures
+            for path in problems.save(results, tracker):
+                stdout.print(f"written: {path}")
+    except UserError as error:
+        stderr.print(f"error: {error}")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        stderr.print()
+        raise typer.Exit(130) from None
+
+
+def task_check(
+    asked: Any, output: Path | None, max_gen_toks: int, temperature: float = 0.0, cache: Path | None = None
+) -> None:
+    """What can be known before the weights are loaded."""
+    if max_gen_toks < 1:
+        raise OptionError(f"--max-gen-toks {max_gen_toks}: 1 or more is needed")
+    if temperature < 0:
+        raise OptionError(f"--temperature {temperature}: 0 or more is needed")
+    asked.task()
+    for option, folder in (("--output", output), ("--cache", cache and cache.parent)):
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{option}: {folder} cannot be made a folder: {error.strerror}") from None
+
+
+def generation(max_gen_toks: int, temperature: float = 0.0, ignore_eos: bool = False) -> dict[str, Any]:
+    """lm-eval's generation arguments; they go on top of the task's own, which are greedy."""
+    kwargs: dict[str, Any] = {"max_gen_toks": max_gen_toks, "temperature": temperature, "do_sample": temperature > 0}
+    return kwargs | ({"ignore_eos": True, "until": []} if ignore_eos else {})
+
+
+def cache_file(prefix: Path, settings: dict[str, Any]) -> Path:
+    """One cache per way of computing: lm-eval knows an answer by its question alone."""
+    ways = json.dumps({key: settings[key] for key in ("model", "device", "dtype", "moe", "max_model_len")})
+    return prefix.with_name(f"{prefix.name}-{hashlib.sha256(ways.encode()).hexdigest()[:12]}")
+
+
+def speed(lm: Any, num_problems: int) -> dict[str, Any]:
+    """Figures of the answers that were computed in this run."""
+    answers = lm.answers
+    prompt_tokens, new_tokens = sum(len(a.prompt_ids) for a in answers), sum(len(a.token_ids) for a in answers)
+    return {
+        "problems": num_problems,
+        "answers_computed": len(answers),
+        "answers_truncated": sum(a.truncated for a in answers),
+        "prompt_tokens": prompt_tokens,
+        "prompt_tokens_reused": sum(a.cached_tokens for a in answers),
+        "answer_tokens": new_tokens,
+        "seconds": lm.seconds,
+        "answer_tokens_per_second": new_tokens / lm.seconds if lm.seconds else 0.0,
+        "tokens_per_second": (prompt_tokens + new_tokens) / lm.seconds if lm.seconds else 0.0,
+    }
+
+
+def report(results: dict[str, Any], figures: dict[str, Any], asked: Any) -> None:
+    from problems import FILTERS, accuracy
+
+    table = Table("filter", "exact match", "standard error", box=box.SIMPLE)
+    for name in FILTERS:
+        share, error = accuracy(results, name)
+        table.add_row(name, f"{share:.2%}", "-" if error is None else f"{error:.2%}")
+    stdout.print(f"gsm8k, {asked.split}, {figures['problems']} problems, {asked.num_fewshot}-shot")
+    stdout.print(table)
+    if figures["random_weights"]:
+        stdout.print("The weights are random: these answers are noise.")
+    computed, prompt = figures["answers_computed"], figures["prompt_tokens"]
+    if computed < figures["problems"]:
+        stdout.print(f"{figures['problems'] - computed} answers were in the cache; the figures below leave them out.")
+    if not computed:
+        return
+    stdout.print(f"{figures['answers_truncated']} of {computed} answers were cut off at the longest length")
+    stdout.print(
+        f"{prompt} prompt tokens, {figures['prompt_tokens_reused'] / prompt:.1%} of them reused from earlier prompts; "
+        f"{figures['answer_tokens']} answer tokens"
+    )
+    stdout.print(
+        f"{figures['seconds']:.2f} s: {figures['answer_tokens_per_second']:.0f} answer tokens/s, "
+        f"{figures['tokens_per_second']:.0f} tokens/s with the prompts"
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,108 @@
+"""The ways of computing one set of weights that parity.py compares: our backends, transformers, and fp32."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lm import Answer, EngineLM
+from torch import Tensor
+
+from qwen3vl_moe import LLM, SamplingParams
+from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.transformers_twin import in_float32, transformers_twin
+
+OURS = ("tma", "reference")
+VARIANTS = (*OURS, "transformers")
+# What each of ours is measured by: independent implementations in the same dtype. A peer with a fault is a loose
+# measure, so the kernel has to be as good as both of its peers.
+PEERS = {"tma": ("transformers", "reference"), "reference": ("transformers",)}
+
+
+def set_backend(model: Qwen3VLMoe, moe: str) -> None:
+    """Let every layer call another implementation of the experts; the weights stay where they are."""
+    model.moe = moe
+    for layer in model.text.layers:
+        layer.moe.backend = moe
+
+
+def variant_lm(llm: LLM, variant: str) -> EngineLM:
+    """An lm-eval model that computes in one of :data:`VARIANTS`, over the weights of ``llm``, without a copy of them.
+
+    A variant of ours gets an engine of its own: one that has captured CUDA graphs would go on replaying them.
+    """
+    if variant == "transformers":
+        return TransformersLM(llm)
+    engine = llm.engine
+    if engine.model.moe != variant:
+        model, defaults = engine.model, engine.defaults
+        del engine
+        release(llm)  # the old cache goes before the new one is sized
+        set_backend(model, variant)
+        llm.engine = LLM.from_parts(model, llm.processor, defaults, **vars(llm.options)).engine
+    return EngineLM(llm, answer_logprobs=True)
+
+
+def release(llm: LLM) -> None:
+    """Give up an LLM's engine, and the memory of its cache."""
+    del llm.engine
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+class TransformersLM(EngineLM):
+    """The same requests answered by transformers' ``generate``, one after the other: a plain loop."""
+
+    def __init__(self, llm: LLM):
+        super().__init__(llm)
+        self.twin = transformers_twin(llm.engine.model)
+
+    def _answer(self, prompts: list[Any], params: list[SamplingParams], done: Callable[[int, Answer], Any]) -> None:
+        tokenizer = self.tokenizer
+        for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
+            ids = torch.tensor([self.llm.processor.prompt(prompt).token_ids], device=self.twin.device)
+            ends = [*(() if each.ignore_eos else self.llm.engine.defaults.eos_token_ids), *each.stop_token_ids]
+            room = min(each.max_tokens, self.max_length - ids.shape[1])
+            with torch.inference_mode():
+                out = self.twin.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    mm_token_type_ids=torch.zeros_like(ids, dtype=torch.int32),
+                    max_new_tokens=room,
+                    do_sample=False,
+                    eos_token_id=ends or None,
+                    pad_token_id=tokenizer.pad_token_id,
+                    stop_strings=list(each.stop) or None,
+                    tokenizer=tokenizer,
+                )
+            new = out[0, ids.shape[1] :].tolist()
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            cuts = [text.index(stop) for stop in each.stop if stop in text]
+            ended = bool(cuts) or (bool(new) and new[-1] in ends)
+            text = text[: min(cuts, default=len(text))]
+            done(number, Answer(tuple(ids[0].tolist()), tuple(new), text, not ended, 0, None))
+
+
+class Evaluations:
+    """Logits of whole sequences by each variant and in fp32, over one copy of the weights."""
+
+    def __init__(self, model: Qwen3VLMoe):
+        # Products in full fp32: TF32 would make the yardstick as coarse as what it measures.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self.model = model
+        self._twins = {"transformers": transformers_twin(model), "fp32": in_float32(transformers_twin(model))}
+
+    @torch.inference_mode()
+    def logits(self, who: str, ids: Sequence[int]) -> Tensor:
+        """Logits [T - 1, V] by a variant or by "fp32", at every token that another one follows."""
+        if who in OURS:
+            set_backend(self.model, who)
+            return self.model.logits(list(ids))[:-1]
+        ids_1T = torch.tensor([ids], device=self.model.device)
+        types = torch.zeros_like(ids_1T, dtype=torch.int32)
+        logits_1TV = self._twins[who](
+            input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), mm_token_type_ids=types
+        ).logits
+        return logits_1TV[0, :-1]

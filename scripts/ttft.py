@@ -1,0 +1,239 @@
+"""How long until the first token? One request at a time, under load, and side by side with other ways to run it.
+
+    python scripts/ttft.py --load-format dummy --json ttft.json --plot ttft.png       # 30B sizes, random weights: 80 GB
+    python scripts/ttft.py --model Qwen/Qwen3-VL-30B-A3B-Instruct
+    python scripts/ttft.py --load-format dummy --workload single --compare per_call,lru,owned --against transformers
+    python scripts/ttft.py --model demo --sizes 224x224 --num-prompts 8 --max-concurrency 3   # anywhere: a try-out
+
+The single stream covers a grid of image sizes and text lengths, from encoded bytes and text to the first token on the
+host, split by stage. The closed loop takes its options, their meaning and its table from sglang's bench_serving, in
+process instead of over HTTP. Definitions stand in qwen3vl_moe/benchmarking/statistics.py, and what the variants of
+--compare are in qwen3vl_moe/benchmarking/variants.py. No prompt is taken from the cache. Exit status: 0, or 2 if
+something in the call has to be mended.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from tqdm import tqdm
+
+from qwen3vl_moe.errors import OptionError, UserError
+
+WORKLOADS = {"single": ("single",), "closed-loop": ("closed loop",), "both": ("single", "closed loop")}
+stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str | None, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = None,
+    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights, no --model: 30B sizes.")] = "auto",
+    routing: Annotated[str, typer.Option(help="With dummy: balanced or skewed choice of experts.")] = "balanced",
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
+    moe: Annotated[str, typer.Option(help="tma, reference, auto.")] = "auto",
+    eager: Annotated[bool, typer.Option(help="Make no CUDA graphs.")] = False,
+    workload: Annotated[str, typer.Option(help="single, closed-loop, both.")] = "both",
+    sizes: Annotated[str, typer.Option(help="Single stream: image sizes, HEIGHTxWIDTH.")] = (
+        "224x224,560x560,1024x1024,1080x1920"
+    ),
+    text_lens: Annotated[str, typer.Option(help="Single stream: tokens of text.")] = "128,1024",
+    repeats: Annotated[int, typer.Option(help="Single stream: warm requests per cell, or variant and round.")] = 20,
+    num_prompts: Annotated[int, typer.Option(help="Closed loop: requests.")] = 256,
+    max_concurrency: Annotated[int, typer.Option(help="Closed loop: requests at a time.")] = 32,
+    random_input_len: Annotated[int, typer.Option(help="Most tokens of text.")] = 128,
+    random_output_len: Annotated[int, typer.Option(help="Most tokens of answer.")] = 32,
+    random_range_ratio: Annotated[float, typer.Option(help="Least length, as part of the most.")] = 0.1,
+    image_resolution: Annotated[str, typer.Option(help="HEIGHTxWIDTH, 4k, 1080p, 720p, 360p.")] = "560x560",
+    image_format: Annotated[str, typer.Option(help="jpeg or png.")] = "jpeg",
+    image_count: Annotated[int, typer.Option(help="Images per request.")] = 1,
+    image_content: Annotated[str, typer.Option(help="random pixels, drawn shapes, blank.")] = "random",
+    images: Annotated[Path | None, typer.Option(help="Directory of image files instead of made-up ones.")] = None,
+    seed: Annotated[int, typer.Option(help="Of lengths, texts and images.")] = 1,
+    warmup_requests: Annotated[int, typer.Option(help="Closed loop: requests before it.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Closed loop: 0 is greedy.")] = 0.0,
+    compare: Annotated[str | None, typer.Option(help="Variants to run in turns, the first is the baseline.")] = None,
+    against: Annotated[str | None, typer.Option(help="transformers: one more variant (single stream only).")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of a comparison.")] = 5,
+    profile: Annotated[bool, typer.Option(help="Check one request against a profiler trace.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Everything, samples included.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="A picture of distributions and stages.")] = None,
+) -> None:
+    """Measure the time to first token, and serving under load, on this machine."""
+    options = dict(locals())
+    import torch  # slow to import: not before --help has been answered
+
+    try:
+        results = run(options)
+    except UserError as error:
+        stderr.print(f"error: {error}")
+        raise typer.Exit(2) from None
+    except torch.OutOfMemoryError:
+        stderr.print(
+            "error: the device is out of memory; the 30B sizes need an 80 GB card to themselves: end what else runs on "
+            "it, or lower --max-concurrency, --image-resolution or --sizes"
+        )
+        raise typer.Exit(2) from None
+    show(results)
+    write(results, json_file, plot_file)
+
+
+def run(options: dict[str, Any]) -> dict[str, Any]:
+    """Check the options, load, measure; see the module for what is measured."""
+    from qwen3vl_moe.benchmarking import report, workloads
+    from qwen3vl_moe.benchmarking.inputs import Images, parse_resolution
+    from qwen3vl_moe.benchmarking.variants import TRANSFORMERS, check_names, check_variants, has_graphs
+
+    # All that can be wrong is found before the weights are loaded, as far as it can be known.
+    kinds = _kinds(options)
+    load = workloads.Load(**{name: options[name] for name in workloads.Load.__dataclass_fields__})
+    sources = Images(options["images"], options["image_content"], options["image_format"], load.image_count)
+    sizes = [size.strip() for size in options["sizes"].split(",")]
+    for size in sizes:
+        parse_resolution(size)
+    text_lens = _integers("--text-lens", options["text_lens"])
+    names = check_names(options["compare"] or "")
+
+    started = time.perf_counter()
+    llm = load_llm(options)
+    load_seconds = time.perf_counter() - started
+    if options["against"]:
+        names = [*(names or ["graphs" if has_graphs(llm) else "eager"]), TRANSFORMERS]
+    check_variants(names, llm)
+    results: dict[str, Any] = {"environment": report.environment(llm), "options": _plain(options)}
+    stderr.print(report.heading(results["environment"]))
+    results["cold"] = workloads.cold_request(llm, sources, load, load_seconds)
+
+    if names:
+        total = len(kinds) * options["rounds"] * len(names)
+    else:
+        cells = len(sources.names or sizes) * len(text_lens)
+        per_kind = {"single": cells * (options["repeats"] + 2), "closed loop": load.num_prompts}
+        total = sum(per_kind[kind] for kind in kinds)
+    with tqdm(total=total) as bar:
+
+        def step(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        if names:
+            counts = options["rounds"], options["repeats"]
+            results["comparison"] = {
+                kind: workloads.compare(llm, sources, load, names, kind, *counts, step) for kind in kinds
+            }
+        else:
+            if "single" in kinds:
+                cell_options = sizes, text_lens, options["repeats"], load.seed
+                results["single"] = workloads.single_grid(llm, sources, *cell_options, step)
+            if "closed loop" in kinds:
+                warmups, temperature = options["warmup_requests"], options["temperature"]
+                results["closed_loop"] = workloads.run_closed_loop(llm, sources, load, warmups, temperature, step)
+    if options["profile"]:
+        results["profiler"] = workloads.profiler_check(llm, sources, load)
+    results["environment"]["card_after"] = report.card(llm)  # the clocks under load, not those of an idle card
+    return results
+
+
+def load_llm(options: dict[str, Any]) -> Any:
+    """The model that the options ask for."""
+    import torch
+
+    from qwen3vl_moe.benchmarking.dummy import dummy_llm
+    from qwen3vl_moe.engine import LLM
+
+    device = options["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Every prompt is computed whole, also where the files of --images come round again.
+    engine = {"enforce_eager": options["eager"], "enable_prefix_caching": False}
+    common = {"device": device, "moe": options["moe"], **engine}
+    if options["load_format"] == "dummy":
+        length = (
+            None if options["model"] else 16384
+        )  # the stand-in's memory is for weights and requests, not for length
+        return dummy_llm(options["model"], routing=options["routing"], max_model_len=length, **common)
+    return LLM(options["model"], **common)
+
+
+def _kinds(options: dict[str, Any]) -> tuple[str, ...]:
+    """The workloads; raises OptionError for options that do not fit together."""
+    if options["workload"] not in WORKLOADS:
+        raise OptionError(f"--workload {options['workload']!r} is unknown; choose from {', '.join(WORKLOADS)}")
+    if options["load_format"] not in ("auto", "dummy"):
+        raise OptionError(f"--load-format {options['load_format']!r} is unknown; choose auto or dummy")
+    if options["load_format"] == "auto" and options["model"] is None:
+        raise OptionError("give --model a checkpoint, or measure random weights at the 30B sizes: --load-format dummy")
+    if options["against"] not in (None, "transformers"):
+        raise OptionError(f"--against {options['against']!r} is unknown; only transformers can be compared in process")
+    if options["against"] and options["workload"] != "single":
+        raise OptionError("--against transformers takes one request at a time: add --workload single")
+    for name in ("repeats", "rounds"):
+        if options[name] < 1:
+            raise OptionError(f"--{name} {options[name]}: at least 1 is needed")
+    if options["temperature"] < 0 or options["warmup_requests"] < 0:
+        raise OptionError("--temperature and --warmup-requests: 0 or more is needed")
+    for name in ("json_file", "plot_file"):
+        if options[name] is not None and not options[name].absolute().parent.is_dir():
+            raise OptionError(f"{options[name]} cannot be written: there is no directory {options[name].parent}")
+        if options[name] is not None and options[name].is_dir():
+            raise OptionError(f"{options[name]} cannot be written: it is a directory")
+    if options["plot_file"] is not None:
+        if options["plot_file"].suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise OptionError(f"--plot {options['plot_file']}: a name ending in .png, .pdf or .svg is needed")
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise OptionError("--plot needs matplotlib: pip install matplotlib") from None
+    return WORKLOADS[options["workload"]]
+
+
+def _integers(name: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise OptionError(f"{name} {text!r} is not a list of positive integers such as 128,1024")
+    return [int(part) for part in parts]
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
+def show(results: dict[str, Any]) -> None:
+    """The tables, on stdout."""
+    from qwen3vl_moe.benchmarking import report
+    from qwen3vl_moe.benchmarking.statistics import serving_table
+
+    wide = None if sys.stdout.isatty() else 170  # tables whole in a log file
+    out = Console(highlight=False, markup=False, soft_wrap=True, width=wide)
+    out.print(results["environment"]["command"])
+    out.print(report.heading(results["environment"]))
+    out.print(report.cold_line(results["cold"]))
+    if "single" in results:
+        out.print(report.single_table(results["single"]))
+    if "closed_loop" in results:
+        out.print(serving_table(results["closed_loop"]["metrics"], results["options"]["max_concurrency"]))
+    for kind, comparison in results.get("comparison", {}).items():
+        out.print(report.comparison_table(kind, comparison))
+    if "profiler" in results:
+        found = {name: f"{value:.2f}" for name, value in results["profiler"].items() if value is not None}
+        out.print("profiler: " + ", ".join(f"{name} {value}" for name, value in found.items()))
+
+
+def write(results: dict[str, Any], json_file: Path | None, plot_file: Path | None) -> None:
+    """The files that were asked for."""
+    if json_file is not None:
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    if plot_file is not None:
+        from qwen3vl_moe.benchmarking.report import plot
+
+        plot(results, plot_file)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,190 @@
+"""eval/lm.py: every kind of request against transformers, and lm-eval's own command."""
+
+import json
+import sys
+from functools import partialmethod
+
+import lm
+import pytest
+import torch
+from lm import EngineLM
+from lm_eval.tasks import TaskManager
+from PIL import Image
+
+from qwen3vl_moe import LLM, SamplingParams
+from qwen3vl_moe.errors import OptionError, PromptError, UserError
+from qwen3vl_moe.processor import IMAGE_PLACEHOLDER
+from tests.eval.conftest import instance
+
+TEXT = "The picture shows a large green triangle above a small yellow circle. How many blue circles are there? "
+
+
+@pytest.fixture(scope="module")
+def model(demo):
+    return EngineLM(demo.llm, progress=False)
+
+
+def logprobs(oracle, ids):
+    """transformers' log-probability of every token but the first, and whether it is the most likely one."""
+    with torch.no_grad():
+        logits = oracle(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    tokens = torch.tensor(ids[1:])
+    return logits.gather(1, tokens[:, None]).flatten(), logits.argmax(-1) == tokens
+
+
+def test_loglikelihood(model, demo):
+    cases = [(TEXT, "a cat"), ("Hello", ", how are you today?"), ("", "The answer"), (TEXT.rstrip(), " dog " * 9)]
+    scores = model.loglikelihood([instance(*case) for case in cases])
+    for (context, continuation), (score, greedy) in zip(cases, scores, strict=True):
+        whole = demo.tokenizer(context + continuation).input_ids
+        if context:
+            # A trailing space of the context counts as the continuation's: the two are encoded as one text.
+            count = len(whole) - len(demo.tokenizer(context.rstrip()).input_ids)
+        else:
+            whole, count = [demo.tokenizer.eos_token_id, *whole], len(whole)
+        expected, first = logprobs(demo.oracle, whole)
+        assert score == pytest.approx(float(expected[-count:].sum()), abs=1e-3)
+        assert greedy == bool(first[-count:].all())
+    # Greedy decoding gives the most likely token, and no other.
+    ids = demo.tokenizer(TEXT).input_ids
+    with torch.no_grad():
+        likely = int(demo.oracle(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+    right, wrong = model._loglikelihood_tokens([(("", ""), ids, [token]) for token in (likely, likely - 1)])
+    assert (right[1], wrong[1]) == (True, False)
+    assert right[0] == pytest.approx(float(logprobs(demo.oracle, [*ids, likely])[0][-1]), abs=1e-4)
+
+
+def test_a_context_too_long_loses_its_beginning(demo):
+    short = EngineLM(LLM.from_parts(demo.llm.engine.model, demo.llm.processor, max_model_len=28), progress=False)
+    ids = demo.tokenizer(TEXT + "the sum").input_ids
+    assert len(ids) > 28
+    (score,) = short.loglikelihood([instance(TEXT, "the sum")])
+    count = len(ids) - len(demo.tokenizer(TEXT.rstrip()).input_ids)
+    assert score[0] == pytest.approx(float(logprobs(demo.oracle, ids[-27:])[0][-count:].sum()), abs=1e-3)
+    short.generate_until([instance(TEXT, {"until": [], "max_gen_toks": 8})])
+    assert list(short.answers[0].prompt_ids) == demo.tokenizer(TEXT).input_ids[-20:]
+    with pytest.raises(OptionError, match="max_gen_toks=28"):
+        short.generate_until([instance(TEXT, {"until": [], "max_gen_toks": 28})])
+
+
+def test_rolling(demo):
+    length = 32  # room for one token more than is scored: 30 tokens predicted in a window
+    short = EngineLM(LLM.from_parts(demo.llm.engine.model, demo.llm.processor, max_model_len=length), progress=False)
+    texts = [TEXT, "Hello"]
+    for text, total in zip(texts, short.loglikelihood_rolling([instance(text) for text in texts]), strict=True):
+        ids, window, expected = demo.tokenizer(text).input_ids, length - 2, 0.0
+        padded = [demo.tokenizer.eos_token_id, *ids]
+        for start in range(0, len(ids), window):
+            stop = min(start + window, len(ids))
+            # The last window reaches back for as much context as fits.
+            begin = max(0, stop - window)
+            scored, _ = logprobs(demo.oracle, padded[begin : stop + 1])
+            expected += float(scored[start - begin :].sum())
+        assert total == pytest.approx(expected, abs=2e-3)
+
+
+def test_generate_until(model, demo):
+    """Against a plain loop over transformers' generate; order, stop strings and special tokens as stops."""
+    contexts = [TEXT, "Hello", "The answer is"]
+    kwargs = {"until": ["<|endoftext|>"], "max_gen_toks": 12, "ignore_eos": True}
+    texts = model.generate_until([instance(context, kwargs) for context in contexts])
+    for context, text, answer in zip(contexts, texts, model.answers, strict=True):
+        ids = demo.tokenizer(context, return_tensors="pt").input_ids
+        end = demo.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        out = demo.oracle.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=end)[0, ids.shape[1] :]
+        assert answer.token_ids == tuple(out.tolist())
+        assert answer.truncated == (out[-1] != end)
+        assert text == demo.tokenizer.decode(out, skip_special_tokens=True) == answer.text
+    stop = next(text[4:6] for text in texts if len(text) > 6)
+    (cut,) = model.generate_until([instance(contexts[0], kwargs | {"until": [stop]})])
+    assert cut == texts[0].split(stop)[0]
+
+
+def test_prompt_tokens_that_were_reused_are_counted(demo):
+    fresh = LLM.from_parts(demo.llm.engine.model, demo.llm.processor, max_num_seqs=1, max_model_len=128)
+    model = EngineLM(fresh, progress=False)
+    kwargs = {"until": [], "max_gen_toks": 2}
+    model.generate_until([instance(TEXT + "One", kwargs), instance(TEXT + "Two", kwargs)])
+    first, second = model.answers
+    shared = sum(a == b for a, b in zip(first.prompt_ids, second.prompt_ids, strict=False))
+    assert first.cached_tokens == 0
+    assert second.cached_tokens == shared // fresh.options.block_size * fresh.options.block_size > 0
+
+
+def test_generation_arguments(model):
+    params = model._sampling({"until": "\n", "do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5})
+    assert (params.temperature, params.top_p, params.max_tokens, params.stop) == (0.7, 0.9, 5, ("\n",))
+    assert model._sampling({"temperature": 0.7, "do_sample": False}).temperature == 0
+    assert model._sampling({"until": []}).max_tokens == 256
+    with pytest.raises(OptionError, match="'num_beams' is unknown"):
+        model._sampling({"num_beams": 4})
+
+
+def test_images(model, demo):
+    """The same as a chat with the picture; log-likelihoods as the model's logits without cache give them."""
+    image = Image.radial_gradient("L").resize((64, 48)).convert("RGB")
+    visual = {"visual": [image]}
+    history = [{"role": "user", "content": "<image>How many red squares?"}]
+    context = model.apply_chat_template(history)
+    kwargs = {"until": [], "max_gen_toks": 8}
+    (text,) = model.generate_until([instance(context, kwargs, visual)])
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "How many red squares?"}]
+    (chat,) = demo.llm.chat([{"role": "user", "content": content}], SamplingParams(temperature=0, max_tokens=8))
+    assert text == chat.outputs[0].text
+    assert model.answers[0].prompt_ids == tuple(chat.prompt_token_ids)
+
+    (score, text_only) = model.loglikelihood([instance(context, "Two.", visual), instance("How many", "?", {})])
+    whole = context.replace("<image>", IMAGE_PLACEHOLDER) + "Two."
+    prompt = demo.llm.processor.prompt({"prompt": whole, "multi_modal_data": {"image": image}})
+    (ready,) = prompt.images
+    logits = demo.llm.engine.model.logits(prompt.token_ids, ready.pixel_values, [ready.grid_thw])[:-1].log_softmax(-1)
+    expected = logits.gather(1, torch.tensor(prompt.token_ids[1:])[:, None]).flatten()
+    count = len(demo.tokenizer("\nTwo.").input_ids)  # the newline before the answer counts as the answer's
+    assert score[0] == pytest.approx(float(expected[-count:].sum()), abs=1e-3)
+    assert text_only[0] == pytest.approx(float(logprobs(demo.oracle, demo.tokenizer("How many?").input_ids)[0][-1]))
+    with pytest.raises(PromptError, match="0 image placeholders"):
+        model.generate_until([instance("no placeholder", kwargs, visual)])
+    assert not demo.llm.engine.scheduler.running
+
+
+def test_lm_evals_command(tmp_path, problems_dir, monkeypatch, capsys):
+    """What ``python eval/lm.py run --model qwen3vl_moe ...`` does, with a task of somebody's own and no network."""
+    task = {
+        "task": "tiny_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(problems_dir / "test.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": ["yes", "no"],
+        "doc_to_target": 0,
+    }
+    (tmp_path / "tiny_choice.yaml").write_text(json.dumps(task))
+    command = "lm-eval run --model qwen3vl_moe --model_args pretrained=demo,dtype=float32 --device cpu "
+    command += f"--tasks {tmp_path}/tiny_choice.yaml --apply_chat_template --output_path {tmp_path}/out --log_samples"
+    monkeypatch.setattr(sys, "argv", command.split())
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    # lm-eval reads the files of its thousands of tasks first, which takes as long as the rest of this file.
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+    lm.main()
+    assert "tiny_choice" in capsys.readouterr().out
+    (samples,) = (tmp_path / "out").rglob("samples_tiny_choice_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(rows) == 3
+    model = EngineLM("demo", dtype="float32", device="cpu", progress=False)
+    for row in rows:
+        arguments = [tuple(each.values()) for each in row["arguments"].values()]
+        assert arguments[0][0].startswith("<|im_start|>user")
+        scores = model.loglikelihood([instance(*each) for each in arguments])
+        assert [float(each[0][0]) for each in row["resps"]] == pytest.approx([score for score, _ in scores])
+
+
+def test_the_commands_errors_are_one_line(monkeypatch, capsys):
+    def fail():
+        raise UserError("no such checkpoint")
+
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", fail)
+    with pytest.raises(SystemExit) as caught:
+        lm.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: no such checkpoint\n"
