@@ -97,8 +97,9 @@ class Trainer:
 
         ``batches`` starts with that of the next step.
         """
-        before, started = self.progress.seconds, time.monotonic()
+        before, started = self.progress.seconds, None
         for pair in batches:
+            started = started or time.monotonic()  # the start of the worker processes does not count
             share = self.progress.seconds / (60 * self.recipe.minutes)
             if self.recipe.steps is not None:
                 share = self.progress.step / self.recipe.steps
