@@ -17,6 +17,11 @@ def runs_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
+def attends_in_kernels(q_TND: Tensor) -> bool:
+    """Whether our attention kernels take these queries: a matrix product has at least 16 channels."""
+    return runs_kernels(q_TND) and q_TND.shape[-1] >= 16
+
+
 def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *, causal: bool) -> Tensor:
     """Softmax attention within each segment, scaled by 1/sqrt(D).
 
@@ -29,7 +34,7 @@ def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *
     Returns:
         [T, N, D] in the dtype of the queries.
     """
-    if runs_kernels(q_TND) and q_TND.shape[-1] >= 16:
+    if attends_in_kernels(q_TND):
         from qwen3vl_moe.model.packed_attention import packed_attention  # needs triton, which a CPU may lack
 
         starts = segments.q_starts, segments.kv_starts
@@ -74,7 +79,7 @@ def cached_attention(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, batch: Batch, 
     segments = batch.segments
     if layer_cache is None or not batch.reads_cache:
         return attention(q_TND, k_TGD, v_TGD, segments, causal=True)
-    if not (runs_kernels(q_TND) and q_TND.shape[-1] >= 16):
+    if not attends_in_kernels(q_TND):
         k_rows, v_rows = layer_cache.flatten(1, 2)
         rows = batch.cache_rows_U
         return attention(q_TND, k_rows[rows], v_rows[rows], segments, causal=True)

@@ -52,10 +52,6 @@ class Segments:
     def max_q(self) -> int:
         return max(self.q_lens)
 
-    @property
-    def max_kv(self) -> int:
-        return max(self.kv_lens)
-
 
 @dataclass(frozen=True)
 class VisionFeatures:
