@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-import time
+import types
 
 import pytest
 import tma_moe
@@ -248,15 +248,15 @@ def test_transformers_bench_runs_and_tables(capsys):
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """A torch.cuda that runs on the host's clock and checks how it is used."""
-    state = {"captured": [], "recording": None}
+    """A torch.cuda that checks how it is used, on a clock that goes on only when a test adds to `state["now"]`."""
+    state = {"now": 0.0, "recording": None}
 
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
 
         def record(self):
-            self.time = time.perf_counter()
+            self.time = state["now"]
 
         def elapsed_time(self, end):
             return (end.time - self.time) * 1e3
@@ -274,35 +274,31 @@ def fake_cuda(monkeypatch):
 
     for name, value in {"Event": Event, "CUDAGraph": Graph, "graph": graph, "synchronize": lambda: None}.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(benchmarking, "time", types.SimpleNamespace(perf_counter=lambda: state["now"]))
     return state
 
 
 def test_cuda_timer_divides_by_the_calls(fake_cuda):
-    """Each call sleeps, so that what the timer says per call can be compared with what it is."""
+    """Every call takes a known time: what the timer says per call must be just that."""
 
-    def call(name, seconds):
-        def sleep():
-            if fake_cuda["recording"] is not None:
-                fake_cuda["recording"].append(lambda: time.sleep(seconds))
-            else:
-                time.sleep(seconds)
+    def candidate(seconds):
+        def work():
+            fake_cuda["now"] += seconds
 
         def run():
             for _ in range(4):
-                sleep()
+                if fake_cuda["recording"] is not None:
+                    fake_cuda["recording"].append(work)
+                else:
+                    work()
 
-        return {name: Candidate(run, 4)}
+        return Candidate(run, 4)
 
     timer = CudaTimer(samples=5, sample_us=8000)
-    candidates = call("fast", 0.001) | call("slow", 0.003)
-    for samples in (timer.graph_us(candidates), {name: s["total"] for name, s in timer.eager_us(candidates).items()}):
-        assert {name: len(values) for name, values in samples.items()} == {"fast": 5, "slow": 5}
-        # Sleeping never takes less than asked for; a busy machine may take much more.
-        assert min(samples["fast"]) >= 1000
-        assert min(samples["slow"]) >= 3000
-        assert benchmarking.spread(samples["fast"])["median"] < 3000
-    host = timer.eager_us(candidates)["slow"]["host"]
-    assert min(host) >= 3000
+    candidates = {"fast": candidate(0.001), "slow": candidate(0.003)}
+    eager = timer.eager_us(candidates)
+    for samples in (timer.graph_us(candidates), *({n: s[kind] for n, s in eager.items()} for kind in ("total", "host"))):
+        assert samples == {"fast": pytest.approx([1000] * 5), "slow": pytest.approx([3000] * 5)}
 
 
 def test_replayed_is_what_the_graph_computes(fake_cuda):
