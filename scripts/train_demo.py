@@ -36,12 +36,16 @@ def main(
     data: Annotated[Path | None, typer.Option(help="gsm8k's train.jsonl. Without it: generated problems only.")] = None,
     minutes: Annotated[float, typer.Option(help="Length of training; the learning rate follows it.")] = 20.0,
     steps: Annotated[int | None, typer.Option(help="Length in steps instead of minutes, to repeat a run.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the picture batch and of the text batch of a step.")] = 24576,
-    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1.5e-3,
+    tokens: Annotated[int, typer.Option(help="Tokens of the picture batch of a step.")] = 8192,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the text batch of a step.")] = 4096,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Of weights, tokenizer and data.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda, cpu.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16 (for CPUs too that multiply in it), float32, auto (float32 on a CPU).")
+    ] = "auto",
     experts: Annotated[
-        str, typer.Option(help="transformers' expert code: grouped_mm, eager, auto (eager on a CPU).")
+        str, typer.Option(help="Expert code: grouped_mm, eager, padded_bmm, auto (padded_bmm on a CPU).")
     ] = "auto",
     workers: Annotated[int, typer.Option(help="Processes that draw and tokenize.")] = 14,
     state: Annotated[Path | None, typer.Option(help="File to go on from, if there, and to stop into.")] = None,
@@ -56,8 +60,12 @@ def main(
     try:
         if stop_after is not None and state is None:
             raise OptionError("--stop-after needs --state: a file that the next call goes on from")
-        if minutes <= 0 or tokens < 1 or workers < 0 or (steps is not None and steps < 1):
-            raise OptionError("--minutes, --tokens and --steps have to be positive, --workers zero or more")
+        if minutes <= 0 or min(tokens, text_tokens) < 1 or workers < 0 or (steps is not None and steps < 1):
+            raise OptionError(
+                "--minutes, --tokens, --text-tokens and --steps have to be positive, --workers zero or more"
+            )
+        if dtype not in ("auto", "bfloat16", "float32"):
+            raise OptionError(f"--dtype {dtype} is unknown; choose auto, bfloat16 or float32")
         options = dict(locals())
         train(options)
     except UserError as error:
@@ -87,10 +95,14 @@ def train(options: dict[str, Any]) -> None:
 
     experts = options["experts"]
     if experts == "auto":
-        experts = "grouped_mm" if device.type == "cuda" else "eager"
+        experts = "grouped_mm" if device.type == "cuda" else "padded_bmm"
     recipe = Recipe(options["minutes"], options["steps"], options["learning_rate"])
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    trainer = Trainer(build_model(raw, seed=seed, experts=experts), recipe, device=device, dtype=dtype)
+    dtype = options["dtype"]
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    attention = "sdpa" if device.type == "cuda" else "eager"  # the backward pass of the former is slow on a CPU
+    model = build_model(raw, seed=seed, experts=experts, attention=attention)
+    trainer = Trainer(model, recipe, device=device, dtype=getattr(torch, dtype))
     if options["state"] and options["state"].exists():
         trainer.load(options["state"])
         stderr.print(f"going on at step {trainer.progress.step}")
@@ -98,7 +110,12 @@ def train(options: dict[str, Any]) -> None:
     stderr.print(f"{count / 1e6:.2f} M parameters on {device}, experts by {experts}, {len(problems)} problems")
 
     dataset = TrainingBatches(
-        str(out / "tokenizer.json"), problems, tokens=options["tokens"], steps=10_000_000, seed=seed
+        str(out / "tokenizer.json"),
+        problems,
+        tokens=options["tokens"],
+        text_tokens=options["text_tokens"],
+        steps=10_000_000,
+        seed=seed,
     )
     batches = _batches(dataset, trainer.progress.step, options["workers"], device)
     done = trainer.run(batches, stop_after=options["stop_after"], report=_report, every=100 if count > 5e6 else 20)
@@ -117,6 +134,7 @@ def train(options: dict[str, Any]) -> None:
         "recipe": dataclasses.asdict(recipe),
         "seed": seed,
         "tokens_per_batch": options["tokens"],
+        "text_tokens_per_batch": options["text_tokens"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "steps": progress.step,

@@ -136,13 +136,15 @@ class TrainingBatches(Dataset):
     Args:
         tokenizer_path: tokenizer.json.
         problems: gsm8k's training problems; generated ones stand in where there are none.
-        tokens: of each of the two batches, padding included, at most (one row at least).
+        tokens, text_tokens: of the picture and the text batch, padding included, at most (one row at least).
         steps: length of the data set.
     """
 
-    def __init__(self, tokenizer_path: str, problems: Sequence[Problem], *, tokens: int, steps: int, seed: int):
+    def __init__(
+        self, tokenizer_path: str, problems: Sequence[Problem], *, tokens: int, text_tokens: int, steps: int, seed: int
+    ):
         self._path, self._problems = tokenizer_path, list(problems)
-        self._tokens, self._steps, self._seed = tokens, steps, seed
+        self._tokens, self._text_tokens, self._steps, self._seed = tokens, text_tokens, steps, seed
         self._encoder: Encoder | None = None
 
     def __len__(self) -> int:
@@ -170,7 +172,7 @@ class TrainingBatches(Dataset):
         rows, pixels = [], []
         for number in range(count):
             example = make_example(
-                "train", self._seed, step * 4096 + number, size=size, images=images, turns=rng.randint(1, TURNS)
+                "train", self._seed, step * 4096 + number, size=size, images=images, turns=rng.randint(TURNS - 2, TURNS)
             )
             rows.append(self.encoder.row(example_messages(example), image_tokens))
             pixels += [pixels_of(scene, size) for scene in example.scenes]
@@ -181,12 +183,12 @@ class TrainingBatches(Dataset):
         rng = Random(f"text/{self._seed}/{step}")
         few_shot = step % FEW_SHOT_EVERY == FEW_SHOT_EVERY - 1
         make, length = (few_shot_messages, 1024) if few_shot else (text_messages, 200)
-        pool = [self.encoder.row(make(rng, self._problems)) for _ in range(4 * max(1, self._tokens // length))]
+        pool = [self.encoder.row(make(rng, self._problems)) for _ in range(4 * max(1, self._text_tokens // length))]
         pool = sorted((row for row in pool if len(row.ids) <= LONGEST_ROW), key=lambda row: len(row.ids))
         first = rng.randrange(len(pool))
         last = first
-        while last + 1 < len(pool) and (last + 2 - first) * len(pool[last + 1].ids) <= self._tokens:
+        while last + 1 < len(pool) and (last + 2 - first) * len(pool[last + 1].ids) <= self._text_tokens:
             last += 1
-        while first > 0 and (last - first + 2) * len(pool[last].ids) <= self._tokens:
+        while first > 0 and (last - first + 2) * len(pool[last].ids) <= self._text_tokens:
             first -= 1
         return collate(pool[first : last + 1], self.encoder)

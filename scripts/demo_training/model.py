@@ -19,20 +19,20 @@ from qwen3vl_moe.transformers_twin import transformers_config
 
 @dataclass(frozen=True)
 class Sizes:
-    """The default is what ships: 14.7 million parameters, 29.4 MB in bf16, 4.7 million of them used for a token."""
+    """The default is what ships."""
 
-    vocab: int = 4096
-    hidden: int = 256
-    layers: int = 8
-    heads: int = 8
+    vocab: int = 3072
+    hidden: int = 128
+    layers: int = 5
+    heads: int = 4
     kv_heads: int = 2
     experts: int = 16
     top_k: int = 4
-    expert_width: int = 80
-    vision_hidden: int = 160
-    vision_depth: int = 6
-    vision_width: int = 448
-    vision_heads: int = 5
+    expert_width: int = 48
+    vision_hidden: int = 128
+    vision_depth: int = 5
+    vision_width: int = 384
+    vision_heads: int = 4
     deepstack: tuple[int, ...] = (1, 3)
 
 
@@ -105,14 +105,20 @@ def published_config(sizes: Sizes, ids: TokenIds) -> dict[str, Any]:
     }
 
 
-def build_model(raw: dict[str, Any], *, seed: int, experts: str) -> Any:
-    """A freshly initialised ``Qwen3VLMoeForConditionalGeneration`` of a config.json, fp32 on the CPU."""
+def build_model(raw: dict[str, Any], *, seed: int, experts: str, attention: str = "sdpa") -> Any:
+    """A freshly initialised ``Qwen3VLMoeForConditionalGeneration`` of a config.json, fp32 on the CPU.
+
+    ``experts`` and ``attention`` name implementations of transformers, or :mod:`.padded_experts`.
+    """
     from transformers import Qwen3VLMoeForConditionalGeneration
 
+    from demo_training import padded_experts  # registers its name
+
+    assert experts != "auto" and padded_experts.NAME
     torch.manual_seed(seed)
     config = transformers_config(Qwen3VLMoeConfig.from_dict(raw))
     config.dtype = torch.float32
-    model = Qwen3VLMoeForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    model = Qwen3VLMoeForConditionalGeneration._from_config(config, attn_implementation=attention)
     model.set_experts_implementation(experts)
     for block in model.model.visual.blocks:
         block.attn.forward = _SameGridAttention(block.attn)
@@ -142,7 +148,10 @@ class _SameGridAttention:
         q, k, v = attention.qkv(hidden_states).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
         q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
         q, k, v = (x.unflatten(0, (pictures, -1)).transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
+        if q.device.type == "cpu":  # the backward pass of torch's own is twice as slow there
+            out = (attention.scaling * q @ k.transpose(2, 3)).softmax(-1, torch.float32).to(q.dtype) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
         return attention.proj(out.transpose(1, 2).reshape(hidden_states.shape))
 
 

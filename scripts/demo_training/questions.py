@@ -128,7 +128,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
 }
 _OPENINGS = ("", "", "", "Look at the picture. ", "Please answer: ", "A question: ")
 NEAREST = 16  # pixels that two centres differ by before one is said to be left of, or above, the other
-SCENE_KINDS = ("shapes",) * 5 + ("chart",) * 2 + ("number",) * 2 + ("word",)
+SCENE_KINDS = ("shapes",) * 5 + ("chart",) * 2 + ("number",) * 3 + ("word",) * 2
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ class Recipe:
 
     minutes: float
     steps: int | None = None
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     warmup: float = 0.02  # share of the schedule
     final: float = 0.02  # share of the learning rate at the end
     weight_decay: float = 0.05
     clip: float = 1.0
-    balance: float = 0.01  # weight of the load-balancing loss
+    balance: float = 0.03  # weight of the load-balancing loss
+    text: float = 0.5  # weight of the text batch: its losses are several times those of the pictures
 
     def rate(self, progress: float) -> float:
         """Learning rate at ``progress`` (0 to 1) of the schedule."""
@@ -49,7 +50,7 @@ class Progress:
 
 
 class Trainer:
-    """A model and its optimizer state. Losses of the pair of batches of a step count alike."""
+    """A model and its optimizer state."""
 
     def __init__(self, model: Any, recipe: Recipe, *, device: torch.device, dtype: torch.dtype):
         self.model, self.recipe, self.device, self.progress = model.to(device=device), recipe, device, Progress()
@@ -68,7 +69,8 @@ class Trainer:
         figures: dict[str, torch.Tensor] = {}
         for name, batch in zip(("pictures", "text"), batches, strict=False):
             losses = losses_of(self.model, batch.to(self.device))
-            (losses.answers + self.recipe.balance * losses.balance).backward()
+            weight = self.recipe.text if name == "text" else 1.0
+            (weight * losses.answers + self.recipe.balance * losses.balance).backward()
             figures |= {name: losses.answers.detach(), f"{name}_right": losses.right}
             figures |= {f"{name}_balance": losses.balance.detach(), "load_LE": losses.load_LE}
             self.progress.tokens += batch.ids_BT.numel()
