@@ -1,10 +1,11 @@
 """Accuracy of a demo checkpoint on held-out pictures, by question kind, through this package's LLM.
 
     python scripts/eval_demo.py --model qwen3vl_moe/demo
+    python scripts/eval_demo.py --model qwen3vl_moe/demo --against-transformers
     python scripts/eval_demo.py --sample picture.png     # draw one of them, and print its question and answer
 
 The pictures and phrasings are never used in training. The table goes to stderr; stdout holds nothing but JSON with
---json. Exit status: 0 done, 2 something in the call has to be mended.
+--json. Exit status: 0 done, 1 answers differ from those of transformers, 2 something in the call has to be mended.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cuda, cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
+    against_transformers: Annotated[
+        bool, typer.Option("--against-transformers", help="Ask transformers too: on the CPU, in fp32, one by one.")
+    ] = False,
     sample: Annotated[Path | None, typer.Option(help="Write one held-out picture here instead; .png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The counts as one JSON object on stdout.")] = False,
 ) -> None:
@@ -47,34 +51,63 @@ def main(
             raise OptionError("name a checkpoint directory with --model, or a picture to draw with --sample")
         if not Path(model).is_dir():
             raise OptionError(f"--model {model} is no directory; scripts/train_demo.py makes one")
-        _evaluate(model, questions, data, problems, {"device": device, "dtype": dtype, "moe": moe}, as_json)
+        options = {"device": device, "dtype": dtype, "moe": moe}
+        if against_transformers:
+            if set(options.values()) != {"auto"}:
+                raise OptionError(
+                    "--against-transformers compares in fp32 on the CPU: leave --device, --dtype and --moe"
+                )
+            options = {"device": "cpu", "dtype": "float32", "moe": "reference"}
+        _evaluate(model, questions, data, problems, options, against_transformers, as_json)
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None
 
 
 def _evaluate(
-    model: str, questions: int, data: Path | None, problems: int, options: dict[str, str], as_json: bool
+    model: str, questions: int, data: Path | None, problems: int, options: dict[str, str], against: bool, as_json: bool
 ) -> None:
-    from demo_training.evaluation import heldout_examples, score_pictures, score_problems
+    from functools import partial
+
+    from demo_training.evaluation import evaluate, heldout_examples, our_answers, transformers_answers
     from demo_training.texts import read_problems
 
     from qwen3vl_moe.engine import LLM  # slow to import: not before the options have been checked
 
+    examples = heldout_examples(questions)
     training = read_problems(data)[:problems] if data else []
     llm = LLM(model, **options)
-    scores = {"pictures": score_pictures(llm, heldout_examples(questions))}
-    table = Table("questions", "right", "of", "share")
-    for kind, cell in scores["pictures"].items():
-        table.add_row(kind, str(cell["right"]), str(cell["of"]), f"{cell['right'] / cell['of']:.1%}")
-    if training:
-        cell = scores["training_problems"] = score_problems(llm, training)
-        for name in ("strict", "flexible"):
-            share = f"{cell[name] / cell['of']:.1%}"
-            table.add_row(f"training problems, {name}", str(cell[name]), str(cell["of"]), share)
-    stderr.print(table)
+    scores, answers = evaluate(partial(our_answers, llm), examples, training)
+    columns = {"ours": scores}
+    if against:
+        columns["transformers"], theirs = evaluate(partial(transformers_answers, model), examples, training)
+        different = [number for number, pair in enumerate(zip(answers, theirs, strict=True)) if pair[0] != pair[1]]
+        scores["transformers"] = columns["transformers"] | {"different_answers": len(different)}
+    stderr.print(_table(columns))
+    if against:
+        stderr.print(f"{len(different)} of {len(answers)} answers differ between ours and transformers")
+        for number in different[:5]:
+            stderr.print(f"  question {number}: {answers[number]!r} and {theirs[number]!r}")
     if as_json:
         print(json.dumps(scores))
+    if against and different:
+        raise typer.Exit(1)
+
+
+def _table(columns: dict[str, dict]) -> Table:
+    """Right answers by kind; a column for each who answered."""
+    rows: dict[str, list[str]] = {}
+    for scores in columns.values():
+        cells = {kind: (cell["right"], cell["of"]) for kind, cell in scores["pictures"].items()}
+        for name in ("strict", "flexible") if "training_problems" in scores else ():
+            cell = scores["training_problems"]
+            cells[f"training problems, {name}"] = cell[name], cell["of"]
+        for kind, (right, of) in cells.items():
+            rows.setdefault(kind, []).append(f"{right} of {of} ({right / of:.1%})")
+    table = Table("questions", *(f"right, {name}" for name in columns))
+    for kind, cells in rows.items():
+        table.add_row(kind, *cells)
+    return table
 
 
 def _draw_sample(path: Path) -> None:

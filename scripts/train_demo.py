@@ -160,7 +160,7 @@ def _device(name: str) -> Any:
 
 
 def _batches(dataset: Any, first: int, workers: int, device: Any) -> Iterator[Any]:
-    """Pairs of batches from step ``first`` on; worker processes draw ahead."""
+    """The batches from step ``first`` on; worker processes draw ahead."""
     from torch.utils.data import DataLoader
 
     ahead = {"prefetch_factor": 8, "multiprocessing_context": "spawn"} if workers else {}
@@ -186,17 +186,20 @@ def _report(figures: dict[str, float]) -> None:
 
 
 def _evaluate(out: Path, device: Any, options: dict[str, Any], problems: list) -> dict[str, Any]:
-    from demo_training.evaluation import heldout_examples, score_pictures, score_problems
+    from functools import partial
+
+    from demo_training.evaluation import evaluate, heldout_examples, our_answers
 
     from qwen3vl_moe.engine import LLM
 
     started = time.monotonic()
     llm = LLM(out, device=str(device), moe="reference")
-    final: dict[str, Any] = {"pictures": score_pictures(llm, heldout_examples(options["questions"]))}
+    final, _ = evaluate(
+        partial(our_answers, llm), heldout_examples(options["questions"]), problems[: options["problems"]]
+    )
     for kind, cell in final["pictures"].items():
         stderr.print(f"{kind:16s} {cell['right']:5d} of {cell['of']:5d}")
-    if problems and options["problems"]:
-        final["training_problems"] = score_problems(llm, problems[: options["problems"]])
+    if "training_problems" in final:
         stderr.print(f"training problems: {final['training_problems']}")
     return final | {"evaluation_seconds": round(time.monotonic() - started, 1)}
 

@@ -131,12 +131,13 @@ def collate(rows: Sequence[Row], encoder: Encoder, pixels: list[np.ndarray] | No
 
 
 class TrainingBatches(Dataset):
-    """Item ``step`` is the pair of batches (pictures, text) of that step, the same on every call.
+    """Item ``step`` holds the batches of that step, two of pictures and one of text, the same on every call.
 
     Args:
         tokenizer_path: tokenizer.json.
         problems: gsm8k's training problems; generated ones stand in where there are none.
-        tokens, text_tokens: of the picture and the text batch, padding included, at most (one row at least).
+        tokens: of the picture batches, padding included, about.
+        text_tokens: of the text batch, padding included, at most (one row at least).
         steps: length of the data set.
     """
 
@@ -150,10 +151,10 @@ class TrainingBatches(Dataset):
     def __len__(self) -> int:
         return self._steps
 
-    def __getitem__(self, step: int) -> tuple[Batch, Batch]:
+    def __getitem__(self, step: int) -> tuple[Batch, Batch, Batch]:
         if not 0 <= step < self._steps:
             raise IndexError(step)
-        return self.pictures(step), self.text(step)
+        return *self.pictures(step), self.text(step)
 
     @property
     def encoder(self) -> Encoder:
@@ -163,20 +164,27 @@ class TrainingBatches(Dataset):
             self._encoder = Encoder(Tokenizer.from_file(self._path))
         return self._encoder
 
-    def pictures(self, step: int) -> Batch:
+    def pictures(self, step: int) -> tuple[Batch, Batch]:
+        """Rows of pictures in two batches, the shorter rows and the longer ones: half of one batch would be padding."""
         rng = Random(f"pictures/{self._seed}/{step}")
         size = rng.choice(SIZES)
         images = 2 if rng.random() < 0.2 else 1
         image_tokens = size[0] * size[1] // (PATCH * MERGE) ** 2
-        count = max(1, self._tokens // (images * image_tokens + 120))
-        rows, pixels = [], []
+        count = max(2, self._tokens // (images * image_tokens + 85))
+        rows = []
         for number in range(count):
             example = make_example(
                 "train", self._seed, step * 4096 + number, size=size, images=images, turns=rng.randint(TURNS - 2, TURNS)
             )
-            rows.append(self.encoder.row(example_messages(example), image_tokens))
-            pixels += [pixels_of(scene, size) for scene in example.scenes]
-        return collate(rows, self.encoder, pixels)
+            row = self.encoder.row(example_messages(example), image_tokens)
+            rows.append((row, [pixels_of(scene, size) for scene in example.scenes]))
+        rows.sort(key=lambda row: len(row[0].ids))
+        lengths = [len(row.ids) for row, _ in rows]
+        cut = min(range(1, count), key=lambda n: n * lengths[n - 1] + (count - n) * lengths[-1])
+        return tuple(
+            collate([row for row, _ in part], self.encoder, [picture for _, pictures in part for picture in pictures])
+            for part in (rows[:cut], rows[cut:])
+        )
 
     def text(self, step: int) -> Batch:
         """Rows of similar length: a slice of a sorted pool, as many as the budget holds."""

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 
+from demo_training import padded_experts
 from demo_training.batches import FRAMES, IGNORE, MERGE, PATCH, Batch
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.tiny import SPECIAL_TOKENS, TokenIds
@@ -112,9 +113,7 @@ def build_model(raw: dict[str, Any], *, seed: int, experts: str, attention: str 
     """
     from transformers import Qwen3VLMoeForConditionalGeneration
 
-    from demo_training import padded_experts  # registers its name
-
-    assert experts != "auto" and padded_experts.NAME
+    padded_experts.register()
     torch.manual_seed(seed)
     config = transformers_config(Qwen3VLMoeConfig.from_dict(raw))
     config.dtype = torch.float32

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "padded_bmm"
 STEP = 512
@@ -61,4 +60,8 @@ def _forward(module: torch.nn.Module, x_TH: Tensor, ids_TK: Tensor, weights_TK: 
     return padded_experts(x_TH, ids_TK, weights_TK, module.gate_up_proj, module.down_proj)
 
 
-ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
+def register() -> None:
+    """Make :data:`NAME` an experts implementation of transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from demo_training.batches import Batch
+from demo_training.batches import IGNORE, Batch
 from demo_training.model import losses_of
 
 
@@ -67,12 +67,18 @@ class Trainer:
     def step(self, batches: Iterable[Batch], progress: float) -> dict[str, torch.Tensor]:
         """One update at ``progress`` of the schedule; figures as tensors, since reading them would wait."""
         figures: dict[str, torch.Tensor] = {}
-        for name, batch in zip(("pictures", "text"), batches, strict=False):
+        batches = list(batches)
+        names = ["text" if batch.pixels is None else "pictures" for batch in batches]
+        learned = [int((batch.labels_BT != IGNORE).sum()) for batch in batches]
+        for name, count, batch in zip(names, learned, batches, strict=True):
             losses = losses_of(self.model, batch.to(self.device))
+            # Every learned token counts alike, whichever batch of its kind it is in.
+            share = count / sum(other for kind, other in zip(names, learned, strict=True) if kind == name)
             weight = self.recipe.text if name == "text" else 1.0
-            (weight * losses.answers + self.recipe.balance * losses.balance).backward()
-            figures |= {name: losses.answers.detach(), f"{name}_right": losses.right}
-            figures |= {f"{name}_balance": losses.balance.detach(), "load_LE": losses.load_LE}
+            (share * (weight * losses.answers + self.recipe.balance * losses.balance)).backward()
+            parts = {name: losses.answers, f"{name}_right": losses.right, f"{name}_balance": losses.balance}
+            figures |= {key: figures.get(key, 0.0) + share * value.detach() for key, value in parts.items()}
+            figures["load_LE"] = losses.load_LE
             self.progress.tokens += batch.ids_BT.numel()
             self.progress.pictures += 0 if batch.pixels is None else len(batch.pixels)
         for copy, parameter in zip(self.master, self.parameters, strict=True):
@@ -89,7 +95,7 @@ class Trainer:
 
     def run(
         self,
-        batches: Iterable[tuple[Batch, Batch]],
+        batches: Iterable[Sequence[Batch]],
         *,
         stop_after: float | None = None,
         report: Callable[[dict[str, float]], None] = lambda figures: None,
@@ -100,7 +106,7 @@ class Trainer:
         ``batches`` starts with that of the next step.
         """
         before, started = self.progress.seconds, None
-        for pair in batches:
+        for parts in batches:
             started = started or time.monotonic()  # the start of the worker processes does not count
             share = self.progress.seconds / (60 * self.recipe.minutes)
             if self.recipe.steps is not None:
@@ -109,7 +115,7 @@ class Trainer:
                 return True
             if stop_after is not None and self.progress.seconds - before >= 60 * stop_after:
                 return False
-            figures = self.step(pair, share)
+            figures = self.step(parts, share)
             if self.progress.step % every == 0 or self.progress.step == 1:
                 self.progress.load_LE = figures.pop("load_LE").tolist()
                 line = {"step": self.progress.step, "lr": self.recipe.rate(share)}

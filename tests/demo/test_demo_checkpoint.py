@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from demo_training.batches import TrainingBatches
-from demo_training.evaluation import conversation, heldout_examples, score_pictures, score_problems
+from demo_training.evaluation import (
+    conversation,
+    evaluate,
+    heldout_examples,
+    our_answers,
+    score_pictures,
+    score_problems,
+)
 from demo_training.model import Sizes, build_model, patches_of, published_config
 from demo_training.publish import SHARD_BYTES
 from demo_training.texts import Problem
@@ -25,7 +33,8 @@ def test_both_libraries_read_the_weights_back_and_agree(untrained):
     for name, value in model.state_dict().items():
         assert torch.equal(theirs.state_dict()[name], value), name
     ours = Qwen3VLMoe.from_pretrained(path, dtype=torch.float32, progress=False)
-    batch = TrainingBatches(str(path / "tokenizer.json"), [], tokens=300, steps=1, seed=0).pictures(0)
+    data = TrainingBatches(str(path / "tokenizer.json"), [], tokens=300, text_tokens=300, steps=1, seed=0)
+    batch = data.pictures(0)[0]
     pictures = len(batch.pixels) // len(batch.ids_BT)
     patches, grid = patches_of(batch.pixels[:pictures], torch.float32)
     ids = batch.ids_BT[:1, : int(batch.valid_BT[0].sum())]
@@ -90,9 +99,20 @@ def test_transformers_processor_makes_the_same_prompt_and_pixels(untrained):
 
 def test_scores_count_every_question_once(untrained):
     llm = LLM(untrained[0], device="cpu", dtype="float32")
-    examples = heldout_examples(5)
-    table = score_pictures(llm, examples)
+    problem = Problem("What is 1 plus 1?", "1+1 = 2.\n#### 2")
+    scores, answers = evaluate(partial(our_answers, llm), heldout_examples(5), [problem])
+    table = scores["pictures"]
     assert table["all"]["of"] == 5
     assert sum(cell["of"] for kind, cell in table.items() if kind != "all") == 5
-    scores = score_problems(llm, [Problem("What is 1 plus 1?", "1+1 = 2.\n#### 2")], max_tokens=8)
-    assert scores["of"] == 1
+    assert scores["training_problems"]["of"] == 1
+    assert len(answers) == 6
+
+
+def test_scores_tell_right_from_wrong():
+    examples = heldout_examples(30)
+    answers = [example.questions[0].answer for example in examples]
+    assert score_pictures(examples, answers)["all"] == {"right": 30, "of": 30}
+    wrong = [f"{answer}s" for answer in answers[:10]] + answers[10:]
+    assert score_pictures(examples, wrong)["all"] == {"right": 20, "of": 30}
+    problems = [Problem("?", "#### 1,200"), Problem("?", "#### 7")]
+    assert score_problems(problems, ["So 1200.\n#### 1,200", "It is 7."]) == {"strict": 1, "flexible": 2, "of": 2}
