@@ -120,7 +120,9 @@ def _draw_sample(path: Path) -> None:
         draw(example.scenes[0]).save(path)
     except (OSError, ValueError) as error:
         raise OptionError(f"--sample {path} cannot be written: {error}; name a .png file") from None
-    stderr.print(f"{path}: {example.questions[0].text} {example.questions[0].answer}")
+    stderr.print(f"picture:  {path}")
+    stderr.print(f"question: {example.questions[0].text}")
+    stderr.print(f"expected: {example.questions[0].answer}")
 
 
 if __name__ == "__main__":

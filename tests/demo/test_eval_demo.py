@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import eval_demo
 from PIL import Image
 from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def invoke(*options: object):
@@ -22,7 +26,9 @@ def test_counts_come_as_json(untrained):
 def test_the_sample_is_a_picture_with_its_question_and_answer(tmp_path):
     done = invoke("--sample", tmp_path / "new" / "picture.png")
     assert done.exit_code == 0, done.output
-    assert "What do you see in this picture?" in done.stderr
+    asked = re.search(r"question: (.*)", done.stderr)[1]
+    assert f'--prompt "{asked}"' in (ROOT / "Makefile").read_text()
+    assert "expected: " in done.stderr
     assert Image.open(tmp_path / "new" / "picture.png").mode == "RGB"
 
 
