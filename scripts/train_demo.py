@@ -34,7 +34,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     out: Annotated[Path, typer.Option(help="Directory of the checkpoint.")],
     data: Annotated[Path | None, typer.Option(help="gsm8k's train.jsonl. Without it: generated problems only.")] = None,
-    minutes: Annotated[float, typer.Option(help="Length of training; the learning rate follows it.")] = 20.0,
+    tower_steps: Annotated[int, typer.Option(help="Steps in which the vision tower learns alone, before.")] = 3000,
+    minutes: Annotated[float, typer.Option(help="Length of training after that; the rate follows it.")] = 20.0,
     steps: Annotated[int | None, typer.Option(help="Length in steps instead of minutes, to repeat a run.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the picture batch of a step.")] = 8192,
     text_tokens: Annotated[int, typer.Option(help="Tokens of the text batch of a step.")] = 4096,
@@ -60,9 +61,15 @@ def main(
     try:
         if stop_after is not None and state is None:
             raise OptionError("--stop-after needs --state: a file that the next call goes on from")
-        if minutes <= 0 or min(tokens, text_tokens) < 1 or workers < 0 or (steps is not None and steps < 1):
+        if (
+            minutes <= 0
+            or min(tokens, text_tokens) < 1
+            or min(workers, tower_steps) < 0
+            or (steps is not None and steps < 1)
+        ):
             raise OptionError(
-                "--minutes, --tokens, --text-tokens and --steps have to be positive, --workers zero or more"
+                "--minutes, --tokens, --text-tokens and --steps have to be positive, --workers and --tower-steps zero "
+                "or more"
             )
         if dtype not in ("auto", "bfloat16", "float32"):
             raise OptionError(f"--dtype {dtype} is unknown; choose auto, bfloat16 or float32")
@@ -80,6 +87,7 @@ def train(options: dict[str, Any]) -> None:
     from demo_training.publish import write_json, write_weights
     from demo_training.texts import read_problems
     from demo_training.tokenizer import write_processor
+    from demo_training.tower import TowerBatches, train_tower
     from demo_training.trainer import Recipe, Trainer
 
     device = _device(options["device"])
@@ -101,12 +109,18 @@ def train(options: dict[str, Any]) -> None:
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     attention = "sdpa" if device.type == "cuda" else "eager"  # the backward pass of the former is slow on a CPU
-    model = build_model(raw, seed=seed, experts=experts, attention=attention)
-    trainer = Trainer(model, recipe, device=device, dtype=getattr(torch, dtype))
-    if options["state"] and options["state"].exists():
+    dtype = getattr(torch, dtype)
+    model = build_model(raw, seed=seed, experts=experts, attention=attention).to(device)
+    goes_on = options["state"] and options["state"].exists()
+    if options["tower_steps"] and not goes_on:
+        alone = TowerBatches(pictures=64, steps=options["tower_steps"], seed=seed)
+        pictures = _batches(alone, 0, options["workers"], device)
+        train_tower(model, pictures, recipe, len(alone), device=device, dtype=dtype, report=_report_tower)
+    trainer = Trainer(model, recipe, device=device, dtype=dtype)
+    if goes_on:
         trainer.load(options["state"])
         stderr.print(f"going on at step {trainer.progress.step}")
-    count = sum(parameter.numel() for parameter in trainer.parameters)
+    count = sum(parameter.numel() for parameter in trainer.weights.parameters)
     stderr.print(f"{count / 1e6:.2f} M parameters on {device}, experts by {experts}, {len(problems)} problems")
 
     dataset = TrainingBatches(
@@ -133,6 +147,7 @@ def train(options: dict[str, Any]) -> None:
         "bytes": size,
         "recipe": dataclasses.asdict(recipe),
         "seed": seed,
+        "tower_steps": options["tower_steps"],
         "tokens_per_batch": options["tokens"],
         "text_tokens_per_batch": options["text_tokens"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -174,6 +189,10 @@ def _batches(dataset: Any, first: int, workers: int, device: Any) -> Iterator[An
             **ahead,
         )
     )
+
+
+def _report_tower(step: int, loss: float, right: float) -> None:
+    stderr.print(f"vision tower alone, step {step:5d}  loss {loss:.3f}  {right:.3f} of the things named rightly")
 
 
 def _report(figures: dict[str, float]) -> None:

@@ -28,6 +28,9 @@ PATCH, MERGE, FRAMES = 16, 2, 2
 TURNS = 5  # most questions about one picture: drawing it costs more than asking
 FEW_SHOT_EVERY = 12  # one text batch in so many holds few-shot prompts, which are several times as long
 LONGEST_ROW = 2048
+# Steps over which batches of easy pictures give way to all the others. Where there is one shape, an answer needs no
+# search for the thing it is about: colours and shapes are learned there at once, and among many hardly ever.
+EASY_STEPS = 1000
 
 
 @dataclass
@@ -168,13 +171,20 @@ class TrainingBatches(Dataset):
         """Rows of pictures in two batches, the shorter rows and the longer ones: half of one batch would be padding."""
         rng = Random(f"pictures/{self._seed}/{step}")
         size = rng.choice(SIZES)
-        images = 2 if rng.random() < 0.2 else 1
+        easy = rng.random() > step / EASY_STEPS
+        images = 2 if rng.random() < 0.2 and not easy else 1
         image_tokens = size[0] * size[1] // (PATCH * MERGE) ** 2
         count = max(2, self._tokens // (images * image_tokens + 85))
         rows = []
         for number in range(count):
             example = make_example(
-                "train", self._seed, step * 4096 + number, size=size, images=images, turns=rng.randint(TURNS - 2, TURNS)
+                "train",
+                self._seed,
+                step * 4096 + number,
+                size=size,
+                images=images,
+                turns=rng.randint(TURNS - 2, TURNS),
+                easy=easy,
             )
             row = self.encoder.row(example_messages(example), image_tokens)
             rows.append((row, [pixels_of(scene, size) for scene in example.scenes]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -19,7 +20,8 @@ def draw(scene: Scene) -> Image.Image:
     if scene.bars:
         _draw_chart(pen, scene)
     if scene.text:
-        _draw_text(pen, scene)
+        x, y, font = _text_place(scene)
+        pen.text((x, y), scene.text, font=font, fill=COLOURS[scene.ink])
     return picture
 
 
@@ -81,14 +83,44 @@ def _font(height: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(height)
 
 
-def _draw_text(pen: ImageDraw.ImageDraw, scene: Scene) -> None:
+def _text_place(scene: Scene) -> tuple[int, int, ImageFont.FreeTypeFont]:
+    """Where the text begins, and its font: as large as drawn, or as fits."""
     rng = np.random.default_rng(scene.seed)
     size = int(rng.integers(26, 41))
     while True:
-        left, top, right, bottom = pen.textbbox((0, 0), scene.text, font=_font(size))
+        left, top, right, bottom = _font(size).getbbox(scene.text)
         if right - left <= scene.width - 8:
             break
         size -= 2
     x = int(rng.integers(4, scene.width - (right - left) - 3)) - left
     y = int(rng.integers(4, scene.height - (bottom - top) - 3)) - top
-    pen.text((x, y), scene.text, font=_font(size), fill=COLOURS[scene.ink])
+    return x, y, _font(size)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A thing in a picture: its centre in pixels (of a bar, that of its top), what it is (a shape, ``bar`` or a
+    character), its colour, and its size (of a bar, its value; of a character, nothing)."""
+
+    x: float
+    y: float
+    what: str
+    colour: str
+    size: str
+
+
+def marks(scene: Scene) -> list[Mark]:
+    """Everything in a scene, where it is drawn."""
+    found = [Mark(shape.x, shape.y, shape.kind, shape.colour, shape.size) for shape in scene.shapes]
+    if scene.bars:
+        left, base, slot, unit = chart_frame(scene)
+        for number, bar in enumerate(scene.bars):
+            x = left + number * slot + slot // 6 + slot // 3
+            found.append(Mark(x, base - bar.value * unit, "bar", bar.colour, str(bar.value)))
+    if scene.text:
+        x, y, font = _text_place(scene)
+        _, top, _, bottom = font.getbbox(scene.text)
+        for number, character in enumerate(scene.text):
+            middle = (font.getlength(scene.text[:number]) + font.getlength(scene.text[: number + 1])) / 2
+            found.append(Mark(x + middle, y + (top + bottom) / 2, character, scene.ink, ""))
+    return found

@@ -154,6 +154,7 @@ def make_example(
     size: tuple[int, int] | None = None,
     images: int | None = None,
     turns: int = 1,
+    easy: bool = False,
 ) -> Example:
     """Example ``number`` of a split, the same on every call.
 
@@ -163,12 +164,16 @@ def make_example(
         size: of all pictures; None draws one.
         images: 1 or 2; None draws it, one in five has two.
         turns: most questions asked about the pictures, all different.
+        easy: one picture with few shapes.
     """
     rng = Random(f"{split}/{seed}/{number}")
     size = size or rng.choice(SIZES)
-    if (images or (2 if rng.random() < 0.2 else 1)) == 1:
+    scenes: tuple[Scene, ...]
+    if easy:
+        scenes = (draw_scene(rng, size, "shapes", most=rng.choice((1, 1, 2, 3))),)
+    elif (images or (2 if rng.random() < 0.2 else 1)) == 1:
         kind = rng.choice(SCENE_KINDS)
-        scenes: tuple[Scene, ...] = (draw_scene(rng, size, kind),)
+        scenes = (draw_scene(rng, size, kind),)
     else:
         scenes = (draw_scene(rng, size, "shapes"), draw_scene(rng, size, "shapes"))
     facts = two_picture_facts(*scenes, rng) if len(scenes) == 2 else scene_facts(scenes[0], rng)

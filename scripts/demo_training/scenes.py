@@ -71,7 +71,7 @@ class Scene:
     ink: str = "black"
 
 
-def draw_scene(rng: Random, size: tuple[int, int], kind: str) -> Scene:
+def draw_scene(rng: Random, size: tuple[int, int], kind: str, most: int = MOST_SHAPES) -> Scene:
     """Choose a scene.
 
     Args:
@@ -79,6 +79,7 @@ def draw_scene(rng: Random, size: tuple[int, int], kind: str) -> Scene:
         size: width and height that the processor cuts patches from; the picture itself may be a few pixels off, and is
             then resized to it like any other picture.
         kind: ``shapes``, ``chart``, ``number`` or ``word``.
+        most: shapes.
     """
     width, height = size
     if rng.random() < 0.25:
@@ -97,7 +98,7 @@ def draw_scene(rng: Random, size: tuple[int, int], kind: str) -> Scene:
         "seed": rng.getrandbits(32),
     }
     if kind == "shapes":
-        return Scene(**common, shapes=_place(rng, width, height, colours))
+        return Scene(**common, shapes=_place(rng, width, height, colours, most))
     if kind == "chart":
         count = rng.randint(2, 4)
         values = rng.sample(range(1, CHART_TOP + 1), count)  # different heights: one is the highest
@@ -106,9 +107,9 @@ def draw_scene(rng: Random, size: tuple[int, int], kind: str) -> Scene:
     return Scene(**common, text=text, ink=rng.choice(colours))
 
 
-def _place(rng: Random, width: int, height: int, colours: list[str]) -> tuple[Shape, ...]:
-    """Up to MOST_SHAPES shapes that keep a gap of several pixels to each other and to the border."""
-    wanted = rng.choice((1, 2, 2, 3, 3, 4, 5, MOST_SHAPES))
+def _place(rng: Random, width: int, height: int, colours: list[str], most: int) -> tuple[Shape, ...]:
+    """Up to ``most`` shapes that keep a gap of several pixels to each other and to the border."""
+    wanted = rng.choice([n for n in (1, 2, 2, 3, 3, 4, 5, MOST_SHAPES) if n <= most])
     # Few colours and few kinds repeat more often, which makes counting worth asking.
     colours = rng.sample(colours, rng.randint(1, min(4, len(colours))))
     kinds = rng.sample(SHAPES, rng.randint(1, 4))

@@ -49,20 +49,51 @@ class Progress:
     load_LE: list[list[float]] = field(default_factory=list)
 
 
+class MasterWeights:
+    """AdamW on fp32 copies of the weights of a module, which itself computes in ``dtype``.
+
+    bf16 cannot hold the small steps of late training.
+    """
+
+    def __init__(self, module: torch.nn.Module, recipe: Recipe, dtype: torch.dtype):
+        self.parameters, self._clip = list(module.parameters()), recipe.clip
+        self.master = [parameter.detach().float().clone() for parameter in self.parameters]
+        decayed = [copy for copy in self.master if copy.ndim > 1]
+        others = [copy for copy in self.master if copy.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=self.master[0].is_cuda)
+        for parameter in self.parameters:  # not module.to(dtype): rotary frequencies stay in fp32, as in inference
+            parameter.data = parameter.data.to(dtype)
+
+    def step(self, rate: float) -> torch.Tensor:
+        """One update with the gradients of the module, which are dropped; the norm that they had."""
+        for copy, parameter in zip(self.master, self.parameters, strict=True):
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(self.master, self._clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.publish()
+        return norm
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """The copies, rounded, into the module."""
+        torch._foreach_copy_(self.parameters, self.master)
+
+    def restore(self) -> None:
+        """Leave the module in fp32."""
+        for copy, parameter in zip(self.master, self.parameters, strict=True):
+            parameter.data = copy.detach()
+
+
 class Trainer:
     """A model and its optimizer state."""
 
     def __init__(self, model: Any, recipe: Recipe, *, device: torch.device, dtype: torch.dtype):
         self.model, self.recipe, self.device, self.progress = model.to(device=device), recipe, device, Progress()
-        # bf16 cannot hold the small steps of late training: the optimizer works on fp32 copies.
-        self.master = [parameter.detach().float().clone() for parameter in model.parameters()]
-        decayed = [copy for copy in self.master if copy.ndim > 1]
-        others = [copy for copy in self.master if copy.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type == "cuda")
-        self.parameters = list(model.parameters())
-        for parameter in self.parameters:  # not model.to(dtype): rotary frequencies stay in fp32, as in inference
-            parameter.data = parameter.data.to(dtype)
+        self.weights = MasterWeights(self.model, recipe, dtype)
 
     def step(self, batches: Iterable[Batch], progress: float) -> dict[str, torch.Tensor]:
         """One update at ``progress`` of the schedule; figures as tensors, since reading them would wait."""
@@ -81,15 +112,7 @@ class Trainer:
             figures["load_LE"] = losses.load_LE
             self.progress.tokens += batch.ids_BT.numel()
             self.progress.pictures += 0 if batch.pixels is None else len(batch.pixels)
-        for copy, parameter in zip(self.master, self.parameters, strict=True):
-            copy.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(self.master, self.recipe.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate(progress)
-        self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.master)
+        norm = self.weights.step(self.recipe.rate(progress))
         self.progress.step += 1
         return figures | {"norm": norm}
 
@@ -129,14 +152,16 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Everything needed to go on; several times the size of the checkpoint, so not for a repository."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"master": self.master, "optimizer": self.optimizer.state_dict(), "progress": vars(self.progress)}
+        weights = self.weights
+        content = {"master": weights.master, "optimizer": weights.optimizer.state_dict()}
+        content["progress"] = vars(self.progress)
         torch.save(content, path)
 
     def load(self, path: Path) -> None:
         """Go on from what :meth:`save` wrote."""
         state = torch.load(path, map_location=self.device, weights_only=True)
         with torch.no_grad():
-            torch._foreach_copy_(self.master, state["master"])
-            torch._foreach_copy_(self.parameters, self.master)
-        self.optimizer.load_state_dict(state["optimizer"])
+            torch._foreach_copy_(self.weights.master, state["master"])
+        self.weights.publish()
+        self.weights.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
