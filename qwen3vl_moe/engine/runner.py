@@ -16,8 +16,8 @@ from qwen3vl_moe.engine.params import EngineOptions
 from qwen3vl_moe.engine.sampler import TokenLogprob, sample, token_logprobs
 from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
+from qwen3vl_moe.images import Picture, copy_pixels, cut_patches
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
-from qwen3vl_moe.model.rope import Grid
 
 _GRAPH_BYTES = 3 << 30  # what all graphs of the published model take
 _PROMPT_LOGIT_ROWS = 256  # logits held at once for prompt_logprobs: 150 MB in fp32 at the published vocabulary
@@ -112,10 +112,7 @@ class Runner:
         return StepResult(results, encoded, seconds)
 
     def _encode_images(self, chunks: list[Chunk]) -> tuple[list[Sequence], list[torch.cuda.Event | float]]:
-        """Vision features of all images that the step needs and that have none yet, in one packed call.
-
-        Also returns when, in the device's work, their pixels began to be copied, were there, and were encoded.
-        """
+        """Vision features of all images that the step needs and that have none yet; whose they are, and when."""
         todo = [
             (chunk.sequence, number, image)
             for chunk in chunks
@@ -124,24 +121,30 @@ class Runner:
         ]
         marks = []
         if todo:
-            device = self.model.device
-            marks.append(_now(device))
-            pixel_values_PC = torch.cat([image.pixel_values for _, _, image in todo]).to(device, non_blocking=True)
-            marks.append(_now(device))
-            grids = [image.grid_thw for _, _, image in todo]
-            features = self.encode(pixel_values_PC, grids)
+            features, marks = self.encode([image.picture for _, _, image in todo])
             start = 0
             for sequence, number, image in todo:
                 sequence.features[number] = features.rows(start, start + image.num_tokens)
                 start += image.num_tokens
-            marks.append(_now(device))
         return [sequence for sequence, _, _ in todo], marks
 
-    def encode(self, pixel_values_PC: Tensor, grids: list[Grid]) -> VisionFeatures:
-        """Features of images in one packed call, replayed from a graph where they are few."""
+    def encode(self, pictures: list[Picture]) -> tuple[VisionFeatures, list[torch.cuda.Event | float]]:
+        """Features of pictures in one packed call, replayed from a graph where they are few.
+
+        Also returns when, in the device's work, their pixels began to be copied, were there, and were encoded.
+        """
+        device = self.model.device
+        marks = [_now(device)]
+        pixels = copy_pixels(pictures, device)
+        marks.append(_now(device))
+        grids = [picture.grid for picture in pictures]
+        pixel_values_PC = cut_patches(pixels, pictures, self.model.dtype)
         replayed = self.replays and self._images is not None
         features = self._images.run(pixel_values_PC, grids) if replayed else None
-        return self.model.encode_images(pixel_values_PC, grids) if features is None else features
+        if features is None:
+            features = self.model.encode_images(pixel_values_PC, grids)
+        marks.append(_now(device))
+        return features, marks
 
     def _pack(self, chunks: list[Chunk], logit_rows: list[int]) -> Batch:
         """The step as one batch on the host."""

@@ -17,6 +17,7 @@ from qwen3vl_moe.engine.runner import _prompt_logprob_span
 from qwen3vl_moe.engine.scheduler import Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.images import Picture
 from qwen3vl_moe.processor import ImageInput, Prompt
 
 TEXT = SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=2)
@@ -31,7 +32,8 @@ def make_sequence(pieces, num_output, prompt_logprobs=None):
             token_ids.append(piece)
         else:
             name, count = piece
-            images.append(ImageInput(torch.empty(0), (1, 2, 2 * count), len(token_ids), count, name.encode() * 32))
+            picture = Picture(torch.empty(0), (1, 2, 2 * count), name.encode() * 32, settings=None)
+            images.append(ImageInput(picture, len(token_ids), count))
             token_ids += [PLACEHOLDER] * count
     return Sequence(
         request_id="",
