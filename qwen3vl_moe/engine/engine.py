@@ -44,7 +44,11 @@ class Engine:
         num_blocks, self.max_model_len = plan_cache(model.config.text, model.dtype, options, free_bytes)
         self.cache = KVCache(model.config.text, num_blocks, options.block_size, model.dtype, model.device)
         self.scheduler = Scheduler(
-            self.cache, options.max_num_seqs, options.max_prefill_tokens, options.enable_prefix_caching
+            self.cache,
+            options.max_num_seqs,
+            options.max_prefill_tokens,
+            options.max_encoder_tokens,
+            options.enable_prefix_caching,
         )
         self.runner = Runner(model, self.cache, options, self.max_model_len)
         self.runner.warm_up(progress)
@@ -73,7 +77,7 @@ class Engine:
         waiting = self.scheduler.waiting
         images = sum(image.num_tokens for sequence in waiting for image in sequence.prompt.images)
         seats = self.scheduler.max_num_seqs - len(self.scheduler.running) - len(waiting)
-        return seats > 0 and images < self.scheduler.max_prefill_tokens
+        return seats > 0 and images < min(self.scheduler.max_prefill_tokens, self.scheduler.max_encoder_tokens)
 
     def request(
         self, prompt: Prompt, params: SamplingParams, arrival: float | None = None, preprocess: float = 0.0

@@ -52,7 +52,7 @@ class LLM:
         expert_layout: "published" or "transformers5", for checkpoints that do not tell.
         progress: show the bars of loading and warming up.
         engine_options: fields of :class:`EngineOptions`: ``max_model_len``, ``max_num_seqs``, ``max_prefill_tokens``,
-            ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``,
+            ``max_encoder_tokens``, ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``,
             ``enforce_eager``, ``enable_prefix_caching``.
 
     Raises:

@@ -155,6 +155,8 @@ class EngineOptions:
         max_model_len: most tokens of prompt and answer; None: 32768, or fewer where the model or the cache hold fewer.
         max_num_seqs: most sequences in a step.
         max_prefill_tokens: most prompt tokens in a step.
+        max_encoder_tokens: most tokens of images that are encoded in a step, which bounds the memory and the time that
+            the vision tower takes from it. A larger image is encoded in a step of its own.
         block_size: tokens in a cache block.
         num_blocks: cache blocks; None sizes the cache from the memory of the device.
         gpu_memory_utilization: part of the device's memory that weights, steps and cache may take together.
@@ -169,6 +171,7 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 128
     max_prefill_tokens: int = 8192
+    max_encoder_tokens: int = 8192
     block_size: int = 16
     num_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -177,7 +180,8 @@ class EngineOptions:
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_prefill_tokens", "block_size", "num_blocks"):
+        sizes = "max_model_len", "max_num_seqs", "max_prefill_tokens", "max_encoder_tokens", "block_size", "num_blocks"
+        for name in sizes:
             value = getattr(self, name)
             is_left_open = value is None and name in ("max_model_len", "num_blocks")
             if not is_left_open and (type(value) is not int or value < 1):

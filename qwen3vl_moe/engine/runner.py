@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -234,8 +235,9 @@ def uses_graphs(model: Qwen3VLMoe, options: EngineOptions) -> bool:
 def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
     """Device memory that the cache may take: what is left of ``gpu_memory_utilization`` beside the model and a step.
 
-    The step is measured: a forward of ``max_prefill_tokens`` text tokens, with logits for ``max_num_seqs`` of them.
-    None on a CPU, where the cache has a bound of its own.
+    The step is measured: images of ``max_encoder_tokens`` (a thousand each), whose features are kept while
+    ``max_prefill_tokens`` go through the decoder, with logits for ``max_num_seqs`` of them. None on a CPU, where the
+    cache has a bound of its own.
     """
     device = model.device
     if device.type != "cuda":
@@ -243,11 +245,16 @@ def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    vision = model.config.vision
+    grid = (-(-options.max_encoder_tokens // 1024), 32 * vision.merge_size, 32 * vision.merge_size)
+    pixels = (math.prod(grid), vision.patch_dim)
+    features = model.encode_images(torch.zeros(pixels, dtype=model.dtype, device=device), [grid])
     places = torch.arange(options.max_prefill_tokens, device=device)
     segments = Segments.build([len(places)], device=device)
     logit_rows = places[: options.max_num_seqs]
     model(Batch(torch.zeros_like(places), places.expand(3, -1), segments, logit_rows=logit_rows)).float().softmax(-1)
     step_bytes = torch.cuda.max_memory_allocated(device) - before
+    del features
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     graph_bytes = _GRAPH_BYTES if uses_graphs(model, options) else 0

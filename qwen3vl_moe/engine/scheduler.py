@@ -42,6 +42,8 @@ class Scheduler:
         cache: blocks of all sequences.
         max_num_seqs: most sequences in a step.
         max_prefill_tokens: most prompt tokens in a step; decoding sequences add one token each.
+        max_encoder_tokens: most tokens of images that are encoded in a step. A chunk ends before an image that does
+            not fit into what is left of it; one that is larger than all of it is encoded in a step of its own.
         prefix_caching: whether full blocks are found by their content.
 
     Attributes:
@@ -49,9 +51,16 @@ class Scheduler:
         num_cached_tokens: how many of them were found in the cache.
     """
 
-    def __init__(self, cache: KVCache, max_num_seqs: int, max_prefill_tokens: int, prefix_caching: bool = True):
-        self.cache, self.max_num_seqs, self.max_prefill_tokens = cache, max_num_seqs, max_prefill_tokens
-        self.prefix_caching = prefix_caching
+    def __init__(
+        self,
+        cache: KVCache,
+        max_num_seqs: int,
+        max_prefill_tokens: int,
+        max_encoder_tokens: int,
+        prefix_caching: bool = True,
+    ):
+        self.cache, self.max_num_seqs, self.prefix_caching = cache, max_num_seqs, prefix_caching
+        self.max_prefill_tokens, self.max_encoder_tokens = max_prefill_tokens, max_encoder_tokens
         self.num_queried_tokens = self.num_cached_tokens = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -72,16 +81,23 @@ class Scheduler:
         self._make_room()
         chunks: list[Chunk] = []
         coming: set[bytes] = set()  # full blocks that this step computes, if anybody waits
-        budget = self.max_prefill_tokens
+        budget, encoder_budget = self.max_prefill_tokens, self.max_encoder_tokens
 
         def take(sequence: Sequence) -> None:
-            nonlocal budget
+            nonlocal budget, encoder_budget
             decodes = sequence.pending == 1 and sequence.num_computed > 0
-            count = 1 if decodes else min(sequence.pending, budget)
+            start = sequence.num_computed
+            stop = start + (1 if decodes else min(sequence.pending, budget))
+            for number, image in sequence.images_in(start, stop):
+                if sequence.features[number] is None:
+                    if encoder_budget < min(image.num_tokens, self.max_encoder_tokens):
+                        stop = max(start, image.start)
+                        break
+                    encoder_budget -= image.num_tokens
             if not decodes:
-                budget -= count
-            if count:
-                chunks.append(Chunk(sequence, sequence.num_computed, sequence.num_computed + count))
+                budget -= stop - start
+            if stop > start:
+                chunks.append(Chunk(sequence, start, stop))
                 if self.waiting:
                     coming.update(self._filled(chunks[-1])[1])
 

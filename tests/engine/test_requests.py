@@ -270,6 +270,7 @@ def test_nothing_to_do(llm):
     [
         ({"max_num_seqs": 0}, "max_num_seqs=0: an integer of at least 1"),
         ({"max_prefill_tokens": 2.5}, "max_prefill_tokens=2.5"),
+        ({"max_encoder_tokens": 0}, "max_encoder_tokens=0: an integer of at least 1"),
         ({"block_size": None}, "block_size=None"),
         ({"seed": "x"}, "seed='x'"),
         ({"seed": -1}, "seed=-1"),

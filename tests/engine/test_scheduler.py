@@ -61,6 +61,16 @@ def histories(sequence):
     return found
 
 
+def to_encode(chunks):
+    """Images that a step needs and that have no features yet."""
+    return [
+        (chunk.sequence, number, image)
+        for chunk in chunks
+        for number, image in chunk.sequence.images_in(chunk.start, chunk.stop)
+        if chunk.sequence.features[number] is None
+    ]
+
+
 class Model:
     """Stands for engine and model: keeps in each row of the cache the history that its keys and values would have."""
 
@@ -74,6 +84,8 @@ class Model:
     def compute(self, chunks):
         """Write the rows of a step and read all that it attends to; returns the sequences that it has finished."""
         known = {id(chunk.sequence): histories(chunk.sequence) for chunk in chunks}
+        for sequence, number, _ in to_encode(chunks):
+            sequence.features[number] = "encoded"
         for chunk in chunks:
             for place in range(chunk.start, chunk.stop):
                 block, offset = self.row(chunk.sequence, place)
@@ -96,9 +108,11 @@ class Model:
         return finished
 
 
-def make_scheduler(num_blocks, block_size, max_num_seqs=4, max_prefill_tokens=8, prefix_caching=True):
+def make_scheduler(
+    num_blocks, block_size, max_num_seqs=4, max_prefill_tokens=8, max_encoder_tokens=1000, prefix_caching=True
+):
     cache = KVCache(TEXT, num_blocks, block_size, torch.float32, "cpu")
-    return Scheduler(cache, max_num_seqs, max_prefill_tokens, prefix_caching)
+    return Scheduler(cache, max_num_seqs, max_prefill_tokens, max_encoder_tokens, prefix_caching)
 
 
 def check_cache(scheduler):
@@ -118,6 +132,8 @@ def check_step(scheduler, chunks):
     assert len(scheduler.running) <= scheduler.max_num_seqs
     prefill = sum(chunk.stop - chunk.start for chunk in chunks if chunk.start == 0 or not chunk.samples)
     assert prefill <= scheduler.max_prefill_tokens
+    encoded = [image.num_tokens for _, _, image in to_encode(chunks)]
+    assert sum(encoded) <= scheduler.max_encoder_tokens or len(encoded) == 1
     for chunk in chunks:
         assert chunk.start == chunk.sequence.num_computed < chunk.stop <= len(chunk.sequence.token_ids)
         assert len(chunk.sequence.block_table) * scheduler.cache.block_size >= chunk.stop
@@ -149,13 +165,14 @@ def test_random_loads_finish_and_share_only_what_is_equal():
         spare_blocks=st.integers(0, 8),
         max_num_seqs=st.integers(1, 5),
         max_prefill_tokens=st.integers(1, 30),
+        max_encoder_tokens=st.integers(1, 20),
         prefix_caching=st.sampled_from([True, True, True, False]),
         failing_steps=st.sets(st.integers(0, 40), max_size=3),
     )
-    def play(arrivals, block_size, spare_blocks, max_num_seqs, max_prefill_tokens, prefix_caching, failing_steps):
+    def play(arrivals, block_size, spare_blocks, failing_steps, **options):
         longest = max(sequence.max_len for _, sequence, _ in arrivals)
         num_blocks = -(-longest // block_size) + spare_blocks
-        scheduler = make_scheduler(num_blocks, block_size, max_num_seqs, max_prefill_tokens, prefix_caching)
+        scheduler = make_scheduler(num_blocks, block_size, **options)
         model, added, finished, step, waited = Model(scheduler), [], [], 0, 0
         # Recomputing everything for every token is far more than it can take: more steps mean that it hangs.
         work = sum(sequence.max_len * (sequence.params.max_tokens + 1) for _, sequence, _ in arrivals)
@@ -180,6 +197,8 @@ def test_random_loads_finish_and_share_only_what_is_equal():
             # First come, first served: who runs came before everybody who waits.
             order = [added.index(s) for s in [*scheduler.running, *scheduler.waiting]]
             assert order == sorted(order)
+            alone = [image.num_tokens > scheduler.max_encoder_tokens for _, _, image in to_encode(chunks)]
+            seen["too large for the encoder's budget"] += any(alone)
             if step not in failing_steps:
                 finished += model.compute(chunks)
             check_cache(scheduler)
@@ -190,13 +209,14 @@ def test_random_loads_finish_and_share_only_what_is_equal():
         for sequence in added:
             if sequence.finish_reason == "length" and sequence.params.prompt_logprobs is not None:
                 assert len(sequence.prompt_logprobs) == sequence.num_prompt_tokens
-        assert scheduler.num_cached_tokens == 0 or prefix_caching
+        assert scheduler.num_cached_tokens == 0 or scheduler.prefix_caching
         seen["found again"] += scheduler.num_cached_tokens
         seen["preempted"] += sum(sequence.metrics.num_preemptions for sequence in added)
         seen["given up"] += sum(sequence.finish_reason == "abort" for sequence in added)
 
     play()
-    assert min(seen[event] for event in ("found again", "preempted", "given up")) > 0, "the loads are too easy"
+    assert len(seen) == 4, "the loads are too easy"
+    assert min(seen.values()) > 0, "the loads are too easy"
 
 
 def run(model, *sequences):
@@ -222,6 +242,45 @@ def test_decode_goes_on_beside_a_long_prefill():
         assert [(chunk.sequence, chunk.stop - chunk.start) for chunk in chunks] == [(first, 1), (long, 8)]
         assert chunks[1].samples == (step == 4)
         model.compute(chunks)
+
+
+def test_a_chunk_ends_before_an_image_that_the_encoder_has_no_budget_for():
+    scheduler = make_scheduler(100, 4, max_prefill_tokens=100, max_encoder_tokens=10)
+    model = Model(scheduler)
+    first = make_sequence([0, ("a", 6), 0, ("b", 4), 0, ("c", 1), 0], 1)
+    second = make_sequence([("d", 3), 1, 1, ("e", 25), 1], 1)
+    text = make_sequence([1] * 5, 1)
+    for sequence in (first, second, text):
+        scheduler.add(sequence)
+    spans = []
+    while chunks := scheduler.schedule():
+        spans.append([(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks])
+        model.compute(chunks)
+    assert spans == [
+        [(first, 0, 13), (text, 0, 5)],  # a and b; d does not fit, and text need not wait for it
+        [(first, 13, 15), (second, 0, 5)],  # c and d; e never fits, so it waits until it is alone
+        [(second, 5, 31)],
+    ]
+
+
+def test_an_image_is_paid_for_once_however_many_chunks_it_takes():
+    scheduler = make_scheduler(100, 4, max_prefill_tokens=4, max_encoder_tokens=6)
+    model = Model(scheduler)
+    scheduler.add(make_sequence([("a", 6), ("b", 6)], 1))
+    spans = []
+    while chunks := scheduler.schedule():
+        spans.append([(chunk.start, chunk.stop) for chunk in chunks])
+        model.compute(chunks)
+    assert spans == [[(0, 4)], [(4, 8)], [(8, 12)]]  # nothing of a is left to encode when b is
+
+
+def test_images_that_the_cache_holds_cost_nothing():
+    scheduler = make_scheduler(100, 4, max_prefill_tokens=100, max_encoder_tokens=8)
+    model = Model(scheduler)
+    run(model, make_sequence([("a", 8)], 1))
+    scheduler.add(make_sequence([("a", 8), ("b", 8), 0], 1))
+    [chunk] = scheduler.schedule()
+    assert (chunk.start, chunk.stop) == (8, 17)
 
 
 def test_removing_a_waiting_and_a_running_sequence():
