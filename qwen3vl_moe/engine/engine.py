@@ -7,16 +7,16 @@ import time
 
 import torch
 
-from qwen3vl_moe.engine.detokenizer import TextStream, TokenBytes
+from qwen3vl_moe.detokenizer import TextStream, TokenBytes
 from qwen3vl_moe.engine.kv_cache import KVCache, plan_cache
-from qwen3vl_moe.engine.outputs import Logprob, RequestMetrics
-from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.engine.runner import Runner, free_cache_bytes
 from qwen3vl_moe.engine.sampler import TokenLogprob
 from qwen3vl_moe.engine.scheduler import Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, PromptError
 from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.outputs import Logprob, RequestMetrics
+from qwen3vl_moe.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.processor import Prompt
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qwen3vl_moe.config import TextConfig
-from qwen3vl_moe.engine.params import EngineOptions
 from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.params import EngineOptions
 
 _CPU_BYTES = 4 << 30  # on a CPU: pages of the zeroed cache take memory only once they are written
 

@@ -20,11 +20,11 @@ from qwen3vl_moe import tiny
 from qwen3vl_moe.checkpoint import resolve
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine.engine import Engine
-from qwen3vl_moe.engine.outputs import RequestOutput
-from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
 from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.outputs import RequestOutput
+from qwen3vl_moe.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.prefetch import prefetch
 from qwen3vl_moe.processor import Processor, Prompt
 

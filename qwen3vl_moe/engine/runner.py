@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen3vl_moe.engine.graphs import StepGraphs, VisionGraphs, can_capture
 from qwen3vl_moe.engine.kv_cache import KVCache
-from qwen3vl_moe.engine.params import EngineOptions
 from qwen3vl_moe.engine.sampler import TokenLogprob, sample, token_logprobs
 from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.images import Picture, copy_pixels, cut_patches
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
+from qwen3vl_moe.model.graphs import StepGraphs, VisionGraphs, can_capture
+from qwen3vl_moe.params import EngineOptions
 
 _GRAPH_BYTES = 3 << 30  # what all graphs of the published model take
 _PROMPT_LOGIT_ROWS = 256  # logits held at once for prompt_logprobs: 150 MB in fp32 at the published vocabulary

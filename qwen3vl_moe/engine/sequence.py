@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qwen3vl_moe.engine.detokenizer import TextStream
+from qwen3vl_moe.detokenizer import TextStream
 from qwen3vl_moe.engine.kv_cache import block_key
-from qwen3vl_moe.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.model import VisionFeatures
+from qwen3vl_moe.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from qwen3vl_moe.params import SamplingParams
 from qwen3vl_moe.processor import ImageInput, Prompt
 
 

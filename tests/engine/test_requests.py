@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qwen3vl_moe.engine import LLM, SamplingParams
-from qwen3vl_moe.engine.outputs import STAGES
-from qwen3vl_moe.engine.params import GenerationDefaults
 from qwen3vl_moe.errors import CheckpointError, OptionError, PromptError
+from qwen3vl_moe.outputs import STAGES
+from qwen3vl_moe.params import GenerationDefaults
 from tests.engine.conftest import PROMPTS, check_leaks, mixed_prompt
 
 TEXT = "Hello, how are you today?"

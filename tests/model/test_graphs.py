@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
-from qwen3vl_moe.engine.graphs import StepGraphs, VisionGraphs, bucket_of, can_capture
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
+from qwen3vl_moe.model.graphs import StepGraphs, VisionGraphs, bucket_of, can_capture
 
 BLOCK = 16
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
 from qwen3vl_moe.model.attention import runs_kernels
+from qwen3vl_moe.model.batch import Batch, Segments, VisionFeatures
+from qwen3vl_moe.model.qwen3vl import Qwen3VLMoe
 from qwen3vl_moe.model.rope import Grid
 from qwen3vl_moe.model.vision import PatchPlan
 
