@@ -155,14 +155,17 @@ def test_images_of_a_directory_are_used_in_turn(tmp_path):
 
 
 def test_stages_add_up_to_the_total(llm):
-    requests = LOAD.requests(llm, Images(None, "random", "jpeg", 1), 6)
+    requests = LOAD.requests(llm, Images(None, "random", "jpeg", 1), 9)
     for request in requests[:2]:  # warm
         single_stream(llm, request)
+    shares = []
     for request in requests[2:]:
         found = single_stream(llm, request)
-        assert sum(found.stages.values()) == pytest.approx(found.latency, rel=0.05)
+        shares.append(sum(found.stages.values()) / found.latency)
         assert min(found.stages.values()) >= 0
         assert all(found.stages[name] > 0 for name in ("preprocess", "host_to_device", "vision", "prefill", "sample"))
+    # The median: a busy machine may stop the process for milliseconds between two stages.
+    assert np.median(shares) == pytest.approx(1, rel=0.05)
 
 
 def test_closed_loop_keeps_to_its_limit(llm):

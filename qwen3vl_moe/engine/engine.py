@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 
 import torch
 
 from qwen3vl_moe.detokenizer import TextStream, TokenBytes
 from qwen3vl_moe.engine.kv_cache import KVCache, plan_cache
-from qwen3vl_moe.engine.runner import Runner, free_cache_bytes
+from qwen3vl_moe.engine.runner import ChunkResult, Launched, Runner, StepResult, free_cache_bytes
 from qwen3vl_moe.engine.sampler import TokenLogprob
-from qwen3vl_moe.engine.scheduler import Scheduler
+from qwen3vl_moe.engine.scheduler import Chunk, Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, PromptError
 from qwen3vl_moe.model import Qwen3VLMoe
@@ -52,6 +53,12 @@ class Engine:
         )
         self.runner = Runner(model, self.cache, options, self.max_model_len)
         self.runner.warm_up(progress)
+        by_default = model.device.type == "cuda"
+        self._runs_ahead = by_default if options.async_scheduling is None else options.async_scheduling
+        self._launched: deque[Launched] = (
+            deque()
+        )  # steps whose tokens have not been read: one, or with the next one two
+        self._last_read = 0.0  # when the last ones were, in seconds since the epoch
         self._token_bytes = TokenBytes(tokenizer)
         self._decoded: dict[int, str] = {}
         self._ids = itertools.count()
@@ -127,38 +134,70 @@ class Engine:
         if not sequence.finished:
             self.scheduler.remove(sequence)
             sequence.finish("abort")
+            self._forget_finished()
 
     def step(self) -> None:
-        """Compute one step; the sequences in it carry the result."""
-        started = time.time()
-        chunks = self.scheduler.schedule()
-        if not chunks:
+        """Compute one step; the sequences in it carry the result.
+
+        If the step after it does not depend on its tokens, that one is launched before they are read. After an error
+        or Ctrl-C the sequences are as they were: whatever they have not taken yet is computed again.
+        """
+        try:
+            self._step()
+        except BaseException:
+            self._launched.clear()
+            raise
+
+    def _step(self) -> None:
+        if not self._launched:
+            self._launch(self.scheduler.schedule())
+        if not self._launched:
             return
+        step = self._launched[0]
+        if self._runs_ahead and len(self._launched) == 1:
+            self._launch(self.scheduler.ahead(step.chunks), step)
+        result = self.runner.read(step)
+        self._launched.popleft()
+        # What was launched ahead waited for the step before it.
+        model_seconds = time.time() - max(step.started, self._last_read) - sum(result.seconds.values())
+        self._last_read = time.time()
+        for chunk, of_chunk in zip(step.chunks, result.results, strict=True):
+            if not chunk.sequence.finished:  # else this row is of no use
+                self._take(chunk, of_chunk, result, max(0.0, model_seconds))
+        self._forget_finished()
+
+    def _launch(self, chunks: list[Chunk], after: Launched | None = None) -> None:
+        now = time.time()
         for chunk in chunks:
             metrics = chunk.sequence.metrics
             if metrics.first_scheduled_time is None:
-                metrics.first_scheduled_time = started
-                metrics.stages["queue"] = started - metrics.arrival_time - metrics.stages["preprocess"]
+                metrics.first_scheduled_time = now
+                metrics.stages["queue"] = now - metrics.arrival_time - metrics.stages["preprocess"]
+        if chunks:
+            self._launched.append(self.runner.launch(chunks, after))
 
-        step = self.runner.run(chunks)
-        model_seconds = time.time() - started - sum(step.seconds.values())
+    def _take(self, chunk: Chunk, of_chunk: ChunkResult, of_step: StepResult, model_seconds: float) -> None:
+        """Give a sequence what a step has computed for it."""
+        sequence = chunk.sequence
+        stages, is_encoded = sequence.metrics.stages, sequence in of_step.encoded
+        for stage, takes_part in (
+            ("host_to_device", is_encoded),
+            ("vision", is_encoded),
+            ("sample", chunk.samples),
+        ):
+            stages[stage] += of_step.seconds[stage] if takes_part else 0.0
+        stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
+        sequence.prompt_logprobs += [self._readable(entry) for entry in of_chunk.prompt_logprobs]
+        if of_chunk.token_id is not None:
+            sequence.append(of_chunk.token_id, self._readable(of_chunk.logprobs) if of_chunk.logprobs else None)
+        self.scheduler.computed(chunk)
+        if sequence.finished:
+            self.scheduler.remove(sequence)
 
-        for chunk, result in zip(chunks, step.results, strict=True):
-            sequence = chunk.sequence
-            stages = sequence.metrics.stages
-            for stage, takes_part in (
-                ("host_to_device", sequence in step.encoded),
-                ("vision", sequence in step.encoded),
-                ("sample", chunk.samples),
-            ):
-                stages[stage] += step.seconds[stage] if takes_part else 0.0
-            stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
-            sequence.prompt_logprobs += [self._readable(entry) for entry in result.prompt_logprobs]
-            self.scheduler.computed(chunk)
-            if result.token_id is not None:
-                sequence.append(result.token_id, self._readable(result.logprobs) if result.logprobs else None)
-            if sequence.finished:
-                self.scheduler.remove(sequence)
+    def _forget_finished(self) -> None:
+        """Steps launched ahead for sequences that have all ended meanwhile are not waited for."""
+        while self._launched and all(chunk.sequence.finished for chunk in self._launched[0].chunks):
+            self._launched.popleft()
 
     def _readable(self, entries: list[TokenLogprob]) -> dict[int, Logprob]:
         readable: dict[int, Logprob] = {}

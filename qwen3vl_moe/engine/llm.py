@@ -53,7 +53,7 @@ class LLM:
         progress: show the bars of loading and warming up.
         engine_options: fields of :class:`EngineOptions`: ``max_model_len``, ``max_num_seqs``, ``max_prefill_tokens``,
             ``max_encoder_tokens``, ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``,
-            ``enforce_eager``, ``enable_prefix_caching``.
+            ``enforce_eager``, ``async_scheduling``, ``enable_prefix_caching``.
 
     Raises:
         UserError: an option, or the checkpoint, cannot be used; one line says why.

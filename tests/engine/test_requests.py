@@ -292,15 +292,15 @@ def test_a_small_cache_shortens_the_default_length(plain, make_llm):
 
 def test_interruption_leaves_a_usable_engine(llm, monkeypatch):
     expected = answer(llm).token_ids
-    run, steps = llm.engine.runner.run, []
+    launch, steps = llm.engine.runner.launch, []
 
-    def interrupted(chunks):
+    def interrupted(chunks, after=None):
         steps.append(chunks)
         if len(steps) == 5:
             raise KeyboardInterrupt
-        return run(chunks)
+        return launch(chunks, after)
 
-    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([TEXT] * 3, SamplingParams(temperature=0, ignore_eos=True, max_tokens=24))
     check_leaks(llm)

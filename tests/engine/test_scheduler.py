@@ -17,14 +17,14 @@ from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.images import Picture
 from qwen3vl_moe.outputs import RequestMetrics
-from qwen3vl_moe.params import EngineOptions, SamplingParams
+from qwen3vl_moe.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.processor import ImageInput, Prompt
 
 TEXT = SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=2)
 PLACEHOLDER = 9
 
 
-def make_sequence(pieces, num_output, prompt_logprobs=None):
+def make_sequence(pieces, num_output, prompt_logprobs=None, eos=()):
     """A request whose prompt is made of tokens (integers) and pictures (name, number of image tokens)."""
     token_ids, images = [], []
     for piece in pieces:
@@ -38,24 +38,27 @@ def make_sequence(pieces, num_output, prompt_logprobs=None):
     return Sequence(
         request_id="",
         prompt=Prompt(None, token_ids, torch.arange(len(token_ids)).expand(3, -1), len(token_ids), tuple(images)),
-        params=SamplingParams(max_tokens=num_output, prompt_logprobs=prompt_logprobs),
+        params=GenerationDefaults().complete(SamplingParams(max_tokens=num_output, prompt_logprobs=prompt_logprobs)),
         max_len=len(token_ids) + num_output,
-        eos_token_ids=frozenset(),
+        eos_token_ids=frozenset(eos),
         text=TextStream(lambda token_id: b""),
         generator=None,
         metrics=RequestMetrics(arrival_time=0.0),
     )
 
 
-def histories(sequence):
-    """What the keys and values of each token depend on: all tokens up to it, and what their pictures show."""
+def histories(sequence, coming=()):
+    """What the keys and values of each token depend on: all tokens up to it, and what their pictures show.
+
+    ``coming`` are tokens that the sequence has not been given yet.
+    """
     shows = {
         image.start + offset: (image.digest, offset)
         for image in sequence.prompt.images
         for offset in range(image.num_tokens)
     }
     found, history = [], 0
-    for place, token in enumerate(sequence.token_ids):
+    for place, token in enumerate([*sequence.token_ids, *coming]):
         history = hash((history, token, shows.get(place)))
         found.append(history)
     return found
@@ -82,8 +85,16 @@ class Model:
         return sequence.block_table[place // self.cache.block_size], place % self.cache.block_size
 
     def compute(self, chunks):
-        """Write the rows of a step and read all that it attends to; returns the sequences that it has finished."""
-        known = {id(chunk.sequence): histories(chunk.sequence) for chunk in chunks}
+        """A step from its beginning to its end; returns the sequences that it has finished."""
+        return self.read(chunks, self.launch(chunks))
+
+    def launch(self, chunks, coming=None):
+        """Write the rows of a step and read all that it attends to; returns the next token of each sequence.
+
+        ``coming`` is what the step before has returned, if it has not been read.
+        """
+        coming = coming or {}
+        known = {chunk.sequence: histories(chunk.sequence, coming.get(chunk.sequence, ())) for chunk in chunks}
         for sequence, number, _ in to_encode(chunks):
             sequence.features[number] = "encoded"
         for chunk in chunks:
@@ -91,17 +102,24 @@ class Model:
                 block, offset = self.row(chunk.sequence, place)
                 assert self.cache._references[block] == 1, "a shared block is written"
                 assert self.cache._key_of[block] is None, "a block is written that others may find"
-                self.rows[block, offset] = known[id(chunk.sequence)][place]
+                self.rows[block, offset] = known[chunk.sequence][place]
         for chunk in chunks:
             read = [self.rows.get(self.row(chunk.sequence, place)) for place in range(chunk.stop)]
-            assert read == known[id(chunk.sequence)][: chunk.stop], "a sequence reads what is not its own past"
+            assert read == known[chunk.sequence][: chunk.stop], "a sequence reads what is not its own past"
+        # As of a greedy model: equal histories go on with equal tokens.
+        return {chunk.sequence: [known[chunk.sequence][-1] % 2] for chunk in chunks if chunk.samples}
+
+    def read(self, chunks, tokens):
+        """Give the sequences what a step has computed; returns those that it has finished."""
         finished = []
         for chunk in chunks:
-            sequence, samples = chunk.sequence, chunk.samples
+            sequence = chunk.sequence
+            if sequence.finished:
+                continue
             sequence.prompt_logprobs += [{} for _ in _prompt_logprob_span(chunk)]
+            if chunk.samples:
+                sequence.append(*tokens[sequence], None)
             self.scheduler.computed(chunk)
-            if samples:  # as of a greedy model: equal histories go on with equal tokens
-                sequence.append(known[id(sequence)][-1] % 2, None)
             if sequence.finished:
                 self.scheduler.remove(sequence)
                 finished.append(sequence)
@@ -141,6 +159,14 @@ def check_step(scheduler, chunks):
     assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks)
 
 
+def check_step_ahead(scheduler, chunks):
+    check_cache(scheduler)
+    for chunk in chunks:
+        assert chunk.start == len(chunk.sequence.token_ids) == chunk.stop - 1, "its token is the one that is coming"
+        assert chunk.stop < chunk.sequence.max_len, "the row after this one may be the last"
+        assert len(chunk.sequence.block_table) * scheduler.cache.block_size >= chunk.stop
+
+
 PIECE = st.one_of(st.integers(0, 1), st.tuples(st.sampled_from("ab"), st.integers(1, 6)))
 BEGINNINGS = st.lists(st.lists(PIECE, min_size=1, max_size=8), min_size=1, max_size=2)
 
@@ -150,7 +176,8 @@ def requests(draw, beginnings):
     """(steps after the one before, sequence, steps after which it is given up or None)."""
     beginning = draw(st.sampled_from(beginnings))
     pieces = beginning[: draw(st.integers(0, len(beginning)))] + draw(st.lists(PIECE, max_size=4))
-    sequence = make_sequence(pieces or [0], draw(st.integers(1, 12)), draw(st.sampled_from([None, None, None, 0])))
+    logprobs, eos = draw(st.sampled_from([None, None, None, 0])), draw(st.sampled_from([(), (), (1,)]))
+    sequence = make_sequence(pieces or [0], draw(st.integers(1, 12)), logprobs, eos)
     return draw(st.integers(0, 6)), sequence, draw(st.none() | st.none() | st.integers(0, 20))
 
 
@@ -168,12 +195,14 @@ def test_random_loads_finish_and_share_only_what_is_equal():
         max_encoder_tokens=st.integers(1, 20),
         prefix_caching=st.sampled_from([True, True, True, False]),
         failing_steps=st.sets(st.integers(0, 40), max_size=3),
+        runs_ahead=st.booleans(),
     )
-    def play(arrivals, block_size, spare_blocks, failing_steps, **options):
+    def play(arrivals, block_size, spare_blocks, failing_steps, runs_ahead, **options):
         longest = max(sequence.max_len for _, sequence, _ in arrivals)
         num_blocks = -(-longest // block_size) + spare_blocks
         scheduler = make_scheduler(num_blocks, block_size, **options)
         model, added, finished, step, waited = Model(scheduler), [], [], 0, 0
+        launched = []  # chunks and tokens of steps that have not been read
         # Recomputing everything for every token is far more than it can take: more steps mean that it hangs.
         work = sum(sequence.max_len * (sequence.params.max_tokens + 1) for _, sequence, _ in arrivals)
         bound = 10 + len(failing_steps) + sum(wait for wait, _, _ in arrivals) + work * len(arrivals)
@@ -191,23 +220,36 @@ def test_random_loads_finish_and_share_only_what_is_equal():
                     scheduler.remove(sequence)
                     sequence.finish("abort")
                     finished.append(sequence)
-            chunks = scheduler.schedule()
-            assert chunks or not (scheduler.running or scheduler.waiting)
-            check_step(scheduler, chunks)
+            if launched and all(chunk.sequence.finished for chunk in launched[0][0]):
+                launched.clear()
+            if not launched:
+                chunks = scheduler.schedule()
+                assert chunks or not (scheduler.running or scheduler.waiting)
+                check_step(scheduler, chunks)
+                alone = [image.num_tokens > scheduler.max_encoder_tokens for _, _, image in to_encode(chunks)]
+                seen["too large for the encoder's budget"] += any(alone)
+                launched.append((chunks, {} if step in failing_steps else model.launch(chunks)))
             # First come, first served: who runs came before everybody who waits.
             order = [added.index(s) for s in [*scheduler.running, *scheduler.waiting]]
             assert order == sorted(order)
-            alone = [image.num_tokens > scheduler.max_encoder_tokens for _, _, image in to_encode(chunks)]
-            seen["too large for the encoder's budget"] += any(alone)
-            if step not in failing_steps:
-                finished += model.compute(chunks)
+            if step in failing_steps:
+                launched.clear()
+            elif runs_ahead and len(launched) == 1 and (chunks := scheduler.ahead(launched[0][0])):
+                check_step_ahead(scheduler, chunks)
+                launched.append((chunks, model.launch(chunks, launched[0][1])))
+                seen["launched ahead"] += 1
+                seen["launched ahead of somebody who waits"] += bool(scheduler.waiting)
+            if launched:
+                finished += model.read(*launched.pop(0))
+            if launched:
+                seen["computed for nothing"] += any(chunk.sequence.finish_reason == "stop" for chunk in launched[0][0])
             check_cache(scheduler)
             step += 1
             assert step < bound
         assert sorted(scheduler.cache._free) == list(range(num_blocks))
         assert added[0].metrics.num_preemptions == 0
         for sequence in added:
-            if sequence.finish_reason == "length" and sequence.params.prompt_logprobs is not None:
+            if sequence.finish_reason != "abort" and sequence.params.prompt_logprobs is not None:
                 assert len(sequence.prompt_logprobs) == sequence.num_prompt_tokens
         assert scheduler.num_cached_tokens == 0 or scheduler.prefix_caching
         seen["found again"] += scheduler.num_cached_tokens
@@ -215,7 +257,7 @@ def test_random_loads_finish_and_share_only_what_is_equal():
         seen["given up"] += sum(sequence.finish_reason == "abort" for sequence in added)
 
     play()
-    assert len(seen) == 4, "the loads are too easy"
+    assert len(seen) == 7, "the loads are too easy"
     assert min(seen.values()) > 0, "the loads are too easy"
 
 

@@ -100,6 +100,20 @@ def test_replayed_steps_equal_eager_ones(model):
 
 @pytest.mark.gpu
 @torch.inference_mode()
+def test_tokens_may_be_on_the_device_already(model):
+    """Those of a decode step, as the step before has sampled them; a bucket's padding and its last ids do not show."""
+    cache = torch.randn(3, 2, 512, BLOCK, 4, 128, device="cuda", dtype=torch.bfloat16)
+    graphs = StepGraphs(model, cache, max_num_seqs=8, max_model_len=640)
+    for seed in range(3):
+        each = step([1] * 3, [5, 300, 64], seed)
+        expected = graphs.run(each).clone()
+        graphs.run(step([1] * 4, [9, 9, 9, 9], seed + 10))
+        on_device = dataclasses.replace(each, input_ids_T=each.input_ids_T.cuda())
+        assert torch.equal(graphs.run(on_device), expected)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
 def test_a_step_that_fits_no_bucket_is_left_to_eager_launches(model):
     cache = torch.zeros(3, 2, 512, BLOCK, 4, 128, device="cuda", dtype=torch.bfloat16)
     graphs = StepGraphs(model, cache, max_num_seqs=2, max_model_len=4096)
