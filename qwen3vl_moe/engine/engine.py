@@ -55,10 +55,8 @@ class Engine:
         self.runner.warm_up(progress)
         by_default = model.device.type == "cuda"
         self._runs_ahead = by_default if options.async_scheduling is None else options.async_scheduling
-        self._launched: deque[Launched] = (
-            deque()
-        )  # steps whose tokens have not been read: one, or with the next one two
-        self._last_read = 0.0  # when the last ones were, in seconds since the epoch
+        self._launched: deque[Launched] = deque()  # whose tokens have not been read: at most two, outside of step() one
+        self._last_read = 0.0  # when the last tokens were, in seconds since the epoch
         self._token_bytes = TokenBytes(tokenizer)
         self._decoded: dict[int, str] = {}
         self._ids = itertools.count()
@@ -139,16 +137,9 @@ class Engine:
     def step(self) -> None:
         """Compute one step; the sequences in it carry the result.
 
-        If the step after it does not depend on its tokens, that one is launched before they are read. After an error
-        or Ctrl-C the sequences are as they were: whatever they have not taken yet is computed again.
+        If the step after it does not depend on its tokens, that one is launched before they are read. An error or
+        Ctrl-C leaves what was launched to the next call.
         """
-        try:
-            self._step()
-        except BaseException:
-            self._launched.clear()
-            raise
-
-    def _step(self) -> None:
         if not self._launched:
             self._launch(self.scheduler.schedule())
         if not self._launched:
@@ -157,13 +148,17 @@ class Engine:
         if self._runs_ahead and len(self._launched) == 1:
             self._launch(self.scheduler.ahead(step.chunks), step)
         result = self.runner.read(step)
-        self._launched.popleft()
         # What was launched ahead waited for the step before it.
         model_seconds = time.time() - max(step.started, self._last_read) - sum(result.seconds.values())
         self._last_read = time.time()
-        for chunk, of_chunk in zip(step.chunks, result.results, strict=True):
-            if not chunk.sequence.finished:  # else this row is of no use
-                self._take(chunk, of_chunk, result, max(0.0, model_seconds))
+        try:
+            self._launched.popleft()
+            for chunk, of_chunk in zip(step.chunks, result.results, strict=True):
+                if not chunk.sequence.finished:  # else this row is of no use
+                    self._take(chunk, of_chunk, result, max(0.0, model_seconds))
+        except BaseException:
+            self._launched.clear()  # it goes on from tokens that may not have been taken: both are computed again
+            raise
         self._forget_finished()
 
     def _launch(self, chunks: list[Chunk], after: Launched | None = None) -> None:

@@ -136,11 +136,12 @@ def test_a_request_that_is_given_up_beside_one_that_goes_on(llm):
     check_leaks(llm)
 
 
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=1.0, seed=6, max_tokens=24, ignore_eos=True)])
 @pytest.mark.parametrize("place", ["launch", "read"])
-@pytest.mark.parametrize("when", range(1, 6))
-def test_an_interruption_leaves_other_requests_whole(llm, monkeypatch, place, when):
-    (expected,) = tokens(llm.generate(TEXT, GREEDY))
-    stream = llm.stream(TEXT, GREEDY)
+@pytest.mark.parametrize("when", range(1, 5))
+def test_an_interruption_leaves_other_requests_whole(llm, monkeypatch, params, place, when):
+    (expected,) = tokens(llm.generate(TEXT, params))
+    stream = llm.stream(TEXT, params)
     next(stream)
     inner, calls = getattr(llm.engine.runner, place), []
 
@@ -156,6 +157,31 @@ def test_an_interruption_leaves_other_requests_whole(llm, monkeypatch, place, wh
             llm.generate([PROMPTS["one image"]] * 2, GREEDY)
     *_, last = stream
     assert last.outputs[0].token_ids == expected
+    check_leaks(llm)
+
+
+def test_an_interruption_while_tokens_are_handed_out(llm, monkeypatch):
+    """The step launched ahead goes on from tokens of which some were not taken."""
+    expected = tokens(llm.generate([TEXT, PROMPTS["text"]], GREEDY))
+    streams = [llm.stream(TEXT, GREEDY), llm.stream(PROMPTS["text"], GREEDY)]
+    for stream in streams:
+        next(stream)
+    next(streams[0])
+    take, calls = llm.engine._take, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        take(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "_take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.engine.step()
+    for stream, answer in zip(streams, expected, strict=True):
+        *_, last = stream
+        assert last.outputs[0].token_ids == answer
     check_leaks(llm)
 
 
