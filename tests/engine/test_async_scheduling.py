@@ -106,6 +106,25 @@ def test_what_a_row_in_vain_writes_is_never_found(plain, make_llm):
         assert again.outputs[0].token_ids == answer[length:]
 
 
+def test_a_request_that_has_ended_takes_nothing_more(llm):
+    """Beside one that goes on, so that its row in vain is read."""
+    answer = llm.generate(TEXT, GREEDY)[0].outputs[0].token_ids
+    for end in range(2, 20):  # every place in a block of 16
+        ends, stays = (
+            llm.engine.request(llm.processor.prompt(TEXT), params)
+            for params in (greedy(24, stop_token_ids=[answer[end]]), GREEDY)
+        )
+        llm.engine.add(ends)
+        llm.engine.add(stays)
+        while not stays.finished:
+            llm.engine.step()
+        assert ends.output_ids == answer[: answer.index(answer[end]) + 1]
+        assert ends.finish_reason == "stop"
+        assert ends.num_computed == len(ends.token_ids) - 1
+        assert stays.output_ids == answer
+    check_leaks(llm)
+
+
 def test_what_needs_the_answer_so_far_is_not_launched_ahead(llm, watch):
     launches = watch(llm)
     for more in ({"logprobs": 0}, {"repetition_penalty": 1.2}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.5}):

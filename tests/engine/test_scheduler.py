@@ -325,6 +325,42 @@ def test_images_that_the_cache_holds_cost_nothing():
     assert (chunk.start, chunk.stop) == (8, 17)
 
 
+def test_no_step_is_launched_ahead_of_somebody_who_could_be_admitted():
+    scheduler = make_scheduler(8, 4, max_num_seqs=2)
+    model = Model(scheduler)
+    scheduler.add(make_sequence([0] * 3, 9))
+    chunks = scheduler.schedule()
+    assert [(c.start, c.stop) for c in scheduler.ahead(chunks)] == [(3, 4)]
+    scheduler.add(small := make_sequence([1] * 4, 9))
+    assert scheduler.ahead(chunks) == []
+    scheduler.remove(small)
+    scheduler.add(make_sequence([1] * 30, 1))  # seven blocks are free, and it needs eight
+    assert [(c.start, c.stop) for c in scheduler.ahead(chunks)] == [(3, 4)]
+    model.compute(chunks)
+
+
+def test_what_leaves_a_seat_for_somebody_who_waits_is_not_launched_ahead():
+    scheduler = make_scheduler(100, 4, max_num_seqs=2)
+    first, second, third = make_sequence([0] * 3, 1), make_sequence([1] * 3, 9), make_sequence([1] * 3, 9)
+    scheduler.add(first)
+    scheduler.add(second)
+    chunks = scheduler.schedule()
+    assert [c.sequence for c in scheduler.ahead(chunks)] == [second]
+    scheduler.add(third)
+    assert scheduler.ahead(chunks) == []
+
+
+def test_nothing_is_launched_ahead_that_would_push_another_out():
+    scheduler = make_scheduler(2, 4)
+    for token in (0, 1):
+        scheduler.add(make_sequence([token] * 3, 5))
+    chunks = scheduler.schedule()
+    ahead = scheduler.ahead(chunks)
+    assert [(c.start, c.stop) for c in ahead] == [(3, 4), (3, 4)]
+    Model(scheduler).compute(chunks)
+    assert scheduler.ahead(ahead) == []  # each would need a second block
+
+
 def test_removing_a_waiting_and_a_running_sequence():
     scheduler = make_scheduler(8, 4, max_num_seqs=1)
     running, waiting = make_sequence([0] * 4, 4), make_sequence([0] * 4, 4)
