@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_moe import LLM, Qwen3VLMoe, Qwen3VLMoeConfig
-from qwen3vl_moe.engine.params import GenerationDefaults
 from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.model import resolve_moe
+from qwen3vl_moe.params import GenerationDefaults
 from qwen3vl_moe.processor import Processor
 
 

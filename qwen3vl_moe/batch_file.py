@@ -32,9 +32,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qwen3vl_moe.engine.outputs import RequestOutput
-from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.errors import PromptError, UserError
+from qwen3vl_moe.outputs import RequestOutput
+from qwen3vl_moe.params import SamplingParams
 
 SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name not in ("logprobs", "prompt_logprobs"))
 _OTHER_KEYS = ("id", "prompt", "messages", "image", "images")

@@ -1,8 +1,9 @@
-"""RGB pictures -> what the vision tower takes: resized to whole image tokens, cut into patches, normalised.
+"""RGB pictures -> what the vision tower takes: resized to whole image tokens on the host, then normalised and cut into
+patches on the model's device.
 
 The rules are those of transformers 5.17's ``Qwen2VLImageProcessorPil`` (bicubic resize by Pillow, values scaled by
-1/255, then ``(x - mean) / std`` in fp32), and the patches are equal bit for bit. There is one resize: nowhere else in
-the package is an image scaled.
+1/255, then ``(x - mean) / std`` in fp32). The patches are equal bit for bit on a CPU; a GPU rounds the division by 255
+differently, by one unit in the last place of fp32. There is one resize: nowhere else in the package is an image scaled.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from qwen3vl_moe.errors import ConfigError, OptionError, PromptError
 
@@ -145,40 +150,81 @@ class ImageSettings:
         """Image tokens of a grid: merge_size x merge_size patches become one."""
         return math.prod(grid) // self.merge_size**2
 
-    def patches(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int], bytes]:
-        """Resize an RGB image and cut it into normalised patches: fp32 [P, patch_dim], its grid, and its digest.
-
-        Patches come in the order of the vision tower: merge_size x merge_size neighbours in a row, so that the merger
-        only has to join consecutive rows. Within a patch: channel, frame, row, column. A still image fills all
-        ``temporal_patch_size`` frames. The digest (SHA-256) is of the resized picture, its shape included: under the
-        same settings, equal digests mean equal patches.
-        """
+    def resize(self, image: Image.Image) -> Picture:
+        """An RGB image at the size that the model sees."""
         grid = _, rows, columns = self.grid(image.height, image.width)
-        patch, merge = self.patch_size, self.merge_size
-        size = (columns * patch, rows * patch)
-        blocks = np.empty(
-            (rows // merge, columns // merge, merge, merge, 3, self.temporal_patch_size, patch, patch), np.float32
-        )
+        width, height = columns * self.patch_size, rows * self.patch_size
+        pixels_3HW = np.empty((3, height, width), np.uint8)
 
         def fill(channel: int, plane: Image.Image) -> bytes:
-            pixels = np.asarray(plane.resize(size, Image.Resampling.BICUBIC))
-            # Of single bytes: the patches would be eight times as much to read.
-            digest = hashlib.sha256(pixels.reshape(-1)).digest()
-            pixels = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch)
-            # Permuted while a value is one byte; the arithmetic then runs in place over contiguous fp32.
-            values = pixels.transpose(0, 3, 1, 4, 2, 5).astype(np.float32, order="C")
-            # Division by 255 rounds as transformers' fp64 product with 1/255 does, for all 256 values, and the other
-            # two steps are its own. A fused scale and shift would be a pass less, and one unit in the last place off.
-            values /= np.float32(255)
-            values -= np.float32(self.mean[channel])
-            values /= np.float32(self.std[channel])
-            blocks[:, :, :, :, channel] = values[:, :, :, :, None]
-            return digest
+            pixels_3HW[channel] = np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC))
+            return hashlib.sha256(pixels_3HW[channel].reshape(-1)).digest()
 
         # Pillow resizes the channels of an image independently, so each can have a core of its own.
-        parallel = size[0] * size[1] >= _PARALLEL_PIXELS
+        parallel = width * height >= _PARALLEL_PIXELS
         planes = b"".join((_WORKERS.map if parallel else map)(fill, range(3), image.split()))
-        return blocks.reshape(rows * columns, -1), grid, hashlib.sha256(planes + repr(grid).encode()).digest()
+        digest = hashlib.sha256(planes + repr(grid).encode()).digest()
+        return Picture(torch.from_numpy(pixels_3HW), grid, digest, self)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A resized image.
+
+    Attributes:
+        pixels_3HW: channels, rows, columns; uint8 on the CPU.
+        grid: frames, rows, columns, counted in patches.
+        digest: SHA-256 of the pixels and the grid: under the same settings, equal digests mean equal patches.
+        settings: how it becomes patches.
+    """
+
+    pixels_3HW: Tensor
+    grid: tuple[int, int, int]
+    digest: bytes
+    settings: ImageSettings
+
+
+def copy_pixels(pictures: Sequence[Picture], device: torch.device | str) -> Tensor:
+    """The pixels of all pictures, one after the other, on a device: uint8, in one copy that the host only starts."""
+    flat = [picture.pixels_3HW.flatten() for picture in pictures]
+    pinned = torch.device(device).type == "cuda"
+    staged = torch.empty(sum(map(len, flat)), dtype=torch.uint8, pin_memory=pinned)
+    return torch.cat(flat, out=staged).to(device, non_blocking=True)
+
+
+def cut_patches(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normalised patches [P, patch_dim] of all pictures, on the device of their pixels: one launch each and a few more.
+
+    Patches come in the order of the vision tower: merge_size x merge_size neighbours in a row, so that the merger only
+    has to join consecutive rows. Within a patch: channel, frame, row, column. A still image fills all
+    ``temporal_patch_size`` frames.
+
+    Args:
+        pixels: of :func:`copy_pixels`.
+        pictures: at least one, all of the same settings.
+        dtype: of the result; the arithmetic is fp32.
+    """
+    settings = pictures[0].settings
+    patch, merge = settings.patch_size, settings.merge_size
+    values_P3S = pixels.new_empty(len(pixels) // (3 * patch**2), 3, patch**2, dtype=torch.float32)
+    counts = [math.prod(picture.grid) for picture in pictures]
+    sizes = [picture.pixels_3HW.numel() for picture in pictures]
+    for picture, part, values in zip(pictures, pixels.split(sizes), values_P3S.split(counts), strict=True):
+        _, rows, columns = picture.grid
+        blocks = part.view(3, rows // merge, merge, patch, columns // merge, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+        values.view(blocks.shape).copy_(blocks)
+    mean_31, std_31 = _normalisation(settings, pixels.device)
+    # Division by 255 rounds as transformers' fp64 product with 1/255 does, for all 256 values, and the other two steps
+    # are its own. A fused scale and shift would be a pass less, and one unit in the last place off.
+    values_P3S.div_(255).sub_(mean_31).div_(std_31)
+    frames = values_P3S.to(dtype)[:, :, None].expand(-1, -1, settings.temporal_patch_size, -1)
+    return frames.reshape(len(values_P3S), -1)
+
+
+@cache
+def _normalisation(settings: ImageSettings, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel, [3, 1], copied to a device once."""
+    return tuple(torch.tensor(values, device=device)[:, None] for values in (settings.mean, settings.std))
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Chat messages or text, and images -> one :class:`Prompt`: token ids, pixel patches, grids and M-RoPE positions.
+"""Chat messages or text, and images -> one :class:`Prompt`: token ids, resized pictures and M-RoPE positions.
 
 A prompt is checked whole before any pixel is decoded: its form, the pairing of placeholders and images, and its length
 in tokens, which the headers of the images already tell. A :class:`Processor` has no state that a call changes, so
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, ConfigError, PromptError
 from qwen3vl_moe.image_source import OpenedImage, decode_rgb, open_image
-from qwen3vl_moe.images import ImageSettings, read_json
+from qwen3vl_moe.images import ImageSettings, Picture, copy_pixels, cut_patches, read_json
 from qwen3vl_moe.messages import split_images
 from qwen3vl_moe.model.rope import mrope_positions
 
@@ -34,21 +34,32 @@ _VISION_TOKENS = (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 @dataclass(frozen=True, eq=False)
 class ImageInput:
-    """One image of a prompt, ready for the vision tower.
+    """One image of a prompt.
 
     Attributes:
-        pixel_values: normalised patches, fp32 [P, patch_dim] on the CPU.
-        grid_thw: frames, rows, columns, counted in patches; their product is P.
+        picture: resized, its pixels on the CPU.
         start: index of its first placeholder token in the prompt.
         num_tokens: image tokens it takes, P / merge_size**2.
-        digest: of its pixels and its grid; pictures with the same digest are the same to the model.
     """
 
-    pixel_values: torch.Tensor
-    grid_thw: tuple[int, int, int]
+    picture: Picture
     start: int
     num_tokens: int
-    digest: bytes
+
+    @property
+    def grid_thw(self) -> tuple[int, int, int]:
+        """Frames, rows, columns, counted in patches; their product is P."""
+        return self.picture.grid
+
+    @property
+    def digest(self) -> bytes:
+        """Of its pixels and its grid; pictures with the same digest are the same to the model."""
+        return self.picture.digest
+
+    @property
+    def pixel_values(self) -> torch.Tensor:
+        """Normalised patches, fp32 [P, patch_dim] on the CPU, made anew: what transformers' models take."""
+        return cut_patches(copy_pixels([self.picture], "cpu"), [self.picture])
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,9 +216,9 @@ class Processor:
         token_ids: list[int] = []
         images: list[ImageInput] = []
         done = 0
-        for (start, stop), count, (pixel_values, grid, digest) in zip(runs, counts, prepared, strict=True):
+        for (start, stop), count, picture in zip(runs, counts, prepared, strict=True):
             token_ids += ids[done:start]
-            images.append(ImageInput(pixel_values, grid, len(token_ids), count, digest))
+            images.append(ImageInput(picture, len(token_ids), count))
             token_ids += [self.config.image_token_id] * count
             done = stop
         token_ids += ids[done:]
@@ -262,14 +273,14 @@ class Processor:
             f"with {count} image tokens; lower max_pixels (now {self.image_settings.max_pixels}) or raise max_model_len"
         )
 
-    def _prepare(self, opened: OpenedImage, count: int) -> tuple[torch.Tensor, tuple[int, int, int], bytes]:
+    def _prepare(self, opened: OpenedImage, count: int) -> Picture:
         image = decode_rgb(opened)
-        patches, grid, digest = self.image_settings.patches(image)
-        if self.image_settings.num_tokens(grid) != count:  # would put every later token in the wrong place
+        picture = self.image_settings.resize(image)
+        if self.image_settings.num_tokens(picture.grid) != count:  # would put every later token in the wrong place
             raise PromptError(
                 f"{opened.where} is not of the size that its header gives: it decodes to {image.width}x{image.height}"
             )
-        return torch.from_numpy(patches), grid, digest
+        return picture
 
     def _map(self, function, *arguments) -> list:
         """``function`` over images; the first error in their order is raised."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -168,14 +169,16 @@ def prefill_step(llm: LLM, T: int, rate: float, rng: np.random.Generator, times:
     }
 
 
-def vision_call(llm: LLM, images: int, rate: float, times: int) -> dict:
-    """The tower on 560x560 images (36 x 36 patches), pixels on the host."""
+def vision_call(llm: LLM, images: int, rate: float, rng: np.random.Generator, times: int) -> dict:
+    """The tower on 560x560 images (36 x 36 patches), from resized pictures on the host to features."""
     model, vision = llm.engine.model, llm.engine.model.config.vision
-    grid = (1, 18 * vision.merge_size, 18 * vision.merge_size)
-    P = grid[1] * grid[2]
-    pixels = torch.randn(images * P, vision.patch_dim)
+    side = 18 * vision.merge_size * vision.patch_size
+    exact = llm.processor.image_settings.with_bounds(1, side**2)  # made at their size: nothing is resized
+    noise = (rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(images))
+    pictures = [exact.resize(Image.fromarray(pixels)) for pixels in noise]
+    P = math.prod(pictures[0].grid)
     with torch.inference_mode():
-        seconds = median(lambda: llm.engine.runner.encode(pixels, [grid] * images), model.device, times)
+        seconds = median(lambda: llm.engine.runner.encode(pictures), model.device, times)
     width = vision.hidden_size
     block = P * width * (4 * width + 2 * vision.intermediate_size) + 2 * P * P * width
     mergers = (1 + len(vision.deepstack_indexes)) * P // vision.merge_size**2
@@ -226,7 +229,7 @@ def measure(llm: LLM, quick: bool) -> list[dict]:
     for T in (100,) if quick else (450, 8192):
         rows.append(prefill_step(llm, T, rate, rng, times))
     for images in (1,) if quick else (1, 32):
-        rows.append(vision_call(llm, images, rate, times))
+        rows.append(vision_call(llm, images, rate, rng, times))
     return rows
 
 

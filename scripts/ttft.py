@@ -6,10 +6,11 @@
     python scripts/ttft.py --model demo --sizes 224x224 --num-prompts 8 --max-concurrency 3   # anywhere: a try-out
 
 The single stream covers a grid of image sizes and text lengths, from encoded bytes and text to the first token on the
-host, split by stage. The closed loop takes its options, their meaning and its table from sglang's bench_serving, in
-process instead of over HTTP. Definitions stand in qwen3vl_moe/benchmarking/statistics.py, and what the variants of
---compare are in qwen3vl_moe/benchmarking/variants.py. No prompt is taken from the cache. Exit status: 0, or 2 if
-something in the call has to be mended.
+host, split by stage. The first request of the process is reported apart, with the time from the start of the process
+to its token: run the program twice to see what Triton's cache on disk saves. The closed loop takes its options, their
+meaning and its table from sglang's bench_serving, in process instead of over HTTP. Definitions stand in
+qwen3vl_moe/benchmarking/statistics.py, and what the variants of --compare are in qwen3vl_moe/benchmarking/variants.py.
+No prompt is taken from the cache. Exit status: 0, or 2 if something in the call has to be mended.
 """
 
 from __future__ import annotations

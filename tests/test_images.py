@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from qwen3vl_moe import image_source
 from qwen3vl_moe.errors import ConfigError, OptionError, PromptError
 from qwen3vl_moe.image_source import decode_rgb, describe, open_image
-from qwen3vl_moe.images import ImageSettings, smart_resize
+from qwen3vl_moe.images import ImageSettings, copy_pixels, cut_patches, smart_resize
 from qwen3vl_moe.tiny import write_processor_dir
 
 SETTINGS = ImageSettings(
@@ -65,6 +67,11 @@ def rgb(source) -> Image.Image:
     return decode_rgb(open_image(source, 0))
 
 
+def patches_of(settings: ImageSettings, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int], bytes]:
+    picture = settings.resize(image)
+    return cut_patches(copy_pixels([picture], "cpu"), [picture]).numpy(), picture.grid, picture.digest
+
+
 class TestPatches:
     # A single pixel, upscaling, exact multiples, rounding both ways, halves (rounded to even), long and tall.
     SIZES = ((1, 1), (3, 5), (16, 16), (20, 28), (64, 48), (100, 100), (37, 211), (7, 1400), (1399, 7), (333, 500))
@@ -73,7 +80,7 @@ class TestPatches:
     def test_equal_to_transformers(self, width, height):
         image = noise(width, height)
         expected = oracle_for(SETTINGS)(images=[image], return_tensors="np")
-        patches, grid, _ = SETTINGS.patches(image)
+        patches, grid, _ = patches_of(SETTINGS, image)
         assert grid == tuple(expected["image_grid_thw"][0])
         assert patches.dtype == np.float32
         np.testing.assert_array_equal(patches, expected["pixel_values"])  # bit for bit
@@ -85,7 +92,7 @@ class TestPatches:
         bounded = SETTINGS.with_bounds(min_pixels, max_pixels)
         image = noise(131, 77)
         expected = oracle_for(bounded)(images=[image], return_tensors="np")
-        np.testing.assert_array_equal(bounded.patches(image)[0], expected["pixel_values"])
+        np.testing.assert_array_equal(patches_of(bounded, image)[0], expected["pixel_values"])
 
     @pytest.mark.parametrize(("patch_size", "temporal_patch_size", "merge_size"), [(16, 2, 2), (14, 1, 3), (5, 3, 1)])
     def test_other_sizes_and_uneven_normalisation(self, patch_size, temporal_patch_size, merge_size):
@@ -100,7 +107,7 @@ class TestPatches:
         )
         image = noise(200, 301)
         expected = oracle_for(other)(images=[image], return_tensors="np")
-        np.testing.assert_array_equal(other.patches(image)[0], expected["pixel_values"])
+        np.testing.assert_array_equal(patches_of(other, image)[0], expected["pixel_values"])
 
     def test_published_settings_on_photographs(self, shared_dir):
         published = ImageSettings.from_pretrained(shared_dir / "checkpoint-30b")
@@ -108,13 +115,13 @@ class TestPatches:
         for name in ("chelsea.png", "china.jpg", "flower.jpg"):
             path = shared_dir / "images" / name
             expected = oracle(images=[load_image(str(path))], return_tensors="np")
-            np.testing.assert_array_equal(published.patches(rgb(path))[0], expected["pixel_values"])
+            np.testing.assert_array_equal(patches_of(published, rgb(path))[0], expected["pixel_values"])
 
     def test_order_of_patches(self):
         # A picture whose pixels name their own place: the first merge block is the 8 x 8 corner, patch by patch.
         rows, columns = np.mgrid[0:16, 0:24]
         image = Image.fromarray(np.stack([rows, columns, rows * 0], axis=-1).astype(np.uint8))
-        patches, grid, _ = SETTINGS.patches(image)
+        patches, grid, _ = patches_of(SETTINGS, image)
         assert grid == (1, 4, 6)
         pixels = np.rint((patches * 0.5 + 0.5) * 255).astype(int).reshape(24, 3, 2, 4, 4)
         assert [tuple(pixels[p, :2, 0, 0, 0]) for p in range(8)] == [
@@ -122,22 +129,41 @@ class TestPatches:
         ]  # fmt: skip
         np.testing.assert_array_equal(pixels[:, :, 0], pixels[:, :, 1])  # both frames are the still image
 
+    def test_packed_pictures_are_those_of_each_alone(self):
+        images = [noise(64, 48), noise(7, 300), noise(20, 28)]
+        pictures = [SETTINGS.resize(image) for image in images]
+        pixels = copy_pixels(pictures, "cpu")
+        assert pixels.dtype == torch.uint8
+        expected = np.concatenate([patches_of(SETTINGS, image)[0] for image in images])
+        np.testing.assert_array_equal(cut_patches(pixels, pictures).numpy(), expected)
+        rounded = cut_patches(pixels, pictures, torch.bfloat16)
+        assert torch.equal(rounded, torch.from_numpy(expected).bfloat16())
+
+    @pytest.mark.gpu
+    def test_on_a_gpu(self):
+        """Two values below 1 that may be off by 2**-24 each, over std; and the rounding of the result, below 4."""
+        uneven = replace(SETTINGS, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
+        pictures = [uneven.resize(noise(*size)) for size in ((64, 48), (7, 300))]
+        expected = cut_patches(copy_pixels(pictures, "cpu"), pictures)
+        ours = cut_patches(copy_pixels(pictures, "cuda"), pictures).cpu()
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2 * 2**-24 / min(uneven.std) + 2**-22)
+
     def test_digest_tells_what_the_model_would_see(self):
         image, other = noise(64, 48), noise(64, 48)
         other.putpixel((40, 30), tuple(value ^ 1 for value in image.getpixel((40, 30))))
         grey = [Image.new("RGB", size, "grey") for size in ((64, 48), (48, 64), (8, 384))]
         small = SETTINGS.with_bounds(64, 1024)
-        digests = [SETTINGS.patches(each)[2] for each in (image, other, *grey)] + [small.patches(image)[2]]
+        digests = [patches_of(SETTINGS, each)[2] for each in (image, other, *grey)] + [patches_of(small, image)[2]]
         assert len(set(digests)) == len(digests)
-        assert SETTINGS.patches(image.copy())[2] == digests[0]
+        assert patches_of(SETTINGS, image.copy())[2] == digests[0]
         # A file that is resized to the same pixels is the same picture.
-        assert SETTINGS.patches(Image.new("RGB", (80, 60), "grey"))[1:] != SETTINGS.patches(grey[0])[1:]
-        assert SETTINGS.patches(Image.new("RGB", (66, 50), "grey"))[1:] == SETTINGS.patches(grey[0])[1:]
+        assert patches_of(SETTINGS, Image.new("RGB", (80, 60), "grey"))[1:] != patches_of(SETTINGS, grey[0])[1:]
+        assert patches_of(SETTINGS, Image.new("RGB", (66, 50), "grey"))[1:] == patches_of(SETTINGS, grey[0])[1:]
 
     def test_one_resize_only(self):
         # An image that already has a fitting size is not touched: its pixels can be read back from the patches.
         image = noise(64, 48)
-        patches, (_, rows, columns), _ = SETTINGS.patches(image)
+        patches, (_, rows, columns), _ = patches_of(SETTINGS, image)
         blocks = patches.reshape(rows // 2, columns // 2, 2, 2, 3, 2, 4, 4)[:, :, :, :, :, 0]
         pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(48, 64, 3)
         np.testing.assert_array_equal(np.rint((pixels * 0.5 + 0.5) * 255), np.asarray(image))

@@ -75,3 +75,15 @@ def test_no_file_is_too_long_to_read():
         for path in (ROOT / folder).rglob("*.py"):
             lines = len(path.read_text(encoding="utf-8").splitlines())
             assert lines <= 450, f"{path.relative_to(ROOT)} has {lines} lines: a file holds one idea"
+
+
+def test_the_engine_stays_small():
+    files = (ROOT / "qwen3vl_moe/engine").glob("*.py")
+    lengths = [len(path.read_text(encoding="utf-8").splitlines()) for path in files]
+    assert sum(lengths) < 1500
+    assert max(lengths) <= 400
+
+
+def test_what_goes_in_and_comes_out_knows_nothing_of_the_engine():
+    for name in ("params", "outputs", "detokenizer", "processor", "prefetch"):
+        assert not any("engine" in module for module in imports_of(ROOT / "qwen3vl_moe" / f"{name}.py"))

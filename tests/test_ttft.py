@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import re
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +111,17 @@ def test_the_table_has_the_rows_of_bench_serving():
         assert {f"Mean {name} (ms)", f"Median {name} (ms)", f"P99 {name} (ms)"} <= set(rows)
 
 
+def test_the_age_of_a_process_counts_from_before_its_first_line():
+    code = "import time; time.sleep(0.5); from qwen3vl_moe.benchmarking.workloads import process_age"
+    code += "; print(process_age(), time.time())"
+    began = time.time()
+    environment = os.environ | {"PYTHONPATH": f"{SCRIPTS.parent}{os.pathsep}{SCRIPTS.parent / 'kernels'}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    age, now = map(float, done.stdout.split())
+    # The kernel counts in ticks of a hundredth of a second; making the process is what the two clocks may differ by.
+    assert max(0.5, now - began - 0.5) < age <= now - began + 0.02
+
+
 # --- inputs -------------------------------------------------------------------------------------------------------
 
 
@@ -155,14 +169,17 @@ def test_images_of_a_directory_are_used_in_turn(tmp_path):
 
 
 def test_stages_add_up_to_the_total(llm):
-    requests = LOAD.requests(llm, Images(None, "random", "jpeg", 1), 6)
+    requests = LOAD.requests(llm, Images(None, "random", "jpeg", 1), 9)
     for request in requests[:2]:  # warm
         single_stream(llm, request)
+    shares = []
     for request in requests[2:]:
         found = single_stream(llm, request)
-        assert sum(found.stages.values()) == pytest.approx(found.latency, rel=0.05)
+        shares.append(sum(found.stages.values()) / found.latency)
         assert min(found.stages.values()) >= 0
         assert all(found.stages[name] > 0 for name in ("preprocess", "host_to_device", "vision", "prefill", "sample"))
+    # The median: a busy machine may stop the process for milliseconds between two stages.
+    assert np.median(shares) == pytest.approx(1, rel=0.05)
 
 
 def test_closed_loop_keeps_to_its_limit(llm):
@@ -285,7 +302,9 @@ def test_the_program_measures_and_reports(app, tmp_path):
         found = metrics[name]
         assert 0 < found["median"] <= found["p90"] <= found["p95"] <= found["p99"] <= found["max"]
     assert metrics["concurrency"] <= 3
-    assert results["cold"]["ttft"] > 0
+    cold = results["cold"]
+    assert cold["start_to_first_token"] > cold["load_seconds"] + cold["ttft"] > cold["ttft"] > 0
+    assert f"to this first token: {cold['start_to_first_token']:.1f} s" in done.output
     assert results["profiler"]["trace_ms"] > 0
 
 

@@ -83,10 +83,13 @@ def single_table(cells: list[dict[str, Any]]) -> Table:
 
 def cold_line(cold: dict[str, Any]) -> str:
     stages = ", ".join(f"{name} {1e3 * cold['stages'][name]:.1f}" for name in STAGE_COLUMNS)
-    return (
+    line = (
         f"cold, first request of this process ({cold['image']}): {1e3 * cold['ttft']:.1f} ms ({stages}); "
         f"loading and warming up before it took {cold['load_seconds']:.1f} s"
     )
+    if cold["start_to_first_token"] is not None:
+        line += f"; from the start of the process to this first token: {cold['start_to_first_token']:.1f} s"
+    return line
 
 
 def comparison_table(workload: str, comparison: dict[str, Any]) -> Table:

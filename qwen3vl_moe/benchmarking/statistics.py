@@ -33,7 +33,7 @@ class Record:
         start: submission, before any image is decoded.
         token_times: when each output token was on the host.
         text_tokens, vision_tokens: of the prompt.
-        stages: seconds by stage, see :class:`qwen3vl_moe.engine.outputs.RequestMetrics`.
+        stages: seconds by stage, see :class:`qwen3vl_moe.outputs.RequestMetrics`.
     """
 
     start: float

@@ -30,6 +30,7 @@ from qwen3vl_moe.benchmarking.statistics import Record
 from qwen3vl_moe.engine import LLM
 from qwen3vl_moe.engine.runner import uses_graphs
 from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.images import copy_pixels, cut_patches
 from qwen3vl_moe.transformers_twin import transformers_twin
 
 TRANSFORMERS = "transformers"
@@ -163,8 +164,8 @@ class TransformersPeer:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         inputs["mm_token_type_ids"] = (ids == image_token).int()
         if prompt.images:
-            pixels = torch.cat([image.pixel_values for image in prompt.images])
-            inputs["pixel_values"] = pixels.to(device, non_blocking=True)
+            pictures = [image.picture for image in prompt.images]
+            inputs["pixel_values"] = cut_patches(copy_pixels(pictures, device), pictures)
             inputs["image_grid_thw"] = torch.tensor([image.grid_thw for image in prompt.images], device=device)
         self.twin(**inputs, logits_to_keep=1).logits[0, -1].argmax().item()
         stop = time.perf_counter()

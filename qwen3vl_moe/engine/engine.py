@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 
 import torch
 
-from qwen3vl_moe.engine.detokenizer import TextStream, TokenBytes
+from qwen3vl_moe.detokenizer import TextStream, TokenBytes
 from qwen3vl_moe.engine.kv_cache import KVCache, plan_cache
-from qwen3vl_moe.engine.outputs import Logprob, RequestMetrics
-from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
-from qwen3vl_moe.engine.runner import Runner, free_cache_bytes
+from qwen3vl_moe.engine.runner import ChunkResult, Launched, Runner, StepResult, free_cache_bytes
 from qwen3vl_moe.engine.sampler import TokenLogprob
-from qwen3vl_moe.engine.scheduler import Scheduler
+from qwen3vl_moe.engine.scheduler import Chunk, Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, PromptError
 from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.outputs import Logprob, RequestMetrics
+from qwen3vl_moe.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.processor import Prompt
 
 
@@ -44,10 +45,18 @@ class Engine:
         num_blocks, self.max_model_len = plan_cache(model.config.text, model.dtype, options, free_bytes)
         self.cache = KVCache(model.config.text, num_blocks, options.block_size, model.dtype, model.device)
         self.scheduler = Scheduler(
-            self.cache, options.max_num_seqs, options.max_prefill_tokens, options.enable_prefix_caching
+            self.cache,
+            options.max_num_seqs,
+            options.max_prefill_tokens,
+            options.max_encoder_tokens,
+            options.enable_prefix_caching,
         )
         self.runner = Runner(model, self.cache, options, self.max_model_len)
         self.runner.warm_up(progress)
+        by_default = model.device.type == "cuda"
+        self._runs_ahead = by_default if options.async_scheduling is None else options.async_scheduling
+        self._launched: deque[Launched] = deque()  # whose tokens have not been read: at most two, outside of step() one
+        self._last_read = 0.0  # when the last tokens were, in seconds since the epoch
         self._token_bytes = TokenBytes(tokenizer)
         self._decoded: dict[int, str] = {}
         self._ids = itertools.count()
@@ -73,7 +82,7 @@ class Engine:
         waiting = self.scheduler.waiting
         images = sum(image.num_tokens for sequence in waiting for image in sequence.prompt.images)
         seats = self.scheduler.max_num_seqs - len(self.scheduler.running) - len(waiting)
-        return seats > 0 and images < self.scheduler.max_prefill_tokens
+        return seats > 0 and images < min(self.scheduler.max_prefill_tokens, self.scheduler.max_encoder_tokens)
 
     def request(
         self, prompt: Prompt, params: SamplingParams, arrival: float | None = None, preprocess: float = 0.0
@@ -123,38 +132,67 @@ class Engine:
         if not sequence.finished:
             self.scheduler.remove(sequence)
             sequence.finish("abort")
+            self._forget_finished()
 
     def step(self) -> None:
-        """Compute one step; the sequences in it carry the result."""
-        started = time.time()
-        chunks = self.scheduler.schedule()
-        if not chunks:
+        """Compute one step; the sequences in it carry the result.
+
+        If the step after it does not depend on its tokens, that one is launched before they are read. An error or
+        Ctrl-C leaves what was launched to the next call.
+        """
+        if not self._launched:
+            self._launch(self.scheduler.schedule())
+        if not self._launched:
             return
+        step = self._launched[0]
+        if self._runs_ahead and len(self._launched) == 1:
+            self._launch(self.scheduler.ahead(step.chunks), step)
+        result = self.runner.read(step)
+        # What was launched ahead waited for the step before it.
+        model_seconds = time.time() - max(step.started, self._last_read) - sum(result.seconds.values())
+        self._last_read = time.time()
+        try:
+            self._launched.popleft()
+            for chunk, of_chunk in zip(step.chunks, result.results, strict=True):
+                if not chunk.sequence.finished:  # else this row is of no use
+                    self._take(chunk, of_chunk, result, max(0.0, model_seconds))
+        except BaseException:
+            self._launched.clear()  # it goes on from tokens that may not have been taken: both are computed again
+            raise
+        self._forget_finished()
+
+    def _launch(self, chunks: list[Chunk], after: Launched | None = None) -> None:
+        now = time.time()
         for chunk in chunks:
             metrics = chunk.sequence.metrics
             if metrics.first_scheduled_time is None:
-                metrics.first_scheduled_time = started
-                metrics.stages["queue"] = started - metrics.arrival_time - metrics.stages["preprocess"]
+                metrics.first_scheduled_time = now
+                metrics.stages["queue"] = now - metrics.arrival_time - metrics.stages["preprocess"]
+        if chunks:
+            self._launched.append(self.runner.launch(chunks, after))
 
-        step = self.runner.run(chunks)
-        model_seconds = time.time() - started - sum(step.seconds.values())
+    def _take(self, chunk: Chunk, of_chunk: ChunkResult, of_step: StepResult, model_seconds: float) -> None:
+        """Give a sequence what a step has computed for it."""
+        sequence = chunk.sequence
+        stages, is_encoded = sequence.metrics.stages, sequence in of_step.encoded
+        for stage, takes_part in (
+            ("host_to_device", is_encoded),
+            ("vision", is_encoded),
+            ("sample", chunk.samples),
+        ):
+            stages[stage] += of_step.seconds[stage] if takes_part else 0.0
+        stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
+        sequence.prompt_logprobs += [self._readable(entry) for entry in of_chunk.prompt_logprobs]
+        if of_chunk.token_id is not None:
+            sequence.append(of_chunk.token_id, self._readable(of_chunk.logprobs) if of_chunk.logprobs else None)
+        self.scheduler.computed(chunk)
+        if sequence.finished:
+            self.scheduler.remove(sequence)
 
-        for chunk, result in zip(chunks, step.results, strict=True):
-            sequence = chunk.sequence
-            stages = sequence.metrics.stages
-            for stage, takes_part in (
-                ("host_to_device", sequence in step.encoded),
-                ("vision", sequence in step.encoded),
-                ("sample", chunk.samples),
-            ):
-                stages[stage] += step.seconds[stage] if takes_part else 0.0
-            stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
-            sequence.prompt_logprobs += [self._readable(entry) for entry in result.prompt_logprobs]
-            self.scheduler.computed(chunk)
-            if result.token_id is not None:
-                sequence.append(result.token_id, self._readable(result.logprobs) if result.logprobs else None)
-            if sequence.finished:
-                self.scheduler.remove(sequence)
+    def _forget_finished(self) -> None:
+        """Steps launched ahead for sequences that have all ended meanwhile are not waited for."""
+        while self._launched and all(chunk.sequence.finished for chunk in self._launched[0].chunks):
+            self._launched.popleft()
 
     def _readable(self, entries: list[TokenLogprob]) -> dict[int, Logprob]:
         readable: dict[int, Logprob] = {}

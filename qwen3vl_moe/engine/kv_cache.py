@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qwen3vl_moe.config import TextConfig
-from qwen3vl_moe.engine.params import EngineOptions
 from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.params import EngineOptions
 
 _CPU_BYTES = 4 << 30  # on a CPU: pages of the zeroed cache take memory only once they are written
 
@@ -78,6 +78,11 @@ class KVCache:
             found.append(block)
         return found
 
+    def needed(self, table: Sequence[int], num_tokens: int, found: Sequence[int] = ()) -> int:
+        """How many of the free blocks :meth:`grow` would take."""
+        revived = sum(self._references[block] == 0 for block in found)
+        return -(-num_tokens // self.block_size) - len(table) - len(found) + revived
+
     def grow(self, table: list[int], num_tokens: int, found: Sequence[int] = ()) -> bool:
         """Extend a block table to hold ``num_tokens``; False, with nothing taken, if too few blocks are free.
 
@@ -86,16 +91,13 @@ class KVCache:
             num_tokens: of the whole sequence, more than the found blocks hold.
             found: blocks to begin with, shared with whoever else holds them.
         """
-        revived = [block for block in found if self._references[block] == 0]
-        missing = -(-num_tokens // self.block_size) - len(table) - len(found)
-        if missing + len(revived) > len(self._free):
+        if self.needed(table, num_tokens, found) > len(self._free):
             return False
-        for block in revived:
-            del self._free[block]
         for block in found:
+            self._free.pop(block, None)
             self._references[block] += 1
         table.extend(found)
-        for _ in range(missing):
+        while len(table) * self.block_size < num_tokens:
             block, _ = self._free.popitem(last=False)
             self._forget(block)
             self._references[block] = 1

@@ -20,11 +20,11 @@ from qwen3vl_moe import tiny
 from qwen3vl_moe.checkpoint import resolve
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine.engine import Engine
-from qwen3vl_moe.engine.outputs import RequestOutput
-from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
 from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.outputs import RequestOutput
+from qwen3vl_moe.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.prefetch import prefetch
 from qwen3vl_moe.processor import Processor, Prompt
 
@@ -52,8 +52,8 @@ class LLM:
         expert_layout: "published" or "transformers5", for checkpoints that do not tell.
         progress: show the bars of loading and warming up.
         engine_options: fields of :class:`EngineOptions`: ``max_model_len``, ``max_num_seqs``, ``max_prefill_tokens``,
-            ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``,
-            ``enforce_eager``, ``enable_prefix_caching``.
+            ``max_encoder_tokens``, ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``,
+            ``enforce_eager``, ``async_scheduling``, ``enable_prefix_caching``.
 
     Raises:
         UserError: an option, or the checkpoint, cannot be used; one line says why.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -10,15 +11,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen3vl_moe.engine.graphs import StepGraphs, VisionGraphs, can_capture
 from qwen3vl_moe.engine.kv_cache import KVCache
-from qwen3vl_moe.engine.params import EngineOptions
 from qwen3vl_moe.engine.sampler import TokenLogprob, sample, token_logprobs
 from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
+from qwen3vl_moe.images import Picture, copy_pixels, cut_patches
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
-from qwen3vl_moe.model.rope import Grid
+from qwen3vl_moe.model.batch import to_device
+from qwen3vl_moe.model.graphs import StepGraphs, VisionGraphs, can_capture
+from qwen3vl_moe.params import EngineOptions
 
+Mark = torch.cuda.Event | float
 _GRAPH_BYTES = 3 << 30  # what all graphs of the published model take
 _PROMPT_LOGIT_ROWS = 256  # logits held at once for prompt_logprobs: 150 MB in fp32 at the published vocabulary
 
@@ -30,6 +33,31 @@ class ChunkResult:
     token_id: int | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device may still be working on.
+
+    Attributes:
+        chunks: what it computes.
+        tokens_R: int64 on the device, the next token of each chunk that samples.
+        host_tokens_R: the same on the host, valid once the last mark is reached.
+        logits_RV: what they were chosen by; valid until the next launch.
+        prompt_logprobs: of each chunk.
+        encoded: the sequences whose images it encodes.
+        marks: points in the device's work: where copying pixels, encoding and the decoder begin and end.
+        started: when the host began with it, in seconds since the epoch.
+    """
+
+    chunks: list[Chunk]
+    tokens_R: Tensor
+    host_tokens_R: Tensor
+    logits_RV: Tensor
+    prompt_logprobs: list[list[list[TokenLogprob]]]
+    encoded: list[Sequence]
+    marks: dict[str, Mark]
+    started: float
 
 
 @dataclass(frozen=True)
@@ -76,75 +104,107 @@ class Runner:
                         bar.update()
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> StepResult:
-        """Compute the chunks and write them into the cache."""
+    def launch(self, chunks: list[Chunk], after: Launched | None = None) -> Launched:
+        """Start to compute the chunks and to write them into the cache; their tokens are chosen on the device.
+
+        Args:
+            chunks: at least one.
+            after: the step before, if its tokens have not been read: the chunks then begin with them.
+        """
+        started = time.time()
         encoded, marks = self._encode_images(chunks)
         sampling = [number for number, chunk in enumerate(chunks) if chunk.samples]
         spans = [_prompt_logprob_span(chunk) for chunk in chunks]
         begins = [0, *itertools.accumulate(chunk.stop - chunk.start for chunk in chunks)]
         sample_rows = [begins[number + 1] - 1 for number in sampling]
         prompt_rows = [begins[i] + place - chunks[i].start for i, span in enumerate(spans) for place in span]
-        batch = self._pack(chunks, sample_rows + prompt_rows)
-        results = [ChunkResult() for _ in chunks]
+        batch = self._pack(chunks, sample_rows + prompt_rows, after)
         replayed = self.replays and self._steps is not None and not prompt_rows
         logits_RV = self._steps.run(batch) if replayed else None
         hidden_RH = None
         if logits_RV is None:
             hidden_RH = self.model.text(batch.to(self.model.device), self.cache.tensor)
             logits_RV = self.model.lm_head(hidden_RH[: len(sampling)])
+        tokens_R = host_tokens_R = torch.empty(0, dtype=torch.int64)
         if sampling:
+            marks["computed"] = _now(self.model.device)
             sequences = [chunks[number].sequence for number in sampling]
-            computed = _now(self.model.device)
-            self._sample(logits_RV, sequences, [results[number] for number in sampling])
-            sampled = _now(self.model.device)
-        row = len(sampling)
-        for chunk, span, result in zip(chunks, spans, results, strict=True):
-            if not span:
-                continue
-            result.prompt_logprobs = self._prompt_logprobs(hidden_RH[row : row + len(span)], chunk.sequence, span)
+            tokens_R = host_tokens_R = sample(logits_RV, sequences, self._generator)
+            if tokens_R.is_cuda:
+                host_tokens_R = torch.empty(tokens_R.shape, dtype=tokens_R.dtype, pin_memory=True)
+                host_tokens_R.copy_(tokens_R, non_blocking=True)
+            marks["sampled"] = _now(self.model.device)
+        prompt_logprobs, row = [], len(sampling)
+        for chunk, span in zip(chunks, spans, strict=True):
+            rows = hidden_RH[row : row + len(span)] if span else ()
+            prompt_logprobs.append(self._prompt_logprobs(rows, chunk.sequence, span))
             row += len(span)
-        # Read only now: asking a mark for its time waits for the device.
+        return Launched(chunks, tokens_R, host_tokens_R, logits_RV, prompt_logprobs, encoded, marks, started)
+
+    @torch.inference_mode()
+    def read(self, step: Launched) -> StepResult:
+        """Wait for a step's tokens, if it gives any, and for nothing that was launched after it."""
+        last = list(step.marks.values())[-1:]
+        if last and isinstance(last[0], torch.cuda.Event):
+            last[0].synchronize()
+        results = [ChunkResult(prompt_logprobs=entries) for entries in step.prompt_logprobs]
+        sampled = [(chunk.sequence, r) for chunk, r in zip(step.chunks, results, strict=True) if chunk.samples]
+        for (_, result), token_id in zip(sampled, step.host_tokens_R.tolist(), strict=True):
+            result.token_id = token_id
+        asked = [row for row, (sequence, _) in enumerate(sampled) if sequence.params.logprobs is not None]
+        if asked:
+            num_top = [sampled[row][0].params.logprobs for row in asked]
+            rows = torch.tensor(asked, device=step.logits_RV.device)
+            entries = token_logprobs(step.logits_RV[rows], step.tokens_R[rows], max(num_top))
+            for row, count, entry in zip(asked, num_top, entries, strict=True):
+                sampled[row][1].logprobs = entry[: 1 + count]
         seconds = {
-            "host_to_device": _seconds(marks[0], marks[1]) if encoded else 0.0,
-            "vision": _seconds(marks[1], marks[2]) if encoded else 0.0,
-            "sample": _seconds(computed, sampled) if sampling else 0.0,
+            stage: _seconds(step.marks[start], step.marks[stop]) if start in step.marks else 0.0
+            for stage, start, stop in (
+                ("host_to_device", "begun", "copied"),
+                ("vision", "copied", "encoded"),
+                ("sample", "computed", "sampled"),
+            )
         }
-        return StepResult(results, encoded, seconds)
+        return StepResult(results, step.encoded, seconds)
 
-    def _encode_images(self, chunks: list[Chunk]) -> tuple[list[Sequence], list[torch.cuda.Event | float]]:
-        """Vision features of all images that the step needs and that have none yet, in one packed call.
-
-        Also returns when, in the device's work, their pixels began to be copied, were there, and were encoded.
-        """
+    def _encode_images(self, chunks: list[Chunk]) -> tuple[list[Sequence], dict[str, Mark]]:
+        """Vision features of all images that the step needs and that have none yet; whose they are, and when."""
         todo = [
             (chunk.sequence, number, image)
             for chunk in chunks
             for number, image in chunk.sequence.images_in(chunk.start, chunk.stop)
             if chunk.sequence.features[number] is None
         ]
-        marks = []
-        if todo:
-            device = self.model.device
-            marks.append(_now(device))
-            pixel_values_PC = torch.cat([image.pixel_values for _, _, image in todo]).to(device, non_blocking=True)
-            marks.append(_now(device))
-            grids = [image.grid_thw for _, _, image in todo]
-            features = self.encode(pixel_values_PC, grids)
-            start = 0
-            for sequence, number, image in todo:
-                sequence.features[number] = features.rows(start, start + image.num_tokens)
-                start += image.num_tokens
-            marks.append(_now(device))
+        if not todo:
+            return [], {}
+        features, marks = self.encode([image.picture for _, _, image in todo])
+        start = 0
+        for sequence, number, image in todo:
+            sequence.features[number] = features.rows(start, start + image.num_tokens)
+            start += image.num_tokens
         return [sequence for sequence, _, _ in todo], marks
 
-    def encode(self, pixel_values_PC: Tensor, grids: list[Grid]) -> VisionFeatures:
-        """Features of images in one packed call, replayed from a graph where they are few."""
+    def encode(self, pictures: list[Picture]) -> tuple[VisionFeatures, dict[str, Mark]]:
+        """Features of pictures in one packed call, replayed from a graph where they are few.
+
+        Also returns when, in the device's work, it was begun, their pixels were copied, and they were encoded.
+        """
+        device = self.model.device
+        marks = {"begun": _now(device)}
+        pixels = copy_pixels(pictures, device)
+        marks["copied"] = _now(device)
+        grids = [picture.grid for picture in pictures]
+        pixel_values_PC = cut_patches(pixels, pictures, self.model.dtype)
         replayed = self.replays and self._images is not None
         features = self._images.run(pixel_values_PC, grids) if replayed else None
-        return self.model.encode_images(pixel_values_PC, grids) if features is None else features
+        if features is None:
+            features = self.model.encode_images(pixel_values_PC, grids)
+        marks["encoded"] = _now(device)
+        return features, marks
 
-    def _pack(self, chunks: list[Chunk], logit_rows: list[int]) -> Batch:
-        """The step as one batch on the host."""
+    def _pack(self, chunks: list[Chunk], logit_rows: list[int], after: Launched | None) -> Batch:
+        """The step as one batch on the host, but for tokens that only the device knows."""
         block_size = self.cache.block_size
         token_ids: list[int] = []
         slots: list[Tensor] = []
@@ -165,7 +225,7 @@ class Runner:
             token_ids.extend(sequence.token_ids[start:stop])
 
         return Batch(
-            input_ids_T=torch.tensor(token_ids),
+            input_ids_T=torch.tensor(token_ids) if after is None else _sampled_for(chunks, after),
             positions_3T=torch.cat([c.sequence.positions(c.start, c.stop) for c in chunks], dim=1),
             segments=Segments.build([c.stop - c.start for c in chunks], [c.stop for c in chunks]),
             slots_T=torch.cat(slots),
@@ -175,18 +235,6 @@ class Runner:
             visual=VisionFeatures.cat(visual) if visual else None,
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         )
-
-    def _sample(self, logits_RV: Tensor, sequences: list[Sequence], results: list[ChunkResult]) -> None:
-        tokens_R = sample(logits_RV, sequences, self._generator)
-        for result, token_id in zip(results, tokens_R.tolist(), strict=True):
-            result.token_id = token_id
-        asked = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
-        if asked:
-            num_top = [sequences[row].params.logprobs for row in asked]
-            rows = torch.tensor(asked, device=logits_RV.device)
-            entries = token_logprobs(logits_RV[rows], tokens_R[rows], max(num_top))
-            for row, count, entry in zip(asked, num_top, entries, strict=True):
-                results[row].logprobs = entry[: 1 + count]
 
     def _prompt_logprobs(self, hidden_RH: Tensor, sequence: Sequence, span: range) -> list[list[TokenLogprob]]:
         entries: list[list[TokenLogprob]] = []
@@ -198,7 +246,17 @@ class Runner:
         return entries
 
 
-def _now(device: torch.device) -> torch.cuda.Event | float:
+def _sampled_for(chunks: list[Chunk], step: Launched) -> Tensor:
+    """The tokens, int64 [T] on the device, that a step gives to these chunks of one token each."""
+    sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
+    going = [chunk.sequence for chunk in chunks]
+    if going == sampling:
+        return step.tokens_R
+    row_of = {sequence: row for row, sequence in enumerate(sampling)}
+    return step.tokens_R[to_device(torch.tensor([row_of[sequence] for sequence in going]), step.tokens_R.device)]
+
+
+def _now(device: torch.device) -> Mark:
     """A point in the device's work, taken without making the host wait for it."""
     if device.type != "cuda":
         return time.perf_counter()
@@ -207,11 +265,9 @@ def _now(device: torch.device) -> torch.cuda.Event | float:
     return event
 
 
-def _seconds(start: torch.cuda.Event | float, stop: torch.cuda.Event | float) -> float:
-    if isinstance(start, float):
-        return stop - start
-    stop.synchronize()
-    return start.elapsed_time(stop) / 1000
+def _seconds(start: Mark, stop: Mark) -> float:
+    """Between two marks that the device has reached."""
+    return stop - start if isinstance(start, float) else start.elapsed_time(stop) / 1000
 
 
 def _prompt_logprob_span(chunk: Chunk) -> range:
@@ -231,8 +287,9 @@ def uses_graphs(model: Qwen3VLMoe, options: EngineOptions) -> bool:
 def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
     """Device memory that the cache may take: what is left of ``gpu_memory_utilization`` beside the model and a step.
 
-    The step is measured: a forward of ``max_prefill_tokens`` text tokens, with logits for ``max_num_seqs`` of them.
-    None on a CPU, where the cache has a bound of its own.
+    The step is measured: images of ``max_encoder_tokens`` (a thousand each), whose features are kept while
+    ``max_prefill_tokens`` go through the decoder, with logits for ``max_num_seqs`` of them. None on a CPU, where the
+    cache has a bound of its own.
     """
     device = model.device
     if device.type != "cuda":
@@ -240,11 +297,16 @@ def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    vision = model.config.vision
+    grid = (-(-options.max_encoder_tokens // 1024), 32 * vision.merge_size, 32 * vision.merge_size)
+    pixels = (math.prod(grid), vision.patch_dim)
+    features = model.encode_images(torch.zeros(pixels, dtype=model.dtype, device=device), [grid])
     places = torch.arange(options.max_prefill_tokens, device=device)
     segments = Segments.build([len(places)], device=device)
     logit_rows = places[: options.max_num_seqs]
     model(Batch(torch.zeros_like(places), places.expand(3, -1), segments, logit_rows=logit_rows)).float().softmax(-1)
     step_bytes = torch.cuda.max_memory_allocated(device) - before
+    del features
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     graph_bytes = _GRAPH_BYTES if uses_graphs(model, options) else 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_moe.engine.sequence import Sequence
+from qwen3vl_moe.model.batch import to_device
 
 TokenLogprob = tuple[int, float, int]  # token id, natural log-probability, rank
 
@@ -33,7 +34,7 @@ def sample(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Genera
     tokens_R = logits_RV.argmax(-1)
     drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
     if drawn:
-        rows = torch.tensor(drawn, device=logits_RV.device)
+        rows = to_device(torch.tensor(drawn), logits_RV.device)
         tokens_R[rows] = _draw(logits_RV[rows], [sequences[row] for row in drawn], generator)
     return tokens_R
 
@@ -54,11 +55,11 @@ def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
 def _draw(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Generator) -> Tensor:
     """One random token per row, int64 [R]."""
     columns = [(s.params.temperature, s.params.top_p, s.params.min_p) for s in sequences]
-    temperature_R, top_p_R, min_p_R = torch.tensor(columns, device=logits_RV.device).unbind(1)
+    temperature_R, top_p_R, min_p_R = to_device(torch.tensor(columns), logits_RV.device).unbind(1)
     logits_RV = logits_RV / temperature_R[:, None]
     truncated = [row for row, sequence in enumerate(sequences) if sequence.params.truncated]
     if truncated:
-        rows = torch.tensor(truncated, device=logits_RV.device)
+        rows = to_device(torch.tensor(truncated), logits_RV.device)
         top_k = [sequences[row].params.top_k for row in truncated]
         lowest_R1 = _truncation(logits_RV[rows], top_k, top_p_R[rows], min_p_R[rows])
         logits_RV[rows] = logits_RV[rows].where(logits_RV[rows] >= lowest_R1, -torch.inf)
@@ -78,7 +79,7 @@ def _truncation(logits_RV: Tensor, top_k: list[int], top_p_R: Tensor, min_p_R: T
     top_k = [k if 0 < k < vocabulary else vocabulary for k in top_k]
     # Sorting a whole vocabulary is slow; where every row has a top_k, its best few suffice.
     sorted_RK = logits_RV.topk(max(top_k), dim=-1).values
-    k_R1 = torch.tensor(top_k, device=logits_RV.device)[:, None]
+    k_R1 = to_device(torch.tensor(top_k), logits_RV.device)[:, None]
     out_of_k = torch.arange(max(top_k), device=logits_RV.device) >= k_R1
     too_rare = sorted_RK < sorted_RK[:, :1] + min_p_R[:, None].log()
     probabilities_RK = sorted_RK.masked_fill(out_of_k | too_rare, -torch.inf).softmax(-1)

@@ -11,16 +11,15 @@ from qwen3vl_moe.engine.sequence import Sequence
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens ``start`` to ``stop`` of one sequence, computed in one step."""
+    """Tokens ``start`` to ``stop`` of one sequence, computed in one step.
+
+    ``samples`` tells whether the sequence's next token comes out of it.
+    """
 
     sequence: Sequence
     start: int
     stop: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the sequence's next token comes out of this step."""
-        return self.stop == len(self.sequence.token_ids)
+    samples: bool
 
     @property
     def is_prefill(self) -> bool:
@@ -42,6 +41,8 @@ class Scheduler:
         cache: blocks of all sequences.
         max_num_seqs: most sequences in a step.
         max_prefill_tokens: most prompt tokens in a step; decoding sequences add one token each.
+        max_encoder_tokens: most tokens of images that are encoded in a step. A chunk ends before an image that does
+            not fit into what is left of it; one that is larger than all of it is encoded in a step of its own.
         prefix_caching: whether full blocks are found by their content.
 
     Attributes:
@@ -49,9 +50,16 @@ class Scheduler:
         num_cached_tokens: how many of them were found in the cache.
     """
 
-    def __init__(self, cache: KVCache, max_num_seqs: int, max_prefill_tokens: int, prefix_caching: bool = True):
-        self.cache, self.max_num_seqs, self.max_prefill_tokens = cache, max_num_seqs, max_prefill_tokens
-        self.prefix_caching = prefix_caching
+    def __init__(
+        self,
+        cache: KVCache,
+        max_num_seqs: int,
+        max_prefill_tokens: int,
+        max_encoder_tokens: int,
+        prefix_caching: bool = True,
+    ):
+        self.cache, self.max_num_seqs, self.prefix_caching = cache, max_num_seqs, prefix_caching
+        self.max_prefill_tokens, self.max_encoder_tokens = max_prefill_tokens, max_encoder_tokens
         self.num_queried_tokens = self.num_cached_tokens = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -72,16 +80,23 @@ class Scheduler:
         self._make_room()
         chunks: list[Chunk] = []
         coming: set[bytes] = set()  # full blocks that this step computes, if anybody waits
-        budget = self.max_prefill_tokens
+        budget, encoder_budget = self.max_prefill_tokens, self.max_encoder_tokens
 
         def take(sequence: Sequence) -> None:
-            nonlocal budget
+            nonlocal budget, encoder_budget
             decodes = sequence.pending == 1 and sequence.num_computed > 0
-            count = 1 if decodes else min(sequence.pending, budget)
+            start = sequence.num_computed
+            stop = start + (1 if decodes else min(sequence.pending, budget))
+            for number, image in sequence.images_in(start, stop):
+                if sequence.features[number] is None:
+                    if encoder_budget < min(image.num_tokens, self.max_encoder_tokens):
+                        stop = max(start, image.start)
+                        break
+                    encoder_budget -= image.num_tokens
             if not decodes:
-                budget -= count
-            if count:
-                chunks.append(Chunk(sequence, sequence.num_computed, sequence.num_computed + count))
+                budget -= stop - start
+            if stop > start:
+                chunks.append(Chunk(sequence, start, stop, samples=stop == len(sequence.token_ids)))
                 if self.waiting:
                     coming.update(self._filled(chunks[-1])[1])
 
@@ -97,6 +112,25 @@ class Scheduler:
             take(sequence)
         return chunks
 
+    def ahead(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The step after one whose tokens are not known yet, or nothing if it depends on them.
+
+        It does not while every running sequence decodes with no need of its history, there is a cache row for each, and
+        nobody who waits can be admitted. Those whose last token is on its way are left out; one that turns out to have
+        ended is computed for nothing, and what that writes is in no block that others may find.
+        """
+        live = [chunk for chunk in chunks if not chunk.sequence.finished]
+        going = [chunk for chunk in live if not chunk.sequence.ends_next]
+        if len(live) < len(self.running) or not all(c.samples and not c.sequence.params.needs_history for c in live):
+            return []
+        if self.waiting and (len(going) < len(live) or self._has_room_for(self.waiting[0])):
+            return []
+        if sum(self.cache.needed(c.sequence.block_table, c.stop + 1) for c in going) > self.cache.num_free:
+            return []
+        for chunk in going:
+            self.cache.grow(chunk.sequence.block_table, chunk.stop + 1)
+        return [Chunk(chunk.sequence, chunk.stop, chunk.stop + 1, samples=True) for chunk in going]
+
     def computed(self, chunk: Chunk) -> None:
         """A chunk is in the cache: its sequence goes on, and the blocks that it has filled can be found."""
         chunk.sequence.advance(chunk.stop)
@@ -105,7 +139,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, coming: set[bytes]) -> bool:
         """Blocks for a waiting sequence, or False if it has to wait."""
         size = self.cache.block_size
-        keys = sequence.block_keys(0, sequence.reusable // size, size) if self.prefix_caching else []
+        keys = self._keys(sequence)
         found = self.cache.find(keys)
         # What it needs next is computed in this very step: reading it in the next one is cheaper than doing it twice.
         if len(found) < len(keys) and keys[len(found)] in coming:
@@ -116,6 +150,17 @@ class Scheduler:
         self.num_queried_tokens += len(sequence.token_ids)
         self.num_cached_tokens += len(found) * size
         return True
+
+    def _has_room_for(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence could be admitted."""
+        found = self.cache.find(self._keys(sequence))
+        needed = self.cache.needed(sequence.block_table, len(sequence.token_ids), found)
+        return len(self.running) < self.max_num_seqs and needed <= self.cache.num_free
+
+    def _keys(self, sequence: Sequence) -> list[bytes]:
+        """Of the full blocks that a sequence may take from the cache."""
+        size = self.cache.block_size
+        return sequence.block_keys(0, sequence.reusable // size, size) if self.prefix_caching else []
 
     def _filled(self, chunk: Chunk) -> tuple[list[int], list[bytes]]:
         """The blocks that are full when a chunk is computed and were not before, and their keys."""

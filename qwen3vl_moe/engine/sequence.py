@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qwen3vl_moe.engine.detokenizer import TextStream
+from qwen3vl_moe.detokenizer import TextStream
 from qwen3vl_moe.engine.kv_cache import block_key
-from qwen3vl_moe.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.model import VisionFeatures
+from qwen3vl_moe.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from qwen3vl_moe.params import SamplingParams
 from qwen3vl_moe.processor import ImageInput, Prompt
 
 
@@ -77,6 +77,12 @@ class Sequence:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    @property
+    def ends_next(self) -> bool:
+        """Whether the next token is the last one, whatever it is."""
+        num_tokens = len(self.token_ids) + 1
+        return num_tokens - self.num_prompt_tokens == self.params.max_tokens or num_tokens >= self.max_len
+
     def positions(self, start: int, stop: int) -> Tensor:
         """M-RoPE positions [3, stop - start] (int64, CPU) of a span of tokens."""
         known, prompt = self.prompt.positions_3T, self.num_prompt_tokens
@@ -132,18 +138,18 @@ class Sequence:
         """Take the next token of the answer, and end the answer if it has to."""
         if self.metrics.first_token_time is None:
             self.metrics.first_token_time = time.time()
+        is_last = self.ends_next
         self.token_ids.append(token_id)
         if logprobs is not None:
             self.logprobs.append(logprobs)
 
-        num_output = len(self.token_ids) - self.num_prompt_tokens
         if token_id in self.eos_token_ids:
             self.finish("stop")
         elif token_id in self.params.stop_token_ids:
             self.finish("stop", token_id)
         elif (stop := self.text.push(token_id)) is not None:
             self.finish("stop", stop)
-        elif num_output == self.params.max_tokens or len(self.token_ids) >= self.max_len:
+        elif is_last:
             self.finish("length")
 
     def finish(self, reason: str, stop: int | str | None = None) -> None:

@@ -15,6 +15,13 @@ import torch
 from torch import Tensor
 
 
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor on a device. The host only starts the copy, from pinned memory: with any other it would have to wait."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.contiguous().pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Segments:
     """Boundaries of packed sequences: how many rows each asks with, and how many keys each row's sequence has.
@@ -38,15 +45,14 @@ class Segments:
         def starts(lengths: Sequence[int]) -> Tensor:
             total = torch.zeros(len(lengths) + 1, dtype=torch.int32)
             total[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-            return total.to(device, non_blocking=True)
+            return to_device(total, device)
 
         q_starts = starts(q_lens)
         return cls(tuple(q_lens), tuple(kv_lens), q_starts, q_starts if kv_lens is q_lens else starts(kv_lens))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
+    def to(self, device: torch.device | str) -> Segments:
         """The same boundaries with their starts on a device."""
-        starts = (x.to(device, non_blocking=non_blocking) for x in (self.q_starts, self.kv_starts))
-        return Segments(self.q_lens, self.kv_lens, *starts)
+        return Segments(self.q_lens, self.kv_lens, to_device(self.q_starts, device), to_device(self.kv_starts, device))
 
     @property
     def max_q(self) -> int:
@@ -83,7 +89,7 @@ class Batch:
     """One step. The model takes it with all tensors on its device.
 
     Attributes:
-        input_ids_T: int64 token ids, sequence after sequence.
+        input_ids_T: int64 token ids, sequence after sequence; on the device already where a step before sampled them.
         positions_3T: int64 M-RoPE positions (time, height, width).
         segments: boundaries of the sequences; ``kv_lens`` counts cached and new tokens.
         slots_T: int64 cache row of each token, ``block * block_size + offset``; None attends within the batch only.
@@ -110,12 +116,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same step with every tensor on a device (vision features stay where they are)."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor | Segments)
-        }
-        return replace(self, **moved)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: to_device(value, device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, segments=self.segments.to(device), **moved)
 
     @property
     def reads_cache(self) -> bool:

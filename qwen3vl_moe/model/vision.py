@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qwen3vl_moe.config import VisionConfig
 from qwen3vl_moe.model.attention import attention, runs_kernels
-from qwen3vl_moe.model.batch import Segments, VisionFeatures
+from qwen3vl_moe.model.batch import Segments, VisionFeatures, to_device
 from qwen3vl_moe.model.rope import Grid, inverse_frequencies, rotate, vision_angles, vision_positions
 
 _NORM_EPS = 1e-6  # fixed in the published model's code, not in its config
@@ -57,9 +57,9 @@ class PatchPlan:
         index_P4 = torch.stack([row * side + column for row, _ in rows for column, _ in columns], dim=1)
         weight_P4 = torch.stack([of_row * of_column for _, of_row in rows for _, of_column in columns], dim=1)
         return cls(
-            index_P4.to(device, non_blocking=True),
-            weight_P4.to(device, non_blocking=True),
-            positions_P2.to(device, non_blocking=True),
+            to_device(index_P4, device),
+            to_device(weight_P4, device),
+            to_device(positions_P2, device),
             Segments.build([h * w for t, h, w in grids for _ in range(t)], device=device),
         )
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine import LLM
-from qwen3vl_moe.engine.params import GenerationDefaults
 from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.params import GenerationDefaults
 from qwen3vl_moe.processor import IMAGE_PLACEHOLDER, Processor
 
 MakeLLM = Callable[..., LLM]
@@ -20,7 +20,10 @@ MakeLLM = Callable[..., LLM]
 
 @pytest.fixture(scope="session")
 def make_llm() -> MakeLLM:
-    """``make_llm(checkpoint, **engine_options)``: a fresh engine; model and processor are loaded once."""
+    """``make_llm(checkpoint, **engine_options)``: a fresh engine; model and processor are loaded once.
+
+    Steps are launched ahead, as on a GPU.
+    """
     loaded = {}
 
     def make(checkpoint, **options) -> LLM:
@@ -32,7 +35,7 @@ def make_llm() -> MakeLLM:
                 GenerationDefaults.from_pretrained(checkpoint.path),
             )
         model, processor, defaults = loaded[checkpoint.name]
-        options = {"num_blocks": 256, "max_num_seqs": 16, **options}
+        options = {"num_blocks": 256, "max_num_seqs": 16, "async_scheduling": True, **options}
         return LLM.from_parts(model, processor, defaults, **options)
 
     return make

@@ -97,7 +97,7 @@ def test_one_that_is_never_begun_leaves_nothing_behind(llm, monkeypatch):
 def test_prompts_are_made_while_the_engine_steps(plain, make_llm, monkeypatch):
     """The last prompt is not ready before the second step has begun, which a prompt on the critical path would stop."""
     llm = make_llm(plain, max_num_seqs=2)
-    prompt, run = llm.processor.prompt, llm.engine.runner.run
+    prompt, launch = llm.processor.prompt, llm.engine.runner.launch
     steps, stepped, threads = [], threading.Event(), set()
 
     def slow(item):
@@ -106,31 +106,31 @@ def test_prompts_are_made_while_the_engine_steps(plain, make_llm, monkeypatch):
             assert stepped.wait(60)
         return prompt(item)
 
-    def counted(chunks):
+    def counted(chunks, after=None):
         steps.append(chunks)
         if len(steps) == 2:
             stepped.set()
-        return run(chunks)
+        return launch(chunks, after)
 
     monkeypatch.setattr(llm.processor, "prompt", slow)
-    monkeypatch.setattr(llm.engine.runner, "run", counted)
+    monkeypatch.setattr(llm.engine.runner, "launch", counted)
     assert len(llm.generate([[7], [8], [9]], greedy(6))) == 3
     assert threading.main_thread() not in threads
 
 
 def test_no_more_prompts_are_made_ahead_than_can_run(plain, make_llm, monkeypatch):
     llm = make_llm(plain, max_num_seqs=3)
-    prompt, run = llm.processor.prompt, llm.engine.runner.run
+    prompt, launch = llm.processor.prompt, llm.engine.runner.launch
     made, most_ahead = [], []
 
     def counted(item):
         made.append(item)
         return prompt(item)
 
-    def looked_at(chunks):
+    def looked_at(chunks, after=None):
         time.sleep(0.01)
         most_ahead.append(len(made) - ended() - len(llm.engine.scheduler.running))
-        return run(chunks)
+        return launch(chunks, after)
 
     answers = []
 
@@ -138,7 +138,7 @@ def test_no_more_prompts_are_made_ahead_than_can_run(plain, make_llm, monkeypatc
         return len(answers)
 
     monkeypatch.setattr(llm.processor, "prompt", counted)
-    monkeypatch.setattr(llm.engine.runner, "run", looked_at)
+    monkeypatch.setattr(llm.engine.runner, "launch", looked_at)
     for result in llm.as_completed([[n] for n in range(30)], greedy(4)):
         answers.append(result)
     assert 0 < max(most_ahead) <= 3
@@ -147,13 +147,13 @@ def test_no_more_prompts_are_made_ahead_than_can_run(plain, make_llm, monkeypatc
 
 def test_a_step_waits_for_no_more_images_than_it_can_take(plain, make_llm, monkeypatch):
     llm = make_llm(plain, max_prefill_tokens=16)
-    run, entered = llm.engine.runner.run, []
+    launch, entered = llm.engine.runner.launch, []
     monkeypatch.setattr(
         llm.engine.runner,
-        "run",
-        lambda chunks: (
+        "launch",
+        lambda chunks, after=None: (
             entered.append(len(llm.engine.scheduler.running) + len(llm.engine.scheduler.waiting)),
-            run(chunks),
+            launch(chunks, after),
         )[1],
     )
     items = [mixed_prompt((40, 30), seed=seed) for seed in range(6)]
@@ -184,22 +184,22 @@ def test_the_clock_changes_nothing(plain, make_llm, monkeypatch):
 def test_interruption_stops_the_threads_too(plain, make_llm, monkeypatch):
     llm = make_llm(plain, max_num_seqs=4)
     expected = tokens(llm.generate(TEXT, greedy(8))[0])
-    prompt, run = llm.processor.prompt, llm.engine.runner.run
+    prompt, launch = llm.processor.prompt, llm.engine.runner.launch
     made, steps = [], []
 
     def counted(item):
         made.append(item)
         return prompt(item)
 
-    def interrupted(chunks):
+    def interrupted(chunks, after=None):
         steps.append(chunks)
         if len(steps) == 5:
             raise KeyboardInterrupt
-        return run(chunks)
+        return launch(chunks, after)
 
     with monkeypatch.context() as patch:
         patch.setattr(llm.processor, "prompt", counted)
-        patch.setattr(llm.engine.runner, "run", interrupted)
+        patch.setattr(llm.engine.runner, "launch", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate([TEXT] * 200, greedy(24))
         check_leaks(llm)

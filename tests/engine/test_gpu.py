@@ -33,6 +33,41 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(plain):
     assert [o.outputs[0].token_ids for o in together] == [o.outputs[0].token_ids for o in alone]
 
 
+def test_launching_ahead_changes_no_token(plain):
+    """fp32, so that the rows in vain of other requests do not round a request's logits otherwise."""
+    prompts = list(PROMPTS.values()) * 3
+    params = [SamplingParams(temperature=t, max_tokens=10 + 7 * n, seed=n) for n in range(3) for t in (0, 0.7, 1.0)]
+    expected, ours = (
+        load(plain, "cuda", max_model_len=512, async_scheduling=on).generate(prompts, params) for on in (False, True)
+    )
+    assert [o.outputs[0].token_ids for o in ours] == [o.outputs[0].token_ids for o in expected]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_step_of_decoding_is_launched_without_waiting(plain, temperature, monkeypatch):
+    """Packing, copying and sampling; the plain loop over the experts waits in the decoder, the fused one does not."""
+    llm = load(plain, "cuda", max_model_len=512)
+    launch, guard = llm.engine.runner.launch, torch.cuda.set_sync_debug_mode
+
+    def guarded(chunks, after=None):
+        guard("default" if after is None else "error")
+        hooks = [
+            llm.engine.model.text.register_forward_pre_hook(lambda *_: guard("default")),
+            llm.engine.model.text.register_forward_hook(lambda *_: guard("default" if after is None else "error")),
+        ]
+        try:
+            return launch(chunks, after)
+        finally:
+            guard("default")
+            for hook in hooks:
+                hook.remove()
+
+    params = SamplingParams(temperature=temperature, top_k=20, top_p=0.9, max_tokens=16, ignore_eos=True)
+    llm.generate(list(PROMPTS.values()), params)  # what is made once is made here
+    monkeypatch.setattr(llm.engine.runner, "launch", guarded)
+    llm.generate(list(PROMPTS.values()), params)
+
+
 def test_bf16_is_as_good_as_plain_torch(plain):
     """Chunks of several prompts over the paged cache, through the fused attention: against fp32, the median error of
     the prompts' log-probabilities is at most twice that of the same model in bf16 on the CPU, fed whole."""

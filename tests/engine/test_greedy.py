@@ -99,6 +99,24 @@ def test_images_of_a_step_are_encoded_once_and_together(plain, make_llm, monkeyp
     assert calls == [4], "one packed call for all images of a step"
 
 
+@pytest.mark.parametrize("chunk", [3, 8192])
+@pytest.mark.parametrize("budget", [1, 20, 23, 44, 60])
+def test_the_encoders_budget_bounds_a_call_and_changes_no_token(plain, make_llm, expected, monkeypatch, budget, chunk):
+    """Chunks end before images, and inside of them; the images have 20, 24, 14 and 20 tokens."""
+    llm = make_llm(plain, max_encoder_tokens=budget, max_prefill_tokens=chunk)
+    calls = []
+    encode = llm.engine.model.encode_images
+    monkeypatch.setattr(
+        llm.engine.model, "encode_images", lambda pixels, grids: calls.append(grids) or encode(pixels, grids)
+    )
+    assert tokens(llm.generate(list(PROMPTS.values()) * 2, GREEDY)) == list(expected.values()) * 2
+    square = llm.processor.config.vision.merge_size**2
+    for grids in calls:
+        assert sum(t * h * w for t, h, w in grids) // square <= budget or len(grids) == 1
+    assert budget < 44 or chunk == 3 or max(map(len, calls)) > 1, "small images share a call"
+    check_leaks(llm)
+
+
 def run(llm, prompt, params):
     """One prepared prompt through the engine."""
     sequence = llm.engine.request(prompt, params)

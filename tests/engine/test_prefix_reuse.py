@@ -220,16 +220,16 @@ def test_requests_that_are_given_up(plain, make_llm, alone):
 
 def test_a_step_that_fails_makes_nothing_findable(llm, alone, monkeypatch):
     """Its blocks hold whatever the model had written by then."""
-    run = llm.engine.runner.run
+    launch = llm.engine.runner.launch
 
-    def failing(chunks):
+    def failing(chunks, after=None):
         llm.engine.cache.tensor[:, :, chunks[0].sequence.block_table] = torch.nan
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm.engine.runner, "run", failing)
+    monkeypatch.setattr(llm.engine.runner, "launch", failing)
     with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS["one image"], GREEDY)
-    monkeypatch.setattr(llm.engine.runner, "run", run)
+    monkeypatch.setattr(llm.engine.runner, "launch", launch)
     (output,) = llm.generate(PROMPTS["one image"], GREEDY)
     assert output.metrics.num_cached_tokens == 0
     assert output.outputs[0].token_ids == alone(PROMPTS["one image"])

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qwen3vl_moe.engine import LLM, SamplingParams
-from qwen3vl_moe.engine.outputs import STAGES
-from qwen3vl_moe.engine.params import GenerationDefaults
 from qwen3vl_moe.errors import CheckpointError, OptionError, PromptError
+from qwen3vl_moe.outputs import STAGES
+from qwen3vl_moe.params import GenerationDefaults
 from tests.engine.conftest import PROMPTS, check_leaks, mixed_prompt
 
 TEXT = "Hello, how are you today?"
@@ -270,6 +270,7 @@ def test_nothing_to_do(llm):
     [
         ({"max_num_seqs": 0}, "max_num_seqs=0: an integer of at least 1"),
         ({"max_prefill_tokens": 2.5}, "max_prefill_tokens=2.5"),
+        ({"max_encoder_tokens": 0}, "max_encoder_tokens=0: an integer of at least 1"),
         ({"block_size": None}, "block_size=None"),
         ({"seed": "x"}, "seed='x'"),
         ({"seed": -1}, "seed=-1"),
@@ -291,15 +292,15 @@ def test_a_small_cache_shortens_the_default_length(plain, make_llm):
 
 def test_interruption_leaves_a_usable_engine(llm, monkeypatch):
     expected = answer(llm).token_ids
-    run, steps = llm.engine.runner.run, []
+    launch, steps = llm.engine.runner.launch, []
 
-    def interrupted(chunks):
+    def interrupted(chunks, after=None):
         steps.append(chunks)
         if len(steps) == 5:
             raise KeyboardInterrupt
-        return run(chunks)
+        return launch(chunks, after)
 
-    monkeypatch.setattr(llm.engine.runner, "run", interrupted)
+    monkeypatch.setattr(llm.engine.runner, "launch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([TEXT] * 3, SamplingParams(temperature=0, ignore_eos=True, max_tokens=24))
     check_leaks(llm)

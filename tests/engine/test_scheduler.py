@@ -9,21 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
-from qwen3vl_moe.engine.detokenizer import TextStream
+from qwen3vl_moe.detokenizer import TextStream
 from qwen3vl_moe.engine.kv_cache import KVCache, bytes_per_block, plan_cache
-from qwen3vl_moe.engine.outputs import RequestMetrics
-from qwen3vl_moe.engine.params import EngineOptions, SamplingParams
 from qwen3vl_moe.engine.runner import _prompt_logprob_span
 from qwen3vl_moe.engine.scheduler import Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.images import Picture
+from qwen3vl_moe.outputs import RequestMetrics
+from qwen3vl_moe.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.processor import ImageInput, Prompt
 
 TEXT = SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=2)
 PLACEHOLDER = 9
 
 
-def make_sequence(pieces, num_output, prompt_logprobs=None):
+def make_sequence(pieces, num_output, prompt_logprobs=None, eos=()):
     """A request whose prompt is made of tokens (integers) and pictures (name, number of image tokens)."""
     token_ids, images = [], []
     for piece in pieces:
@@ -31,32 +32,46 @@ def make_sequence(pieces, num_output, prompt_logprobs=None):
             token_ids.append(piece)
         else:
             name, count = piece
-            images.append(ImageInput(torch.empty(0), (1, 2, 2 * count), len(token_ids), count, name.encode() * 32))
+            picture = Picture(torch.empty(0), (1, 2, 2 * count), name.encode() * 32, settings=None)
+            images.append(ImageInput(picture, len(token_ids), count))
             token_ids += [PLACEHOLDER] * count
     return Sequence(
         request_id="",
         prompt=Prompt(None, token_ids, torch.arange(len(token_ids)).expand(3, -1), len(token_ids), tuple(images)),
-        params=SamplingParams(max_tokens=num_output, prompt_logprobs=prompt_logprobs),
+        params=GenerationDefaults().complete(SamplingParams(max_tokens=num_output, prompt_logprobs=prompt_logprobs)),
         max_len=len(token_ids) + num_output,
-        eos_token_ids=frozenset(),
+        eos_token_ids=frozenset(eos),
         text=TextStream(lambda token_id: b""),
         generator=None,
         metrics=RequestMetrics(arrival_time=0.0),
     )
 
 
-def histories(sequence):
-    """What the keys and values of each token depend on: all tokens up to it, and what their pictures show."""
+def histories(sequence, coming=()):
+    """What the keys and values of each token depend on: all tokens up to it, and what their pictures show.
+
+    ``coming`` are tokens that the sequence has not been given yet.
+    """
     shows = {
         image.start + offset: (image.digest, offset)
         for image in sequence.prompt.images
         for offset in range(image.num_tokens)
     }
     found, history = [], 0
-    for place, token in enumerate(sequence.token_ids):
+    for place, token in enumerate([*sequence.token_ids, *coming]):
         history = hash((history, token, shows.get(place)))
         found.append(history)
     return found
+
+
+def to_encode(chunks):
+    """Images that a step needs and that have no features yet."""
+    return [
+        (chunk.sequence, number, image)
+        for chunk in chunks
+        for number, image in chunk.sequence.images_in(chunk.start, chunk.stop)
+        if chunk.sequence.features[number] is None
+    ]
 
 
 class Model:
@@ -70,33 +85,52 @@ class Model:
         return sequence.block_table[place // self.cache.block_size], place % self.cache.block_size
 
     def compute(self, chunks):
-        """Write the rows of a step and read all that it attends to; returns the sequences that it has finished."""
-        known = {id(chunk.sequence): histories(chunk.sequence) for chunk in chunks}
+        """A step from its beginning to its end; returns the sequences that it has finished."""
+        return self.read(chunks, self.launch(chunks))
+
+    def launch(self, chunks, coming=None):
+        """Write the rows of a step and read all that it attends to; returns the next token of each sequence.
+
+        ``coming`` is what the step before has returned, if it has not been read.
+        """
+        coming = coming or {}
+        known = {chunk.sequence: histories(chunk.sequence, coming.get(chunk.sequence, ())) for chunk in chunks}
+        for sequence, number, _ in to_encode(chunks):
+            sequence.features[number] = "encoded"
         for chunk in chunks:
             for place in range(chunk.start, chunk.stop):
                 block, offset = self.row(chunk.sequence, place)
                 assert self.cache._references[block] == 1, "a shared block is written"
                 assert self.cache._key_of[block] is None, "a block is written that others may find"
-                self.rows[block, offset] = known[id(chunk.sequence)][place]
+                self.rows[block, offset] = known[chunk.sequence][place]
         for chunk in chunks:
             read = [self.rows.get(self.row(chunk.sequence, place)) for place in range(chunk.stop)]
-            assert read == known[id(chunk.sequence)][: chunk.stop], "a sequence reads what is not its own past"
+            assert read == known[chunk.sequence][: chunk.stop], "a sequence reads what is not its own past"
+        # As of a greedy model: equal histories go on with equal tokens.
+        return {chunk.sequence: [known[chunk.sequence][-1] % 2] for chunk in chunks if chunk.samples}
+
+    def read(self, chunks, tokens):
+        """Give the sequences what a step has computed; returns those that it has finished."""
         finished = []
         for chunk in chunks:
-            sequence, samples = chunk.sequence, chunk.samples
+            sequence = chunk.sequence
+            if sequence.finished:
+                continue
             sequence.prompt_logprobs += [{} for _ in _prompt_logprob_span(chunk)]
+            if chunk.samples:
+                sequence.append(*tokens[sequence], None)
             self.scheduler.computed(chunk)
-            if samples:  # as of a greedy model: equal histories go on with equal tokens
-                sequence.append(known[id(sequence)][-1] % 2, None)
             if sequence.finished:
                 self.scheduler.remove(sequence)
                 finished.append(sequence)
         return finished
 
 
-def make_scheduler(num_blocks, block_size, max_num_seqs=4, max_prefill_tokens=8, prefix_caching=True):
+def make_scheduler(
+    num_blocks, block_size, max_num_seqs=4, max_prefill_tokens=8, max_encoder_tokens=1000, prefix_caching=True
+):
     cache = KVCache(TEXT, num_blocks, block_size, torch.float32, "cpu")
-    return Scheduler(cache, max_num_seqs, max_prefill_tokens, prefix_caching)
+    return Scheduler(cache, max_num_seqs, max_prefill_tokens, max_encoder_tokens, prefix_caching)
 
 
 def check_cache(scheduler):
@@ -116,11 +150,21 @@ def check_step(scheduler, chunks):
     assert len(scheduler.running) <= scheduler.max_num_seqs
     prefill = sum(chunk.stop - chunk.start for chunk in chunks if chunk.start == 0 or not chunk.samples)
     assert prefill <= scheduler.max_prefill_tokens
+    encoded = [image.num_tokens for _, _, image in to_encode(chunks)]
+    assert sum(encoded) <= scheduler.max_encoder_tokens or len(encoded) == 1
     for chunk in chunks:
         assert chunk.start == chunk.sequence.num_computed < chunk.stop <= len(chunk.sequence.token_ids)
         assert len(chunk.sequence.block_table) * scheduler.cache.block_size >= chunk.stop
         assert len(set(chunk.sequence.block_table)) == len(chunk.sequence.block_table)
     assert len({id(chunk.sequence) for chunk in chunks}) == len(chunks)
+
+
+def check_step_ahead(scheduler, chunks):
+    check_cache(scheduler)
+    for chunk in chunks:
+        assert chunk.start == len(chunk.sequence.token_ids) == chunk.stop - 1, "its token is the one that is coming"
+        assert chunk.stop < chunk.sequence.max_len, "the row after this one may be the last"
+        assert len(chunk.sequence.block_table) * scheduler.cache.block_size >= chunk.stop
 
 
 PIECE = st.one_of(st.integers(0, 1), st.tuples(st.sampled_from("ab"), st.integers(1, 6)))
@@ -132,7 +176,8 @@ def requests(draw, beginnings):
     """(steps after the one before, sequence, steps after which it is given up or None)."""
     beginning = draw(st.sampled_from(beginnings))
     pieces = beginning[: draw(st.integers(0, len(beginning)))] + draw(st.lists(PIECE, max_size=4))
-    sequence = make_sequence(pieces or [0], draw(st.integers(1, 12)), draw(st.sampled_from([None, None, None, 0])))
+    logprobs, eos = draw(st.sampled_from([None, None, None, 0])), draw(st.sampled_from([(), (), (1,)]))
+    sequence = make_sequence(pieces or [0], draw(st.integers(1, 12)), logprobs, eos)
     return draw(st.integers(0, 6)), sequence, draw(st.none() | st.none() | st.integers(0, 20))
 
 
@@ -147,14 +192,17 @@ def test_random_loads_finish_and_share_only_what_is_equal():
         spare_blocks=st.integers(0, 8),
         max_num_seqs=st.integers(1, 5),
         max_prefill_tokens=st.integers(1, 30),
+        max_encoder_tokens=st.integers(1, 20),
         prefix_caching=st.sampled_from([True, True, True, False]),
         failing_steps=st.sets(st.integers(0, 40), max_size=3),
+        runs_ahead=st.booleans(),
     )
-    def play(arrivals, block_size, spare_blocks, max_num_seqs, max_prefill_tokens, prefix_caching, failing_steps):
+    def play(arrivals, block_size, spare_blocks, failing_steps, runs_ahead, **options):
         longest = max(sequence.max_len for _, sequence, _ in arrivals)
         num_blocks = -(-longest // block_size) + spare_blocks
-        scheduler = make_scheduler(num_blocks, block_size, max_num_seqs, max_prefill_tokens, prefix_caching)
+        scheduler = make_scheduler(num_blocks, block_size, **options)
         model, added, finished, step, waited = Model(scheduler), [], [], 0, 0
+        launched = []  # chunks and tokens of steps that have not been read
         # Recomputing everything for every token is far more than it can take: more steps mean that it hangs.
         work = sum(sequence.max_len * (sequence.params.max_tokens + 1) for _, sequence, _ in arrivals)
         bound = 10 + len(failing_steps) + sum(wait for wait, _, _ in arrivals) + work * len(arrivals)
@@ -172,29 +220,45 @@ def test_random_loads_finish_and_share_only_what_is_equal():
                     scheduler.remove(sequence)
                     sequence.finish("abort")
                     finished.append(sequence)
-            chunks = scheduler.schedule()
-            assert chunks or not (scheduler.running or scheduler.waiting)
-            check_step(scheduler, chunks)
+            if launched and all(chunk.sequence.finished for chunk in launched[0][0]):
+                launched.clear()
+            if not launched:
+                chunks = scheduler.schedule()
+                assert chunks or not (scheduler.running or scheduler.waiting)
+                check_step(scheduler, chunks)
+                alone = [image.num_tokens > scheduler.max_encoder_tokens for _, _, image in to_encode(chunks)]
+                seen["too large for the encoder's budget"] += any(alone)
+                launched.append((chunks, {} if step in failing_steps else model.launch(chunks)))
             # First come, first served: who runs came before everybody who waits.
             order = [added.index(s) for s in [*scheduler.running, *scheduler.waiting]]
             assert order == sorted(order)
-            if step not in failing_steps:
-                finished += model.compute(chunks)
+            if step in failing_steps:
+                launched.clear()
+            elif runs_ahead and len(launched) == 1 and (chunks := scheduler.ahead(launched[0][0])):
+                check_step_ahead(scheduler, chunks)
+                launched.append((chunks, model.launch(chunks, launched[0][1])))
+                seen["launched ahead"] += 1
+                seen["launched ahead of somebody who waits"] += bool(scheduler.waiting)
+            if launched:
+                finished += model.read(*launched.pop(0))
+            if launched:
+                seen["computed for nothing"] += any(chunk.sequence.finish_reason == "stop" for chunk in launched[0][0])
             check_cache(scheduler)
             step += 1
             assert step < bound
         assert sorted(scheduler.cache._free) == list(range(num_blocks))
         assert added[0].metrics.num_preemptions == 0
         for sequence in added:
-            if sequence.finish_reason == "length" and sequence.params.prompt_logprobs is not None:
+            if sequence.finish_reason != "abort" and sequence.params.prompt_logprobs is not None:
                 assert len(sequence.prompt_logprobs) == sequence.num_prompt_tokens
-        assert scheduler.num_cached_tokens == 0 or prefix_caching
+        assert scheduler.num_cached_tokens == 0 or scheduler.prefix_caching
         seen["found again"] += scheduler.num_cached_tokens
         seen["preempted"] += sum(sequence.metrics.num_preemptions for sequence in added)
         seen["given up"] += sum(sequence.finish_reason == "abort" for sequence in added)
 
     play()
-    assert min(seen[event] for event in ("found again", "preempted", "given up")) > 0, "the loads are too easy"
+    assert len(seen) == 7, "the loads are too easy"
+    assert min(seen.values()) > 0, "the loads are too easy"
 
 
 def run(model, *sequences):
@@ -220,6 +284,81 @@ def test_decode_goes_on_beside_a_long_prefill():
         assert [(chunk.sequence, chunk.stop - chunk.start) for chunk in chunks] == [(first, 1), (long, 8)]
         assert chunks[1].samples == (step == 4)
         model.compute(chunks)
+
+
+def test_a_chunk_ends_before_an_image_that_the_encoder_has_no_budget_for():
+    scheduler = make_scheduler(100, 4, max_prefill_tokens=100, max_encoder_tokens=10)
+    model = Model(scheduler)
+    first = make_sequence([0, ("a", 6), 0, ("b", 4), 0, ("c", 1), 0], 1)
+    second = make_sequence([("d", 3), 1, 1, ("e", 25), 1], 1)
+    text = make_sequence([1] * 5, 1)
+    for sequence in (first, second, text):
+        scheduler.add(sequence)
+    spans = []
+    while chunks := scheduler.schedule():
+        spans.append([(chunk.sequence, chunk.start, chunk.stop) for chunk in chunks])
+        model.compute(chunks)
+    assert spans == [
+        [(first, 0, 13), (text, 0, 5)],  # a and b; d does not fit, and text need not wait for it
+        [(first, 13, 15), (second, 0, 5)],  # c and d; e never fits, so it waits until it is alone
+        [(second, 5, 31)],
+    ]
+
+
+def test_an_image_is_paid_for_once_however_many_chunks_it_takes():
+    scheduler = make_scheduler(100, 4, max_prefill_tokens=4, max_encoder_tokens=6)
+    model = Model(scheduler)
+    scheduler.add(make_sequence([("a", 6), ("b", 6)], 1))
+    spans = []
+    while chunks := scheduler.schedule():
+        spans.append([(chunk.start, chunk.stop) for chunk in chunks])
+        model.compute(chunks)
+    assert spans == [[(0, 4)], [(4, 8)], [(8, 12)]]  # nothing of a is left to encode when b is
+
+
+def test_images_that_the_cache_holds_cost_nothing():
+    scheduler = make_scheduler(100, 4, max_prefill_tokens=100, max_encoder_tokens=8)
+    model = Model(scheduler)
+    run(model, make_sequence([("a", 8)], 1))
+    scheduler.add(make_sequence([("a", 8), ("b", 8), 0], 1))
+    [chunk] = scheduler.schedule()
+    assert (chunk.start, chunk.stop) == (8, 17)
+
+
+def test_no_step_is_launched_ahead_of_somebody_who_could_be_admitted():
+    scheduler = make_scheduler(8, 4, max_num_seqs=2)
+    model = Model(scheduler)
+    scheduler.add(make_sequence([0] * 3, 9))
+    chunks = scheduler.schedule()
+    assert [(c.start, c.stop) for c in scheduler.ahead(chunks)] == [(3, 4)]
+    scheduler.add(small := make_sequence([1] * 4, 9))
+    assert scheduler.ahead(chunks) == []
+    scheduler.remove(small)
+    scheduler.add(make_sequence([1] * 30, 1))  # seven blocks are free, and it needs eight
+    assert [(c.start, c.stop) for c in scheduler.ahead(chunks)] == [(3, 4)]
+    model.compute(chunks)
+
+
+def test_what_leaves_a_seat_for_somebody_who_waits_is_not_launched_ahead():
+    scheduler = make_scheduler(100, 4, max_num_seqs=2)
+    first, second, third = make_sequence([0] * 3, 1), make_sequence([1] * 3, 9), make_sequence([1] * 3, 9)
+    scheduler.add(first)
+    scheduler.add(second)
+    chunks = scheduler.schedule()
+    assert [c.sequence for c in scheduler.ahead(chunks)] == [second]
+    scheduler.add(third)
+    assert scheduler.ahead(chunks) == []
+
+
+def test_nothing_is_launched_ahead_that_would_push_another_out():
+    scheduler = make_scheduler(2, 4)
+    for token in (0, 1):
+        scheduler.add(make_sequence([token] * 3, 5))
+    chunks = scheduler.schedule()
+    ahead = scheduler.ahead(chunks)
+    assert [(c.start, c.stop) for c in ahead] == [(3, 4), (3, 4)]
+    Model(scheduler).compute(chunks)
+    assert scheduler.ahead(ahead) == []  # each would need a second block
 
 
 def test_removing_a_waiting_and_a_running_sequence():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
-from qwen3vl_moe.engine.graphs import StepGraphs, VisionGraphs, bucket_of, can_capture
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
+from qwen3vl_moe.model.graphs import StepGraphs, VisionGraphs, bucket_of, can_capture
 
 BLOCK = 16
 
@@ -96,6 +96,20 @@ def test_replayed_steps_equal_eager_ones(model):
         untouched = torch.ones(512 * BLOCK, dtype=torch.bool, device="cuda")
         untouched[rows] = False
         assert torch.equal(ours_cache.flatten(2, 3)[:, :, untouched], before.flatten(2, 3)[:, :, untouched])
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_tokens_may_be_on_the_device_already(model):
+    """Those of a decode step, as the step before has sampled them; a bucket's padding and its last ids do not show."""
+    cache = torch.randn(3, 2, 512, BLOCK, 4, 128, device="cuda", dtype=torch.bfloat16)
+    graphs = StepGraphs(model, cache, max_num_seqs=8, max_model_len=640)
+    for seed in range(3):
+        each = step([1] * 3, [5, 300, 64], seed)
+        expected = graphs.run(each).clone()
+        graphs.run(step([1] * 4, [9, 9, 9, 9], seed + 10))
+        on_device = dataclasses.replace(each, input_ids_T=each.input_ids_T.cuda())
+        assert torch.equal(graphs.run(on_device), expected)
 
 
 @pytest.mark.gpu

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
 from qwen3vl_moe.model.attention import runs_kernels
+from qwen3vl_moe.model.batch import Batch, Segments, VisionFeatures, to_device
+from qwen3vl_moe.model.qwen3vl import Qwen3VLMoe
 from qwen3vl_moe.model.rope import Grid
 from qwen3vl_moe.model.vision import PatchPlan
 
@@ -74,10 +75,14 @@ class _Inputs:
 
     def fill(self, batch: Batch) -> None:
         """Copy a step (tensors on the host) to the device, padded to this bucket."""
-        self._copied.synchronize()  # a step that samples nothing does not wait for the device
+        # This waits only behind steps that sample nothing. Else the tokens of the last step but one have been read, and
+        # the copy of the last one was what the device did next.
+        self._copied.synchronize()
         host, T, segments = self.host, len(batch.input_ids_T), batch.segments
+        sampled = batch.input_ids_T.is_cuda  # by the step before, and not seen by the host yet
         S, width = batch.block_tables.shape
-        host["ids_T"][:T] = batch.input_ids_T
+        if not sampled:
+            host["ids_T"][:T] = batch.input_ids_T
         host["ids_T"][T:] = 0
         host["positions_3T"][:, :T] = batch.positions_3T
         host["slots_T"][:T] = batch.slots_T
@@ -89,6 +94,8 @@ class _Inputs:
         host["tables"][:S, :width] = batch.block_tables
         self._device.copy_(self._host, non_blocking=True)
         self._copied.record()
+        if sampled:
+            self.device["ids_T"][:T] = batch.input_ids_T
 
 
 @dataclass(frozen=True)
@@ -133,9 +140,10 @@ class StepGraphs:
                 yield
 
     def run(self, batch: Batch) -> Tensor | None:
-        """Logits [R, V] of a step whose tensors are on the host, or None if no bucket fits it.
+        """Logits [R, V] of a step, or None if no bucket fits it.
 
-        The result is overwritten by the next call.
+        The step's tensors are on the host, but for the ids of a decode step, which may be on the device. The result is
+        overwritten by the next call.
         """
         decoding = batch.segments.max_q == 1 and batch.visual is None
         if len(batch.segments.q_lens) > self.max_num_seqs or len(batch.logit_rows) > self.max_num_seqs:
@@ -157,7 +165,7 @@ class StepGraphs:
             self._deepstack_LTH.zero_()
         self._has_deepstack = batch.visual is not None
         if batch.visual is not None:
-            rows = batch.visual_rows.to(self.model.device, non_blocking=True)
+            rows = to_device(batch.visual_rows, self.model.device)
             self._x_TH.index_copy_(0, rows, batch.visual.embeds_MH)
             self._deepstack_LTH.index_copy_(1, rows, batch.visual.deepstack_LMH)
 
@@ -218,7 +226,7 @@ class VisionGraphs:
             yield
 
     def run(self, pixel_values_PC: Tensor, grids: list[Grid]) -> VisionFeatures | None:
-        """Features of a few images in memory of their own, or None if no bucket fits them."""
+        """Features of a few images (patches on the device) in memory of their own, or None if no bucket fits them."""
         config = self.model.config.vision
         P, frames = len(pixel_values_PC), sum(t for t, _, _ in grids)
         size = bucket_of(P, self._buckets)
@@ -226,11 +234,11 @@ class VisionGraphs:
             return None
         static, features, graph = self._graph(size)
         plan = PatchPlan.build(grids, config)
-        self._pixels_PC[:P].copy_(pixel_values_PC, non_blocking=True)
+        self._pixels_PC[:P].copy_(pixel_values_PC)
         for name in ("index_P4", "weight_P4", "positions_P2"):
-            getattr(static, name)[:P].copy_(getattr(plan, name), non_blocking=True)
+            getattr(static, name)[:P].copy_(getattr(plan, name).pin_memory(), non_blocking=True)
         # Patches that fill the bucket are one more image, which sees only itself; what they hold does not matter.
-        starts = torch.full((_IMAGES + 2,), size, dtype=torch.int32)
+        starts = torch.full((_IMAGES + 2,), size, dtype=torch.int32, pin_memory=True)
         starts[: frames + 1] = plan.segments.q_starts
         static.segments.q_starts.copy_(starts, non_blocking=True)
         graph.replay()

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from qwen3vl_moe.engine import SamplingParams
-from qwen3vl_moe.engine.params import GenerationDefaults
 from qwen3vl_moe.errors import CheckpointError, OptionError
+from qwen3vl_moe.params import GenerationDefaults
 
 
 @pytest.mark.parametrize(

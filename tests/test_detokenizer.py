@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3vl_moe.engine.detokenizer import TextStream, TokenBytes
+from qwen3vl_moe.detokenizer import TextStream, TokenBytes
 from qwen3vl_moe.processor import _load_tokenizer
 
 TEXTS = [

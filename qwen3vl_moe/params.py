@@ -97,6 +97,11 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @property
+    def needs_history(self) -> bool:
+        """Whether a step has to know the answer so far: penalties count it, log-probabilities are read with it."""
+        return self.penalised or self.logprobs is not None
+
+    @property
     def truncated(self) -> bool:
         """Whether some tokens are ruled out before one is drawn."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
@@ -155,11 +160,16 @@ class EngineOptions:
         max_model_len: most tokens of prompt and answer; None: 32768, or fewer where the model or the cache hold fewer.
         max_num_seqs: most sequences in a step.
         max_prefill_tokens: most prompt tokens in a step.
+        max_encoder_tokens: most tokens of images that are encoded in a step, which bounds the memory and the time that
+            the vision tower takes from it. A larger image is encoded in a step of its own.
         block_size: tokens in a cache block.
         num_blocks: cache blocks; None sizes the cache from the memory of the device.
         gpu_memory_utilization: part of the device's memory that weights, steps and cache may take together.
         seed: of the tokens of requests that bring none: the same calls in the same order give the same tokens.
         enforce_eager: launch every kernel of every step, instead of replaying small steps from CUDA graphs.
+        async_scheduling: launch a step of decoding before the tokens of the last one are read, so that the device does
+            not wait for the host. A sequence that turns out to have ended is computed once more for nothing. None: on
+            a GPU; on a CPU it gains nothing.
         enable_prefix_caching: let a prompt that begins like an earlier one, images included, reuse its cache blocks.
 
     Raises:
@@ -169,15 +179,18 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 128
     max_prefill_tokens: int = 8192
+    max_encoder_tokens: int = 8192
     block_size: int = 16
     num_blocks: int | None = None
     gpu_memory_utilization: float = 0.9
     seed: int = 0
     enforce_eager: bool = False
+    async_scheduling: bool | None = None
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_prefill_tokens", "block_size", "num_blocks"):
+        sizes = "max_model_len", "max_num_seqs", "max_prefill_tokens", "max_encoder_tokens", "block_size", "num_blocks"
+        for name in sizes:
             value = getattr(self, name)
             is_left_open = value is None and name in ("max_model_len", "num_blocks")
             if not is_left_open and (type(value) is not int or value < 1):
@@ -187,6 +200,8 @@ class EngineOptions:
         for name in ("enforce_eager", "enable_prefix_caching"):
             if type(getattr(self, name)) is not bool:
                 raise OptionError(f"{name}={getattr(self, name)!r}: True or False is needed")
+        if self.async_scheduling not in (None, True, False) or type(self.async_scheduling) is int:
+            raise OptionError(f"async_scheduling={self.async_scheduling!r}: True, False or None is needed")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise OptionError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: a number in (0, 1] is needed")
 

@@ -1,0 +1,212 @@
+"""Steps launched before the tokens of the last one are read: the same answers, and nothing left of rows in vain."""
+
+import pytest
+
+from qwen3vl_moe.engine import SamplingParams
+from qwen3vl_moe.params import GenerationDefaults
+from tests.engine.conftest import PROMPTS, check_leaks
+
+TEXT = "Hello, how are you today?"
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def greedy(max_tokens, **more):
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **more)
+
+
+def tokens(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """``watch(llm)``: a list that fills with each launch, as (rows, whether it was ahead of its tokens)."""
+
+    def watched(llm):
+        launches, launch = [], llm.engine.runner.launch
+
+        def noted(chunks, after=None):
+            launches.append((sum(chunk.stop - chunk.start for chunk in chunks), after is not None))
+            return launch(chunks, after)
+
+        monkeypatch.setattr(llm.engine.runner, "launch", noted)
+        return launches
+
+    return watched
+
+
+def test_every_step_of_decoding_is_launched_ahead_and_no_row_is_computed_twice(llm, watch):
+    launches = watch(llm)
+    (output,) = llm.generate(TEXT, GREEDY)
+    assert launches == [(len(output.prompt_token_ids), False)] + [(1, True)] * 23
+
+
+@pytest.mark.parametrize("options", [{"async_scheduling": None}, {"async_scheduling": False}])
+def test_on_a_cpu_only_where_asked_for(plain, make_llm, watch, options):
+    llm = make_llm(plain, **options)
+    launches = watch(llm)
+    llm.generate(TEXT, GREEDY)
+    assert len(launches) == 24
+    assert not any(ahead for _, ahead in launches)
+
+
+MANY = [
+    (PROMPTS["text"], greedy(24)),
+    (PROMPTS["one image"], greedy(1)),
+    (PROMPTS["three odd images"], SamplingParams(temperature=0, max_tokens=40)),
+    (TEXT, SamplingParams(temperature=1.0, max_tokens=30, seed=3)),
+    (TEXT, SamplingParams(temperature=1.3, top_k=30, max_tokens=17, seed=4, stop=["e", "a"])),
+    (PROMPTS["one image"], greedy(31, stop=["o"])),
+    (TEXT, greedy(9)),
+    (PROMPTS["text"], SamplingParams(temperature=0.7, top_p=0.9, max_tokens=24, seed=5, ignore_eos=True)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_seqs": 2},
+        {"max_prefill_tokens": 5, "max_encoder_tokens": 20},
+        {"block_size": 4, "num_blocks": 40},
+        {"block_size": 1, "num_blocks": 140, "enable_prefix_caching": False},
+    ],
+)
+def test_the_same_answers_with_and_without(plain, make_llm, watch, options):
+    """Greedy and seeded requests, ended by their length, by end-of-text and by stop strings, twice over."""
+    prompts, params = map(list, zip(*MANY, strict=True))
+    before, after = (make_llm(plain, async_scheduling=on, **options) for on in (False, True))
+    # Whatever the model says fifth to the first prompt is declared to be the end of text.
+    (whole,) = before.generate(prompts[:1], params[:1])
+    for llm in (before, after):
+        llm.engine.defaults = GenerationDefaults(frozenset({whole.outputs[0].token_ids[4]}))
+    launches = watch(after)
+    for _ in range(2):
+        expected, ours = before.generate(prompts, params), after.generate(prompts, params)
+        assert tokens(ours) == tokens(expected)
+        assert [o.outputs[0].text for o in ours] == [o.outputs[0].text for o in expected]
+        assert [o.outputs[0].finish_reason for o in ours] == [o.outputs[0].finish_reason for o in expected]
+        check_leaks(after)
+    assert {"stop", "length"} == {output.outputs[0].finish_reason for output in ours}
+    assert any(ahead for _, ahead in launches)
+
+
+def test_what_a_row_in_vain_writes_is_never_found(plain, make_llm):
+    """An answer ends where its next row would fill a block; others go on from the same beginning."""
+    llm = make_llm(plain, block_size=4)
+    (whole,) = make_llm(plain).generate(TEXT, GREEDY)
+    ids, answer = whole.prompt_token_ids, whole.outputs[0].token_ids
+    for end in range(1, 9):  # ended by its last token, after `end` of them: every place in a block
+        stop = answer[end - 1]
+        length = answer.index(stop) + 1
+        (output,) = llm.generate(TEXT, greedy(24, stop_token_ids=[stop]))
+        assert output.outputs[0].token_ids == answer[:length]
+        check_leaks(llm)
+        (again,) = llm.generate([ids + answer[:length]], greedy(24 - length))
+        assert again.outputs[0].token_ids == answer[length:]
+
+
+def test_a_request_that_has_ended_takes_nothing_more(llm):
+    """Beside one that goes on, so that its row in vain is read."""
+    answer = llm.generate(TEXT, GREEDY)[0].outputs[0].token_ids
+    for end in range(2, 20):  # every place in a block of 16
+        ends, stays = (
+            llm.engine.request(llm.processor.prompt(TEXT), params)
+            for params in (greedy(24, stop_token_ids=[answer[end]]), GREEDY)
+        )
+        llm.engine.add(ends)
+        llm.engine.add(stays)
+        while not stays.finished:
+            llm.engine.step()
+        assert ends.output_ids == answer[: answer.index(answer[end]) + 1]
+        assert ends.finish_reason == "stop"
+        assert ends.num_computed == len(ends.token_ids) - 1
+        assert stays.output_ids == answer
+    check_leaks(llm)
+
+
+def test_what_needs_the_answer_so_far_is_not_launched_ahead(llm, watch):
+    launches = watch(llm)
+    for more in ({"logprobs": 0}, {"repetition_penalty": 1.2}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.5}):
+        # Nor are those beside it.
+        llm.generate([TEXT, TEXT], [greedy(8), greedy(8, **more)])
+    assert not any(ahead for _, ahead in launches)
+    llm.generate(TEXT, greedy(8, prompt_logprobs=1))
+    assert launches[-1] == (1, True)
+
+
+def test_the_same_calls_give_the_same_tokens(plain, make_llm):
+    """Also requests without a seed, of which some end unforeseen and leave rows in vain."""
+    (first,) = make_llm(plain).generate(TEXT, SamplingParams(temperature=1.0, max_tokens=12, ignore_eos=True))
+    params = SamplingParams(temperature=1.0, max_tokens=24, stop_token_ids=first.outputs[0].token_ids[5:8])
+    one, two = (tokens(make_llm(plain, max_num_seqs=3).generate([TEXT] * 8, params)) for _ in range(2))
+    assert one == two
+    assert len({len(answer) for answer in one}) > 1
+
+
+def test_a_request_that_is_given_up_beside_one_that_goes_on(llm):
+    expected = tokens(llm.generate([TEXT, PROMPTS["one image"]], GREEDY))
+    staying, leaving = llm.stream(TEXT, GREEDY), llm.stream(PROMPTS["one image"], GREEDY)
+    next(staying), next(leaving), next(staying)
+    leaving.close()
+    (other,) = llm.generate(PROMPTS["one image"], GREEDY)  # its blocks are those that the aborted rows still write to
+    *_, last = staying
+    assert [last.outputs[0].token_ids, other.outputs[0].token_ids] == expected
+    check_leaks(llm)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=1.0, seed=6, max_tokens=24, ignore_eos=True)])
+@pytest.mark.parametrize("place", ["launch", "read"])
+@pytest.mark.parametrize("when", range(1, 5))
+def test_an_interruption_leaves_other_requests_whole(llm, monkeypatch, params, place, when):
+    (expected,) = tokens(llm.generate(TEXT, params))
+    stream = llm.stream(TEXT, params)
+    next(stream)
+    inner, calls = getattr(llm.engine.runner, place), []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == when:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([PROMPTS["one image"]] * 2, GREEDY)
+    *_, last = stream
+    assert last.outputs[0].token_ids == expected
+    check_leaks(llm)
+
+
+def test_an_interruption_while_tokens_are_handed_out(llm, monkeypatch):
+    """The step launched ahead goes on from tokens of which some were not taken."""
+    expected = tokens(llm.generate([TEXT, PROMPTS["text"]], GREEDY))
+    streams = [llm.stream(TEXT, GREEDY), llm.stream(PROMPTS["text"], GREEDY)]
+    for stream in streams:
+        next(stream)
+    next(streams[0])
+    take, calls = llm.engine._take, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        take(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "_take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.engine.step()
+    for stream, answer in zip(streams, expected, strict=True):
+        *_, last = stream
+        assert last.outputs[0].token_ids == answer
+    check_leaks(llm)
+
+
+def test_streams_show_every_token_once(llm):
+    (whole,) = llm.generate(TEXT, GREEDY)
+    outputs = list(llm.stream(TEXT, GREEDY))
+    assert "".join(output.outputs[0].new_text for output in outputs) == whole.outputs[0].text
+    lengths = [len(output.outputs[0].token_ids) for output in outputs]
+    assert lengths == sorted(set(lengths))
