@@ -105,6 +105,8 @@ def train(options: dict[str, Any]) -> None:
     if experts == "auto":
         experts = "grouped_mm" if device.type == "cuda" else "padded_bmm"
     recipe = Recipe(options["minutes"], options["steps"], options["learning_rate"])
+    if not options["tower_steps"]:
+        recipe = dataclasses.replace(recipe, tower=1.0)
     dtype = options["dtype"]
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"

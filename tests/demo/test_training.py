@@ -48,7 +48,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(untrained, parts, tmp_path):
     second.load(tmp_path / "state.pt")
     assert second.progress.step == 2
     assert second.run([parts] * 5)
-    for one, other in zip(whole.master, second.master, strict=True):
+    for one, other in zip(whole.weights.master, second.weights.master, strict=True):
         assert torch.equal(one, other)
 
 
@@ -64,7 +64,7 @@ def test_every_learned_token_counts_alike(untrained, parts):
     for batches in ((text,), (rows(slice(0, 1)), rows(slice(1, None)))):
         trainer = make_trainer(untrained[0], 4, balance=0.0)
         trainer.step(batches, 0.5)
-        gradients.append(torch.cat([copy.grad.flatten() for copy in trainer.master if copy.grad is not None]))
+        gradients.append(torch.cat([copy.grad.flatten() for copy in trainer.weights.master if copy.grad is not None]))
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-5 * gradients[0].abs().max().item())
 
 
@@ -94,10 +94,10 @@ def test_bf16_weights_keep_fp32_frequencies_and_take_a_step(untrained, parts):
     trainer = Trainer(model, Recipe(minutes=1, steps=2), device=torch.device("cpu"), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {b.dtype for name, b in model.named_buffers() if "inv_freq" in name} == {torch.float32}
-    before = [copy.clone() for copy in trainer.master]
+    before = [copy.clone() for copy in trainer.weights.master]
     trainer.step(parts, 0.5)
-    assert all(copy.isfinite().all() for copy in trainer.master)
-    assert not all(torch.equal(a, b) for a, b in zip(before, trainer.master, strict=True))
+    assert all(copy.isfinite().all() for copy in trainer.weights.master)
+    assert not all(torch.equal(a, b) for a, b in zip(before, trainer.weights.master, strict=True))
 
 
 def test_the_schedule_warms_up_and_decays():
@@ -111,6 +111,8 @@ def test_the_schedule_warms_up_and_decays():
 def test_the_program_makes_a_checkpoint_and_records_how(tmp_path):
     options = [
         "--small",
+        "--tower-steps",
+        "2",
         "--steps",
         "1",
         "--tokens",
@@ -128,6 +130,7 @@ def test_the_program_makes_a_checkpoint_and_records_how(tmp_path):
     assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "demo" / "training.json").read_text())
     assert record["steps"] == 1
+    assert "vision tower alone, step     2" in done.output
     assert record["final"]["pictures"]["all"]["of"] == 2
     assert len(record["expert_load"]) == SMALL.layers
 
