@@ -297,7 +297,10 @@ def test_cuda_timer_divides_by_the_calls(fake_cuda):
     timer = CudaTimer(samples=5, sample_us=8000)
     candidates = {"fast": candidate(0.001), "slow": candidate(0.003)}
     eager = timer.eager_us(candidates)
-    for samples in (timer.graph_us(candidates), *({n: s[kind] for n, s in eager.items()} for kind in ("total", "host"))):
+    for samples in (
+        timer.graph_us(candidates),
+        *({n: s[kind] for n, s in eager.items()} for kind in ("total", "host")),
+    ):
         assert samples == {"fast": pytest.approx([1000] * 5), "slow": pytest.approx([3000] * 5)}
 
 
