@@ -327,7 +327,7 @@ def test_the_program_compares(app, tmp_path):
         (["--model", "demo", "--compare", "eager,eager"], "named twice"),
         (["--model", "demo", "--against", "vllm"], "--against 'vllm'"),
         (["--model", "demo", "--against", "transformers"], "add --workload single"),
-        (["--load-format", "dummy", "--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--load-format", "dummy", "--device", "abacus"], "device 'abacus' is unknown"),
         (["--load-format", "dummy", "--routing", "wild"], "routing 'wild'"),
         (["--model", "demo", "--json", str(SCRIPTS)], "it is a directory"),
         (["--model", "demo", "--json", "no/such/place.json"], "cannot be written"),

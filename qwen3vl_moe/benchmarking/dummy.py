@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3vl_moe.checkpoint import parse_device, resolve
+from qwen3vl_moe.checkpoint import resolve
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine import LLM
 from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.placement import parse_device
 from qwen3vl_moe.processor import Processor
 from qwen3vl_moe.tiny import write_processor_dir
 
