@@ -86,11 +86,11 @@ def main(
         if as_json and prompt is None:
             raise UserError("--json needs --prompt: a chat is not one JSON object")
         from qwen3vl_moe.engine import LLM, SamplingParams  # slow to import: not before --help has been answered
-        from qwen3vl_moe.image_source import open_image
+        from qwen3vl_moe.image_source import decode_rgb, open_image
 
         for number, source in enumerate(image or []):
             if "://" not in source:
-                open_image(source, number)  # a mistyped name should show before the weights are loaded
+                decode_rgb(open_image(source, number))  # a bad file should show before the weights are loaded
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
 
         def load() -> LLM:

@@ -54,6 +54,14 @@ def pictures(tmp_path_factory):
     return paths
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c_arrives():
+    """A job in the background of a shell ignores SIGINT, and its children would inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(*arguments, **options):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)], env=ENVIRONMENT, **pipes | options)
@@ -184,6 +192,13 @@ def test_mistakes_are_one_line(run, plain, arguments, message):
     assert "Traceback" not in stderr
 
 
+def test_a_damaged_picture_shows_before_the_weights_are_loaded(run, plain, pictures, tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(pictures[1].read_bytes()[:-20])
+    status, stdout, stderr = run("--model", plain.path, "--prompt", "Hi", "--image", tmp_path / "cut.jpg")
+    assert (status, stdout, stderr.count("\n")) == (2, "", 1)
+    assert stderr.startswith(f"error: image 0 ('{tmp_path / 'cut.jpg'}') cannot be decoded")
+
+
 def test_json_needs_a_prompt(run):
     status, stdout, stderr = run("--json")
     assert (status, stdout) == (2, "")
@@ -292,7 +307,7 @@ def test_a_file_of_requests(run, batch, plain, pictures, tmp_path):
 def test_an_interrupted_run_is_taken_up_again(run, batch, tmp_path, how):
     # Short and long answers in turn: they end in another order than they begin.
     lines = [
-        {"id": f"r{n}", "prompt": f"Tell me about {n}", "max_tokens": 3 if n % 3 else 400, "ignore_eos": True}
+        {"id": f"r{n}", "prompt": f"Tell me about {n}", "max_tokens": 3 if n % 3 else 800, "ignore_eos": True}
         for n in range(12)
     ]
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
