@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from qwen3vl_moe.engine import LLM, SamplingParams
 from qwen3vl_moe.errors import UserError
+from tests.pictures import encoded, noise
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -192,8 +193,9 @@ def test_mistakes_are_one_line(run, plain, arguments, message):
     assert "Traceback" not in stderr
 
 
-def test_a_damaged_picture_shows_before_the_weights_are_loaded(run, plain, pictures, tmp_path):
-    (tmp_path / "cut.jpg").write_bytes(pictures[1].read_bytes()[:-20])
+def test_a_damaged_picture_shows_before_the_weights_are_loaded(run, plain, tmp_path):
+    data = encoded(noise(64, 64), "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
     status, stdout, stderr = run("--model", plain.path, "--prompt", "Hi", "--image", tmp_path / "cut.jpg")
     assert (status, stdout, stderr.count("\n")) == (2, "", 1)
     assert stderr.startswith(f"error: image 0 ('{tmp_path / 'cut.jpg'}') cannot be decoded")
