@@ -39,7 +39,7 @@ from qwen3vl_moe.placement import parse_device, parse_dtype, require_memory
 from qwen3vl_moe.shards import DTYPES, StoredTensor, read_headers, shorten, stream
 
 LAYOUTS = ("published", "transformers5")
-HUB_FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
+SMALL_FILES = ["*.json", "*.jinja", "merges.txt"]  # all that is not weights
 
 # Sizes in the table: V vocabulary, H hidden, N*D and G*D query and key/value heads times head width, D head width,
 # E experts, I expert width; of the vision tower: C width, m*m*C that of merge_size x merge_size patches side by side,
@@ -328,8 +328,12 @@ def _resident_bytes() -> int:
         return 0
 
 
-def resolve(path_or_id: str | Path) -> Path:
+def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """The local directory of a checkpoint: ``path_or_id`` itself, or a download of that Hugging Face hub id.
+
+    Args:
+        path_or_id: a directory or a hub id.
+        weights: whether a download takes the weights too.
 
     Raises:
         CheckpointError: no such directory and no such hub id, or the hub cannot be reached or refuses access.
@@ -346,8 +350,9 @@ def resolve(path_or_id: str | Path) -> Path:
 
     from huggingface_hub import errors, snapshot_download
 
+    patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except errors.GatedRepoError:
         reason = "it is gated: accept its terms on huggingface.co, then log in with `hf auth login`"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):

@@ -43,7 +43,7 @@ def parse_dtype(dtype: torch.dtype | str, declared: torch.dtype) -> torch.dtype:
     return parsed
 
 
-def require_memory(device: torch.device, model_bytes: int, directory: Path, dtype: torch.dtype) -> None:
+def require_memory(device: torch.device, model_bytes: int, name: str | Path, dtype: torch.dtype) -> None:
     """Refuse what cannot fit before the first allocation, with both numbers.
 
     Raises:
@@ -52,7 +52,7 @@ def require_memory(device: torch.device, model_bytes: int, directory: Path, dtyp
     free = free_bytes(device)
     if free is not None and model_bytes > free:
         raise OptionError(
-            f"{directory} takes {model_bytes / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, but {device} has "
+            f"{name} takes {model_bytes / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, but {device} has "
             f"{free / 1e9:.1f} GB free: free some, or use another device"
         )
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from qwen3vl_moe import placement, shards
 from qwen3vl_moe.checkpoint import load_model, resolve
+from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, ConfigError, OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
 
@@ -302,6 +303,15 @@ def test_a_model_that_does_not_fit_is_refused_with_both_numbers(monkeypatch):
         placement.require_memory(device, 62_141_508_064, directory, torch.bfloat16)
 
 
+def test_random_weights_that_do_not_fit_are_refused(monkeypatch):
+    config = Qwen3VLMoeConfig.qwen3_vl_30b_a3b()
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 8_000_000_000)
+    with pytest.raises(OptionError, match=r"a model of this size takes 62\.1 GB in bfloat16, but cpu has 8\.0 GB free"):
+        Qwen3VLMoe.random(config, "cpu")
+    with pytest.raises(OptionError, match="device 'abacus' is unknown"):
+        Qwen3VLMoe.random(config, "abacus")
+
+
 # --- hub ids ---
 
 
@@ -355,5 +365,8 @@ def test_hub_download_takes_only_what_is_needed(monkeypatch, tmp_path):
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options, name=name) or str(tmp_path)
     )
+    small = ["*.json", "*.jinja", "merges.txt"]
     assert resolve("owner/model") == tmp_path
-    assert asked == {"name": "owner/model", "allow_patterns": ["*.json", "*.jinja", "merges.txt", "*.safetensors"]}
+    assert asked == {"name": "owner/model", "allow_patterns": [*small, "*.safetensors"]}
+    assert resolve("owner/model", weights=False) == tmp_path
+    assert asked == {"name": "owner/model", "allow_patterns": small}
