@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from qwen3vl_moe.engine import LLM, SamplingParams
-from qwen3vl_moe.errors import UserError
+from qwen3vl_moe.errors import PromptError, UserError
 from tests.pictures import encoded, noise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,6 +138,32 @@ def test_chat_keeps_the_history(run, plain, pictures):
     conversation += [{"role": "assistant", "content": first}, {"role": "user", "content": "And now?"}]
     second = llm.chat(conversation, params)[0].outputs[0].text
     assert (status, stdout) == (0, f"{first}\n{second}\n")
+
+
+class Typed(io.StringIO):
+    """Lines as from a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stdin", [Typed, io.StringIO])
+def test_a_line_that_cannot_be_used(program, plain, pictures, monkeypatch, capsys, stdin):
+    """At a terminal the chat goes on as if it had not been said; a pipe is at its end."""
+    llm, params = LLM(plain.path, device="cpu", progress=False), SamplingParams(max_tokens=6)
+    images = [{"type": "image", "image": pictures[0]}]
+    monkeypatch.setattr(sys, "stdin", stdin("Hello\nAnd now?\n"))
+    program._chat(llm, images, params)
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", stdin("<|image_pad|>\nHello\n<|image_pad|>\nAnd now?\n"))
+    if stdin is Typed:
+        program._chat(llm, images, params)
+        captured = capsys.readouterr()
+        assert captured.out == expected
+        assert captured.err.count("error: messages[") == 2
+    else:
+        with pytest.raises(PromptError, match="the text holds the token"):
+            program._chat(llm, images, params)
 
 
 def test_empty_stdin_ends_the_chat(run, plain):
