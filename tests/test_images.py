@@ -127,7 +127,7 @@ class TestSize:
         st.integers(1, 100_000),
         st.integers(0, 10**7),
     )
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     def test_equal_to_transformers(self, height, width, factor, min_pixels, room):
         if max(height, width) > 200 * min(height, width):
             return
