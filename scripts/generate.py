@@ -222,7 +222,8 @@ def _answer_file(load: Callable, source: Path, target: Path, params: Any, settin
             raise
         answers.sort()
         errors = answers.num_errors
-    stderr.print(f"{target} is complete: {len(requests) - errors} answers, {errors} errors; {speed}")
+    again = "; delete the lines with an error to have those requests tried again" if errors else ""
+    stderr.print(f"{target} is complete: {len(requests) - errors} answers, {errors} errors; {speed}{again}")
     return 1 if errors else 0
 
 

@@ -93,6 +93,18 @@ def test_a_file_of_requests(run, batch, plain, pictures, tmp_path):
     assert "is complete: 5 answers, 6 errors; nothing to do" in stderr
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
+    # The picture that was missing is there now: its record goes, and only that request is tried again.
+    assert "delete the lines with an error to have those requests tried again" in stderr
+    Image.new("RGB", (30, 30), "green").save(tmp_path / "missing.png")
+    lines_before = before.splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_bytes(b"".join(lines_before[:4] + lines_before[5:]))
+    status, _, stderr = run(*arguments)
+    assert (status, "is complete: 6 answers, 5 errors; " in stderr) == (1, True)
+    lines_after = (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    assert lines_after[:4] + lines_after[5:] == lines_before[:4] + lines_before[5:]
+    assert "text" in json.loads(lines_after[4])
+    before = b"".join(lines_after)
+
     backwards = reversed(before.splitlines(keepends=True))  # as an end just before the answers were put in order
     (tmp_path / "answers.jsonl").write_bytes(b"".join(backwards))
     assert run(*arguments)[0] == 1
