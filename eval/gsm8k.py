@@ -128,6 +128,7 @@ def speed(lm: Any, num_problems: int) -> dict[str, Any]:
         "problems": num_problems,
         "answers_computed": len(answers),
         "answers_truncated": sum(a.truncated for a in answers),
+        "prompts_cut": lm.prompts_cut,
         "prompt_tokens": prompt_tokens,
         "prompt_tokens_reused": sum(a.cached_tokens for a in answers),
         "answer_tokens": new_tokens,
@@ -154,6 +155,11 @@ def report(results: dict[str, Any], figures: dict[str, Any], asked: Any) -> None
     if not computed:
         return
     stdout.print(f"{figures['answers_truncated']} of {computed} answers were cut off at the longest length")
+    if figures["prompts_cut"]:
+        stdout.print(
+            f"{figures['prompts_cut']} of {computed} prompts did not fit and lost their beginning: raise "
+            "--max-model-len, or lower --max-gen-toks or --num-fewshot"
+        )
     stdout.print(
         f"{prompt} prompt tokens, {figures['prompt_tokens_reused'] / prompt:.1%} of them reused from earlier prompts; "
         f"{figures['answer_tokens']} answer tokens"

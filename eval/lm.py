@@ -76,6 +76,7 @@ class EngineLM(TemplateLM):
 
     Attributes:
         answers: of the latest ``generate_until``, in the order of its requests.
+        prompts_cut: how many of its prompts lost their beginning, because they were too long with their answers.
         seconds: wall time that it took.
 
     Raises:
@@ -103,7 +104,7 @@ class EngineLM(TemplateLM):
             self.llm = LLM(pretrained, device=device or "auto", progress=progress, **options)
         self.max_gen_toks, self.answer_logprobs, self.progress = max_gen_toks, answer_logprobs, progress
         self.answers: list[Answer] = []
-        self.seconds = 0.0
+        self.seconds, self.prompts_cut = 0.0, 0
 
     # What lm-eval asks of a tokenizer.
 
@@ -147,7 +148,7 @@ class EngineLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """One answer per request ``(context, gen_kwargs)`` or ``(context, gen_kwargs, {"visual": images})``."""
-        prompts, params = [], []
+        prompts, params, self.prompts_cut = [], [], 0
         for request in requests:
             context, kwargs, *rest = request.args
             each = self._sampling(kwargs)
@@ -265,7 +266,10 @@ class EngineLM(TemplateLM):
             return {"prompt": text, "multi_modal_data": {"image": images}}
         if room >= self.max_length:
             raise OptionError(f"max_gen_toks={room} leaves no room for a prompt in max_model_len={self.max_length}")
-        return maybe_truncate(self.tok_encode(context), room, self.max_length)[0]
+        ids = self.tok_encode(context)
+        kept = maybe_truncate(ids, room, self.max_length)[0]
+        self.prompts_cut += len(kept) < len(ids)
+        return kept
 
     def _sampling(self, gen_kwargs: dict[str, Any]) -> SamplingParams:
         """A task's generation arguments in the engine's terms.

@@ -94,7 +94,7 @@ def read_problems(path: Path) -> list[dict[str, str]]:
         raise UserError(f"{path} is missing: --data needs a folder with train.jsonl and test.jsonl of gsm8k")
     problems = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut a text at U+2028, too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):

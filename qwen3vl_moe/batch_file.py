@@ -118,6 +118,8 @@ class AnswerFile:
         self.path, self.requests, self._source = path, requests, source
         self.done: set[int] = set()
         self.num_errors, self.repaired = 0, False
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file, so it cannot be taken up again; give another --output")
         try:
             # No buffer: a record that could not be written must not be tried again when the file is closed.
             self._file = open(path, "ab+", buffering=0)  # noqa: SIM115  closed by __exit__
@@ -287,13 +289,15 @@ def _located(messages: Any, folder: Path) -> Any:
         return [_located(message, folder) for message in messages]
     if not isinstance(messages, dict):
         return messages
-    if messages.get("type") == "image":
-        paths = ("image", "path", "url")
+    if messages.get("type") in ("image", "image_url"):
+        paths = ("image", "path", "url", "image_url")
         return {key: _locate(value, folder) if key in paths else value for key, value in messages.items()}
     return {key: _located(value, folder) if key == "content" else value for key, value in messages.items()}
 
 
 def _locate(source: Any, folder: Path) -> Any:
+    if isinstance(source, dict):  # {"image_url": {"url": ...}}
+        return {key: _locate(value, folder) if key == "url" else value for key, value in source.items()}
     if not isinstance(source, str) or not source or "://" in source or source.startswith(("data:", "file:")):
         return source
     return str(folder / source)

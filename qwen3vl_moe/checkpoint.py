@@ -35,10 +35,11 @@ from tqdm import tqdm
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, OptionError
 from qwen3vl_moe.model import Qwen3VLMoe, resolve_moe
+from qwen3vl_moe.placement import parse_device, parse_dtype, require_memory
 from qwen3vl_moe.shards import DTYPES, StoredTensor, read_headers, shorten, stream
 
 LAYOUTS = ("published", "transformers5")
-HUB_FILES = ["*.json", "*.jinja", "merges.txt", "*.safetensors"]
+SMALL_FILES = ["*.json", "*.jinja", "merges.txt"]  # all that is not weights
 
 # Sizes in the table: V vocabulary, H hidden, N*D and G*D query and key/value heads times head width, D head width,
 # E experts, I expert width; of the vision tower: C width, m*m*C that of merge_size x merge_size patches side by side,
@@ -264,12 +265,12 @@ def load_model(
     table = expand_table(config)
     check_tensors(table, stored, directory)
     layout = find_expert_layout(table, stored, directory, expert_layout)
-    device, dtype = parse_device(device), _parse_dtype(dtype, config)
+    device, dtype = parse_device(device), parse_dtype(dtype, config.dtype)
 
     with torch.device("meta"):
         model = Qwen3VLMoe(config, resolve_moe(moe, device, dtype)).to(dtype)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    _require_memory(device, model_bytes, directory, dtype)
+    require_memory(device, model_bytes, directory, dtype)
     meter = _Meter(device, sum(tensor.nbytes for tensor in stored.values()), progress)
     model = model.to_empty(device=device)
 
@@ -282,50 +283,6 @@ def load_model(
     if progress:
         print(f"loaded {directory.name}: {line}", file=sys.stderr)
     return model
-
-
-def parse_device(device: torch.device | str) -> torch.device:
-    """A device that can hold weights; raises OptionError for one that is not here."""
-    if str(device) == "meta":
-        raise OptionError("device 'meta' holds no values: choose cpu or cuda")
-    try:
-        parsed = torch.device(device)
-        return torch.empty(0, device=parsed).device  # resolves "cuda" to the current one, and fails if there is none
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"device {str(device)!r} cannot be used: {reason}") from None
-
-
-def _parse_dtype(dtype: torch.dtype | str, config: Qwen3VLMoeConfig) -> torch.dtype:
-    if dtype == "auto":
-        return config.dtype
-    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if parsed not in DTYPES.values():
-        raise OptionError(f"dtype {dtype} is not supported; choose from auto, bfloat16, float16, float32")
-    return parsed
-
-
-def _require_memory(device: torch.device, model_bytes: int, directory: Path, dtype: torch.dtype) -> None:
-    """Refuse what cannot fit before the first allocation, with both numbers."""
-    free = _free_bytes(device)
-    if free is not None and model_bytes > free:
-        raise OptionError(
-            f"{directory} takes {model_bytes / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, but {device} has "
-            f"{free / 1e9:.1f} GB free: free some, or use another device"
-        )
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    """Memory that parameters could take on ``device``; None where that is not known."""
-    if device.type == "cuda":
-        # What torch holds but does not use counts as taken for the driver and as free for us.
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + idle
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return sum(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
-    except (OSError, KeyError):
-        return None
 
 
 class _Meter:
@@ -371,8 +328,12 @@ def _resident_bytes() -> int:
         return 0
 
 
-def resolve(path_or_id: str | Path) -> Path:
+def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """The local directory of a checkpoint: ``path_or_id`` itself, or a download of that Hugging Face hub id.
+
+    Args:
+        path_or_id: a directory or a hub id.
+        weights: whether a download takes the weights too.
 
     Raises:
         CheckpointError: no such directory and no such hub id, or the hub cannot be reached or refuses access.
@@ -389,8 +350,9 @@ def resolve(path_or_id: str | Path) -> Path:
 
     from huggingface_hub import errors, snapshot_download
 
+    patterns = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(str(path_or_id), allow_patterns=HUB_FILES))
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
     except errors.GatedRepoError:
         reason = "it is gated: accept its terms on huggingface.co, then log in with `hf auth login`"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):

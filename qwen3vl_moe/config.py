@@ -121,15 +121,11 @@ class Qwen3VLMoeConfig:
         """
         top = _Fields(raw, source)
         top.require("model_type", "qwen3_vl_moe", hint="only Qwen3-VL-MoE checkpoints can be loaded")
-        if top.get("quantization_config") or top.get("compression_config"):
-            method = (top.get("quantization_config") or top.get("compression_config") or {}).get("quant_method", "?")
-            raise ConfigError(
-                f"{source}: quantization_config (quant_method {method!r}) is not supported; "
-                "use the bf16 checkpoint, for example Qwen/Qwen3-VL-30B-A3B-Instruct without -FP8"
-            )
         top.require("tie_word_embeddings", False, default=False)
-
         text_fields, vision_fields = top.section("text_config"), top.section("vision_config")
+        for fields in (top, text_fields, vision_fields):
+            _refuse_quantisation(fields)
+
         text, vision = _parse_text(text_fields), _parse_vision(vision_fields)
         config = cls(
             text=text,
@@ -194,6 +190,17 @@ class Qwen3VLMoeConfig:
         )
 
 
+def _refuse_quantisation(fields: _Fields) -> None:
+    for key in ("quantization_config", "compression_config"):
+        asked = fields.get(key)
+        if asked:
+            method = asked.get("quant_method", "?") if isinstance(asked, dict) else asked
+            raise ConfigError(
+                f"{fields.source}: {key} (quant_method {method!r}) is not supported; "
+                "use the bf16 checkpoint, for example Qwen/Qwen3-VL-30B-A3B-Instruct without -FP8"
+            )
+
+
 def _parse_text(fields: _Fields) -> TextConfig:
     fields.require("model_type", "qwen3_vl_moe_text", default="qwen3_vl_moe_text")
     fields.require("hidden_act", "silu", default="silu")
@@ -208,9 +215,7 @@ def _parse_text(fields: _Fields) -> TextConfig:
     rope = fields.section("rope_parameters" if fields.get("rope_parameters") else "rope_scaling")
     rope.require("rope_type", "default", default=rope.get("type", "default"))
     rope.require("mrope_interleaved", True, default=True)
-    theta = rope.get("rope_theta", fields.get("rope_theta"))
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise ConfigError(f"{fields.source}: rope_theta is {theta!r}; a positive number is needed")
+    theta = (rope if rope.get("rope_theta") is not None else fields).number("rope_theta")
 
     heads, kv_heads = fields.integer("num_attention_heads"), fields.integer("num_key_value_heads")
     hidden_size = fields.integer("hidden_size")
@@ -224,8 +229,8 @@ def _parse_text(fields: _Fields) -> TextConfig:
         num_experts=fields.integer("num_experts", "num_local_experts"),
         experts_per_token=fields.integer("num_experts_per_tok"),
         expert_width=fields.integer("moe_intermediate_size"),
-        rms_norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(theta),
+        rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
+        rope_theta=theta,
         mrope_section=_three_integers(rope, "mrope_section"),
         max_positions=fields.integer("max_position_embeddings"),
     )
@@ -262,8 +267,8 @@ def _parse_vision(fields: _Fields) -> VisionConfig:
         merge_size=fields.integer("spatial_merge_size"),
         out_hidden_size=fields.integer("out_hidden_size"),
         num_positions=fields.integer("num_position_embeddings"),
-        deepstack_indexes=tuple(fields.get("deepstack_visual_indexes", ())),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        deepstack_indexes=_block_numbers(fields, "deepstack_visual_indexes"),
+        rope_theta=rope.number("rope_theta", default=10000.0),
     )
     if vision.in_channels != 3:
         raise ConfigError(f"{fields.source}: in_channels is {vision.in_channels}; images have 3 channels")
@@ -275,7 +280,7 @@ def _parse_vision(fields: _Fields) -> VisionConfig:
     if vision.grid_side**2 != vision.num_positions:
         raise ConfigError(f"{fields.source}: num_position_embeddings {vision.num_positions} is no square number")
     indexes = vision.deepstack_indexes
-    if len(set(indexes)) != len(indexes) or not all(isinstance(i, int) and 0 <= i < vision.depth for i in indexes):
+    if len(set(indexes)) != len(indexes) or not all(0 <= i < vision.depth for i in indexes):
         raise ConfigError(
             f"{fields.source}: deepstack_visual_indexes {list(indexes)} must be distinct block numbers below "
             f"depth {vision.depth}"
@@ -289,10 +294,17 @@ def _parse_dtype(top: _Fields, text: _Fields) -> torch.dtype:
             name = fields.get(key)
             if name is None:
                 continue
-            if name not in _DTYPES:
+            if not isinstance(name, str) or name not in _DTYPES:
                 raise ConfigError(f"{fields.source}: {key} {name!r} is not supported; choose from {', '.join(_DTYPES)}")
             return _DTYPES[name]
     return torch.bfloat16
+
+
+def _block_numbers(fields: _Fields, key: str) -> tuple[int, ...]:
+    value = fields.get(key, ())
+    if not isinstance(value, list | tuple) or not all(type(number) is int for number in value):
+        raise ConfigError(f"{fields.source}: {key} is {value!r}; a list of block numbers is needed")
+    return tuple(value)
 
 
 def _three_integers(fields: _Fields, key: str) -> tuple[int, int, int]:
@@ -325,6 +337,12 @@ class _Fields:
             raise ConfigError(
                 f"{self.source}: {key} is {value!r}; only {expected!r} is supported" + (f" ({hint})" if hint else "")
             )
+
+    def number(self, key: str, *, default: float | None = None) -> float:
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError(f"{self.source}: {key} is {value!r}; a positive number is needed")
+        return float(value)
 
     def integer(self, *keys: str, default: int | None = None, minimum: int = 1) -> int:
         """The first of ``keys`` that is present: one value, several spellings."""

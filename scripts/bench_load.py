@@ -19,6 +19,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import math
 import mmap
 import os
 import shutil
@@ -38,11 +39,12 @@ from safetensors.torch import load_file, save_file
 from qwen3vl_moe.checkpoint import expand_table, find_expert_layout, load_model
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, OptionError, UserError
+from qwen3vl_moe.placement import parse_device
 from qwen3vl_moe.shards import INDEX, read_headers
 from qwen3vl_moe.transformers_twin import transformers_config
 
 GB = 1e9
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 # --- a synthetic checkpoint ---
@@ -264,7 +266,7 @@ def summary(rows: list[dict]) -> Table:
 
 def main(
     directory: Path = typer.Option(..., "--dir", help="A checkpoint, or where to write a synthetic one."),
-    gb: float = typer.Option(12.0, help="Least size of the synthetic checkpoint, in GB."),
+    gb: float = typer.Option(12.0, help="Least size of the synthetic checkpoint, in GB (6 or more: whole layers)."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu", help="Where to load to."),
     rounds: int = typer.Option(3, min=1, help="Runs of each loader, cold and warm each; the order alternates."),
     budget: float = typer.Option(200.0, help="Seconds after which no further run starts (each has run once by then)."),
@@ -274,7 +276,11 @@ def main(
 ) -> None:
     """Time our loader and safetensors' load_file on the same files."""
     try:
-        report = bench(directory, gb, torch.device(device), rounds, budget, tiny, keep)
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise OptionError(f"--json {json_file}: there is no directory {json_file.parent}")
+        if not 0 < gb < math.inf:
+            raise OptionError(f"--gb {gb}: a positive number is needed")
+        report = bench(directory, gb, parse_device(device), rounds, budget, tiny, keep)
     except (UserError, OSError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False)
         raise typer.Exit(2) from None

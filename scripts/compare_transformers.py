@@ -22,9 +22,10 @@ from rich.table import Table
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import OptionError, UserError
 from qwen3vl_moe.model import Qwen3VLMoe, resolve_moe
+from qwen3vl_moe.placement import parse_device
 from qwen3vl_moe.transformers_twin import in_float32, transformers_twin
 
-console = Console(stderr=True)
+console = Console(stderr=True, soft_wrap=True)
 
 
 def random_prompts(config: Qwen3VLMoeConfig) -> dict[str, tuple]:
@@ -98,7 +99,9 @@ def main(
 ) -> None:
     """Compare our logits and transformers' with an fp32 evaluation of the same weights."""
     try:
-        rows = compare(model, prompt, image, torch.device(device), getattr(torch, dtype, None), moe, layers)
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise OptionError(f"--json {json_file}: there is no directory {json_file.parent}")
+        rows = compare(model, prompt, image, parse_device(device), getattr(torch, dtype, None), moe, layers)
     except (UserError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False, highlight=False)
         raise typer.Exit(2) from None

@@ -29,7 +29,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qwen3vl_moe.errors import UserError
+from qwen3vl_moe.errors import PromptError, UserError
 
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where stderr is no terminal
 
@@ -86,11 +86,11 @@ def main(
         if as_json and prompt is None:
             raise UserError("--json needs --prompt: a chat is not one JSON object")
         from qwen3vl_moe.engine import LLM, SamplingParams  # slow to import: not before --help has been answered
-        from qwen3vl_moe.image_source import open_image
+        from qwen3vl_moe.image_source import decode_rgb, open_image
 
         for number, source in enumerate(image or []):
             if "://" not in source:
-                open_image(source, number)  # a mistyped name should show before the weights are loaded
+                decode_rgb(open_image(source, number))  # a bad file should show before the weights are loaded
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
 
         def load() -> LLM:
@@ -125,14 +125,23 @@ def main(
 
 
 def _chat(llm: Any, images: list[dict], params: Any) -> None:
-    """One turn per line of stdin until it ends; the images belong to the first turn."""
+    """One turn per line of stdin until it ends; the images belong to the first turn.
+
+    A line that cannot be used ends a chat from a pipe. At a terminal it can be said otherwise: the chat goes on.
+    """
     conversation: list[dict] = []
     if sys.stdin.isatty():
         stderr.print("Type a message and press Enter; Ctrl-D ends the chat.", style="dim")
     for line in _lines():
-        conversation.append(_user_message(images if not conversation else [], line))
-        answer = _stream(llm, conversation, params)
-        conversation.append({"role": "assistant", "content": answer})
+        turn = _user_message(images if not conversation else [], line)
+        try:
+            answer = _stream(llm, [*conversation, turn], params)
+        except PromptError as error:
+            if not sys.stdin.isatty():
+                raise
+            stderr.print(f"error: {error}")
+        else:
+            conversation += [turn, {"role": "assistant", "content": answer}]
 
 
 def _lines() -> Iterator[str]:
@@ -213,7 +222,8 @@ def _answer_file(load: Callable, source: Path, target: Path, params: Any, settin
             raise
         answers.sort()
         errors = answers.num_errors
-    stderr.print(f"{target} is complete: {len(requests) - errors} answers, {errors} errors; {speed}")
+    again = "; delete the lines with an error to have those requests tried again" if errors else ""
+    stderr.print(f"{target} is complete: {len(requests) - errors} answers, {errors} errors; {speed}{again}")
     return 1 if errors else 0
 
 

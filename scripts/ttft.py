@@ -177,8 +177,9 @@ def _kinds(options: dict[str, Any]) -> tuple[str, ...]:
     for name in ("repeats", "rounds"):
         if options[name] < 1:
             raise OptionError(f"--{name} {options[name]}: at least 1 is needed")
-    if options["temperature"] < 0 or options["warmup_requests"] < 0:
-        raise OptionError("--temperature and --warmup-requests: 0 or more is needed")
+    for name in ("temperature", "warmup_requests"):
+        if not options[name] >= 0:
+            raise OptionError(f"--{name.replace('_', '-')} {options[name]}: 0 or more is needed")
     for name in ("json_file", "plot_file"):
         if options[name] is not None and not options[name].absolute().parent.is_dir():
             raise OptionError(f"{options[name]} cannot be written: there is no directory {options[name].parent}")

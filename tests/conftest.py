@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
 from qwen3vl_moe.tiny import write_processor_dir
 
 torch.set_num_threads(1)  # the shapes are tiny: a second thread costs more than it computes
+# How long an example takes says something of the machine and of what else it does, not of the code.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Sizes that differ from each other wherever a mistake could hide: non-square experts (2I != H, I != H), head counts,
 # expert counts that are no power of two, DeepStack blocks in and out of order or absent, merge sizes.

@@ -1,7 +1,9 @@
 """Files of requests and answers: what a line may say, and what is left to do after an end at any byte."""
 
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +70,30 @@ def test_what_a_line_may_say(job, tmp_path):
     assert images(requests[2]) == ["/abs.png", "https://example.org/a.png", "data:image/png;base64,QQ=="]
     messages[1]["content"][0]["image"] = str(tmp_path / "a.png")
     assert requests[3].conversation == messages
+
+
+@pytest.mark.parametrize(
+    ("item", "located"),
+    [
+        ({"type": "image", "path": "a.png"}, {"type": "image", "path": "{}/a.png"}),
+        ({"type": "image", "url": "a.png"}, {"type": "image", "url": "{}/a.png"}),
+        ({"type": "image", "base64": "QQ=="}, {"type": "image", "base64": "QQ=="}),
+        ({"type": "image_url", "image_url": "a.png"}, {"type": "image_url", "image_url": "{}/a.png"}),
+        (
+            {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
+            {"type": "image_url", "image_url": {"url": "{}/a.png", "detail": "low"}},
+        ),
+        (
+            {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+            {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+        ),
+        ({"type": "text", "text": "a.png", "url": "a.png"}, {"type": "text", "text": "a.png", "url": "a.png"}),
+    ],
+)
+def test_paths_in_messages_count_from_the_folder_of_the_file(job, tmp_path, item, located):
+    (request,) = job([{"messages": [{"role": "user", "content": [item]}]}])
+    expected = json.loads(json.dumps(located).replace("{}", str(tmp_path)))
+    assert request.conversation == [{"role": "user", "content": [expected]}]
 
 
 @pytest.mark.parametrize(
@@ -225,6 +251,18 @@ def test_two_runs_at_once(job, open_answers):
 def test_a_place_that_cannot_be_written(job, tmp_path):
     with pytest.raises(UserError, match="cannot be written: No such file or directory"):
         AnswerFile(tmp_path / "no" / "answers.jsonl", job([{"prompt": "Hi"}]), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "device"])
+def test_a_place_that_is_no_file(job, tmp_path, kind):
+    """A pipe cannot be read back, and some devices can be read for ever."""
+    path = Path("/dev/zero") if kind == "device" else tmp_path / kind
+    if kind == "directory":
+        path.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(UserError, match="is not a regular file"):
+        AnswerFile(path, job([{"prompt": "Hi"}]), tmp_path)
 
 
 def test_sorting_follows_a_link(job, open_answers, tmp_path):

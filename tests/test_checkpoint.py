@@ -261,7 +261,9 @@ def test_mixed_layouts_are_refused(plain, tmp_path):
 MEASURE = """
 import sys, torch
 torch.set_num_threads(1)
+from qwen3vl_moe import shards
 from qwen3vl_moe.checkpoint import load_model, _resident_bytes
+shards.PIECE_BYTES = 1 << 20  # every core has a piece in flight, and there may be many
 load_model(sys.argv[1], moe="reference", progress=False)  # whatever is imported or cached on first use
 before = _resident_bytes()
 open("/proc/self/clear_refs", "w").write("5")  # starts the kernel's own peak (VmHWM) anew
@@ -294,8 +296,8 @@ def test_host_memory_stays_near_the_model(plain, tmp_path):
     assert done.returncode == 0, done.stderr
     growth, model_bytes = map(int, done.stdout.split())
     assert model_bytes > 300e6
-    # A mapped or doubled copy would add the model's size again; the pieces in flight add up to a few tensors at most.
-    assert growth - model_bytes < 2 * largest < 0.5 * model_bytes
+    # A mapped or doubled copy would add the model's size again; the pieces in flight are less than one tensor here.
+    assert growth - model_bytes < largest < 0.25 * model_bytes
 
 
 @pytest.mark.gpu

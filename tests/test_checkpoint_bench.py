@@ -1,5 +1,6 @@
 """scripts/bench_load.py: both loaders on the same files, the values compared, and clean errors."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,6 +18,17 @@ def run(*args):
     command = [sys.executable, "scripts/bench_load.py", *map(str, args)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def program():
+    """The program in this process."""
+    spec = importlib.util.spec_from_file_location("bench_load", ROOT / "scripts" / "bench_load.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    app = typer.Typer()
+    app.command()(module.main)
+    return app
 
 
 @pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the page cache cannot be dropped here")
@@ -50,3 +64,18 @@ def test_errors_are_one_line(tmp_path):
     done = run("--dir", tmp_path / "new", "--gb", 5000, "--device", "cpu")
     assert done.returncode == 2
     assert "--gb" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "abacus"], "device 'abacus' is unknown"),
+        (["--gb", "nan"], "--gb nan: a positive number is needed"),
+        (["--json", "no/such/place.json"], "--json no/such/place.json: there is no directory no/such"),
+    ],
+)
+def test_options_are_checked_before_anything_is_written(program, tmp_path, options, message):
+    done = CliRunner().invoke(program, ["--dir", str(tmp_path / "new"), "--device", "cpu", *options])
+    assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(f"error: {message}")
+    assert not (tmp_path / "new").exists()

@@ -15,8 +15,9 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
-from qwen3vl_moe import checkpoint, shards
+from qwen3vl_moe import placement, shards
 from qwen3vl_moe.checkpoint import load_model, resolve
+from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, ConfigError, OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
 
@@ -269,9 +270,11 @@ def test_fp8_checkpoint_is_refused_by_name(directory):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used: "),
-        ({"device": "gpu"}, "device 'gpu' cannot be used: "),
-        ({"device": "meta"}, "device 'meta' holds no values"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used here ("),
+        ({"device": "gpu"}, "device 'gpu' is unknown; choose cpu, cuda or"),
+        ({"device": None}, "device 'None' is unknown"),
+        ({"device": "meta"}, "device 'meta' is not supported; choose cpu or cuda"),
+        ({"device": "mps"}, "device 'mps' is not supported; choose cpu or cuda"),
         ({"dtype": "float8_e4m3fn"}, "dtype float8_e4m3fn is not supported; choose from auto, bfloat16"),
         ({"dtype": "half-ish"}, "dtype half-ish is not supported"),
         ({"dtype": torch.int8}, "dtype torch.int8 is not supported"),
@@ -283,11 +286,11 @@ def test_options(plain, options, text):
 
 
 def test_a_model_that_does_not_fit_the_host_is_refused(plain, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 100_000)
     text = message(plain.path, OptionError)
     assert text.startswith(f"{plain.path} takes 0.0 GB in float32, but cpu has 0.0 GB free")
     monkeypatch.undo()
-    assert 1e6 < checkpoint._free_bytes(torch.device("cpu")) < 1e15
+    assert 1e6 < placement.free_bytes(torch.device("cpu")) < 1e15
 
 
 def test_a_model_that_does_not_fit_is_refused_with_both_numbers(monkeypatch):
@@ -295,9 +298,18 @@ def test_a_model_that_does_not_fit_is_refused_with_both_numbers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1_000_000_000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (18_000_000_000, 24_000_000_000))
     device, directory = torch.device("cuda", 0), Path("model")
-    checkpoint._require_memory(device, 20_000_000_000, directory, torch.bfloat16)
+    placement.require_memory(device, 20_000_000_000, directory, torch.bfloat16)
     with pytest.raises(OptionError, match=r"model takes 62\.1 GB in bfloat16, but cuda:0 has 20\.0 GB free"):
-        checkpoint._require_memory(device, 62_141_508_064, directory, torch.bfloat16)
+        placement.require_memory(device, 62_141_508_064, directory, torch.bfloat16)
+
+
+def test_random_weights_that_do_not_fit_are_refused(monkeypatch):
+    config = Qwen3VLMoeConfig.qwen3_vl_30b_a3b()
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 8_000_000_000)
+    with pytest.raises(OptionError, match=r"a model of this size takes 62\.1 GB in bfloat16, but cpu has 8\.0 GB free"):
+        Qwen3VLMoe.random(config, "cpu")
+    with pytest.raises(OptionError, match="device 'abacus' is unknown"):
+        Qwen3VLMoe.random(config, "abacus")
 
 
 # --- hub ids ---
@@ -353,5 +365,8 @@ def test_hub_download_takes_only_what_is_needed(monkeypatch, tmp_path):
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options, name=name) or str(tmp_path)
     )
+    small = ["*.json", "*.jinja", "merges.txt"]
     assert resolve("owner/model") == tmp_path
-    assert asked == {"name": "owner/model", "allow_patterns": ["*.json", "*.jinja", "merges.txt", "*.safetensors"]}
+    assert asked == {"name": "owner/model", "allow_patterns": [*small, "*.safetensors"]}
+    assert resolve("owner/model", weights=False) == tmp_path
+    assert asked == {"name": "owner/model", "allow_patterns": small}

@@ -32,6 +32,9 @@ def test_errors_are_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+    done = run("--model", tmp_path, "--json", tmp_path / "no" / "figures.json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --json {tmp_path}/no/figures.json: there is no directory {tmp_path}/no\n"
     done = run("--dtype", "float32", "--device", "cpu")
     assert done.returncode == 2
     assert "fp32 evaluation" in done.stderr

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen3vl_moe.checkpoint import parse_device, resolve
+from qwen3vl_moe.checkpoint import resolve
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine import LLM
 from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.placement import parse_device
 from qwen3vl_moe.processor import Processor
 from qwen3vl_moe.tiny import write_processor_dir
 
@@ -36,7 +37,9 @@ def dummy_llm(
         engine_options: see :class:`LLM`.
 
     Raises:
-        OptionError: an unknown routing, a device that is not here, or the 30B sizes on a CPU.
+        CheckpointError: no such directory and no such hub id, or the tokenizer is missing.
+        ConfigError: config.json asks for something that is not supported.
+        OptionError: an unknown routing, a device that is not here or too small, or the 30B sizes on a CPU.
     """
     if routing is not None and routing not in ROUTINGS:
         raise OptionError(f"routing {routing!r} is unknown; choose from {', '.join(ROUTINGS)}")
@@ -48,7 +51,7 @@ def dummy_llm(
             directory = stack.enter_context(tempfile.TemporaryDirectory())
             config = _standin(directory)
         else:
-            directory = resolve(model)
+            directory = resolve(model, weights=False)
             config = Qwen3VLMoeConfig.from_pretrained(directory)
         processor = Processor.from_pretrained(directory, config)
     weights = Qwen3VLMoe.random(config, parsed, moe=moe)

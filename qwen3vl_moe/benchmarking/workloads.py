@@ -79,8 +79,9 @@ class Load:
                 raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1 is needed")
         if not 0 <= self.random_range_ratio <= 1:
             raise OptionError(f"--random-range-ratio {self.random_range_ratio}: a number from 0 to 1 is needed")
-        if self.image_count < 0 or self.seed < 0:
-            raise OptionError("--image-count and --seed: 0 or more is needed")
+        for name in ("image_count", "seed"):
+            if getattr(self, name) < 0:
+                raise OptionError(f"--{name.replace('_', '-')} {getattr(self, name)}: 0 or more is needed")
         parse_resolution(self.image_resolution)
 
     def requests(self, llm: LLM, images: Images, count: int, turn: int = 0, who: int = 0) -> list[Request]:

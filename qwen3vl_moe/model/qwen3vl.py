@@ -15,6 +15,7 @@ from qwen3vl_moe.model.batch import Batch, Segments, VisionFeatures
 from qwen3vl_moe.model.rope import Grid, mrope_positions
 from qwen3vl_moe.model.text import Decoder
 from qwen3vl_moe.model.vision import VisionTower
+from qwen3vl_moe.placement import parse_device, require_memory
 
 MOE_BACKENDS = ("auto", "tma", "reference")
 
@@ -81,11 +82,15 @@ class Qwen3VLMoe(nn.Module):
         """Random weights at any size, made on the device: N(0, 0.02) matrices, norms at 1, biases at 0.
 
         For measurements without the real weights: the work per token is the same, the text is noise.
+
+        Raises:
+            OptionError: an unknown or unavailable device or moe; not enough memory.
         """
-        dtype = dtype or config.dtype
+        device, dtype = parse_device(device), dtype or config.dtype
         with torch.device("meta"):
-            model = cls(config, resolve_moe(moe, device, dtype))
-        model = model.to(dtype).to_empty(device=device)
+            model = cls(config, resolve_moe(moe, device, dtype)).to(dtype)
+        require_memory(device, sum(parameter.nbytes for parameter in model.parameters()), "a model of this size", dtype)
+        model = model.to_empty(device=device)
         generator = torch.Generator(device=device).manual_seed(seed)
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):

@@ -98,12 +98,23 @@ def test_repetition_penalty_is_that_of_transformers(logits):
 @pytest.mark.parametrize(("presence", "frequency"), [(1.5, 0.0), (0.0, 0.7), (-1.0, 0.4)])
 def test_presence_and_frequency_penalties(logits, presence, frequency):
     """By their definition: over the answer only, once per token and once per occurrence."""
-    prompt, answer = [0, 1, 2], [3, 4, 4, 4, 5, 1]
+    first, *prompt = logits[0].topk(4).indices.tolist()  # likely ones: a penalty for them would show
+    answer = [3, 4, 4, 4, 5, first]
     penalised = logits[0].clone()
     for token, count in Counter(answer).items():
         penalised[token] -= presence + frequency * count
     penalties = {"presence_penalty": presence, "frequency_penalty": frequency}
     check_draws(logits[0], penalised.softmax(-1), prompt=prompt, answer=answer, temperature=1.0, **penalties)
+
+
+def test_each_row_has_its_own_top_k(logits):
+    """The best few are sorted for all rows at once, as many as the row that keeps most of them needs."""
+    count, kept = 2000, (1, 2, 5)
+    rows = [sequence(temperature=1.0, top_k=k) for k in kept] * count
+    drawn = draw(logits[:1].expand(len(rows), -1), rows)
+    order = logits[0].argsort(descending=True).tolist()
+    for start, k in enumerate(kept):
+        assert set(drawn[start :: len(kept)]) == set(order[:k])
 
 
 def test_a_row_does_not_depend_on_its_neighbours(logits):

@@ -130,6 +130,21 @@ def test_answers_of_one_length(run, tmp_path):
     assert figures["answers_truncated"] == 3
 
 
+def test_prompts_that_do_not_fit_are_counted(demo, run, tmp_path):
+    arguments = ("--num-fewshot", 0, "--max-gen-toks", 4)
+    whole = run(*arguments, "--output", tmp_path / "whole")
+    assert "lost their beginning" not in whole.out
+    figures, samples = result_files(tmp_path / "whole")
+    assert figures["qwen3vl_moe"]["prompts_cut"] == 0
+    prompts = [row["arguments"]["gen_args_0"]["arg_0"] for row in samples if row["filter"] == "strict-match"]
+    lengths = [len(demo.tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
+    assert lengths.count(min(lengths)) == 1
+    # The shortest has just enough room for its answer beside it.
+    done = run(*arguments, "--max-model-len", min(lengths) + 4, "--output", tmp_path / "cut")
+    assert "2 of 3 prompts did not fit and lost their beginning: raise --max-model-len" in done.out
+    assert result_files(tmp_path / "cut")[0]["qwen3vl_moe"]["prompts_cut"] == 2
+
+
 def test_random_weights_for_a_directory(demo, run, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -139,6 +154,14 @@ def test_random_weights_for_a_directory(demo, run, tmp_path):
     done = run("--model", bare, "--load-format", "dummy", "--num-fewshot", 0, "--limit", 1, "--max-gen-toks", 2)
     assert done.code == 0, done.err
     assert "The weights are random" in done.out
+    for option, value, message in (
+        ("--device", "abacus", "device 'abacus' is unknown"),
+        ("--dtype", "float64", "dtype float64 is not supported"),
+        ("--moe", "tma", "moe='tma' cannot run here"),
+    ):
+        refused = run("--model", bare, "--load-format", "dummy", "--num-fewshot", 0, option, value)
+        assert refused.code == 2
+        assert refused.err.splitlines()[-1].startswith(f"error: {message}")
 
 
 BAD_LINES = {
@@ -174,6 +197,7 @@ def test_a_bad_line_is_named(run, problems_dir, tmp_path, case):
         (("--temperature", -1), "--temperature -1.0: 0 or more"),
         (("--load-format", "tensorizer"), "choose auto or dummy"),
         (("--moe", "fast"), "moe='fast' is unknown"),
+        (("--load-format", "dummy", "--model", "nowhere"), "nowhere is neither a directory nor a hub id"),
     ],
 )
 def test_errors_are_one_line(run, arguments, message):

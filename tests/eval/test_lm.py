@@ -70,9 +70,10 @@ def test_a_context_too_long_loses_its_beginning(demo):
 def test_rolling(demo):
     length = 32  # room for one token more than is scored: 30 tokens predicted in a window
     short = EngineLM(LLM.from_parts(demo.llm.engine.model, demo.llm.processor, max_model_len=length), progress=False)
-    texts = [TEXT, "Hello"]
+    texts = [TEXT * 3, "Hello"]  # a first window, one that is full and one that is not, and a text of a single one
     for text, total in zip(texts, short.loglikelihood_rolling([instance(text) for text in texts]), strict=True):
         ids, window, expected = demo.tokenizer(text).input_ids, length - 2, 0.0
+        assert text == "Hello" or (len(ids) > 2 * window and len(ids) % window)
         padded = [demo.tokenizer.eos_token_id, *ids]
         for start in range(0, len(ids), window):
             stop = min(start + window, len(ids))

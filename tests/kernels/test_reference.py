@@ -62,6 +62,18 @@ def test_route_equals_transformers():
     torch.testing.assert_close(weights_TK, expected_weights, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_route_is_in_float32_whatever_the_logits_are(dtype):
+    """A softmax in the working dtype would round the weights, and let experts tie that differ."""
+    logits_TE = torch.randn(50, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ids_TK, weights_TK = tma_moe.route(logits_TE, 8, backend="reference")
+    exact_TE = logits_TE.double().softmax(-1)
+    torch.testing.assert_close(exact_TE.gather(1, ids_TK.long()), exact_TE.topk(8).values, rtol=0, atol=0)
+    exact_TK = exact_TE.gather(1, ids_TK.long())
+    exact_TK /= exact_TK.sum(-1, keepdim=True)
+    assert (weights_TK - exact_TK).abs().max() <= 4 * torch.finfo(torch.float32).eps
+
+
 def test_ids_outside_the_experts_contribute_nothing():
     torch.manual_seed(0)
     experts = random_experts(4, 16, 8)

@@ -97,7 +97,7 @@ def test_wanted_rows_are_the_same_logits(tiny, models):
     batch = Batch(torch.tensor(prompt.ids), positions, Segments.build([len(prompt.ids)]))
     rows = torch.tensor([4, 1])
     some = model(dataclasses.replace(batch, logit_rows=rows))
-    assert_close_to_scale(some, model(batch)[rows], tolerance=1e-6)
+    assert_close_to_scale(some, model(batch)[rows], tolerance=1e-5)  # the head's product has another shape
 
 
 def broken_logits(model, prompt, *, section=None, deepstack=True, shift=0):

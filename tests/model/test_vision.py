@@ -18,7 +18,8 @@ def test_patch_embedding_is_the_convolution(tiny, tower):
     pixels = make_prompt(tiny.oracle.config, [(3, 4)]).pixels
     theirs = tiny.oracle.model.visual.patch_embed(pixels)
     assert tower.patch_embed.weight.shape == theirs.shape[1:] + pixels.shape[1:]
-    assert_close_to_scale(tower.patch_embed(pixels), theirs, tolerance=1e-6)
+    # A sum of some hundred products in another order: 100 roundings of 6e-8, and every one of them at its worst.
+    assert_close_to_scale(tower.patch_embed(pixels), theirs, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (5, 3), (8, 8), (13, 2)])
@@ -52,10 +53,11 @@ def test_images_do_not_see_each_other(tiny, tower):
         together = tower(prompt.pixels, prompt.grids)
         patches = prompt.grids[0][1] * prompt.grids[0][2]
         alone = [tower(prompt.pixels[:patches], prompt.grids[:1]), tower(prompt.pixels[patches:], prompt.grids[1:])]
-    assert_close_to_scale(together.embeds_MH, torch.cat([part.embeds_MH for part in alone]), tolerance=1e-6)
+    # The same sums, though a matrix product of another shape may add in another order.
+    assert_close_to_scale(together.embeds_MH, torch.cat([part.embeds_MH for part in alone]), tolerance=2e-5)
     for start, stop, part in ((0, 12, alone[0]), (12, 22, alone[1])):
         if len(tower.config.deepstack_indexes):
-            assert_close_to_scale(together.rows(start, stop).deepstack_LMH, part.deepstack_LMH, tolerance=1e-6)
+            assert_close_to_scale(together.rows(start, stop).deepstack_LMH, part.deepstack_LMH, tolerance=2e-5)
 
 
 def test_wrong_patches_are_refused(tower):

@@ -1,0 +1,29 @@
+"""Pictures to test with: noisy ones, encoded files of them, and how this package reads either."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from qwen3vl_moe.image_source import decode_rgb, open_image
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """A picture of smooth colours and noise: flat or pure-noise images would hide mistakes of the resize."""
+    generator = np.random.default_rng(width * 1000 + height)
+    rows, columns = np.mgrid[0:height, 0:width]
+    smooth = np.stack([rows * 255 // height, columns * 255 // width, (rows + columns) % 256], axis=-1)
+    pixels = (smooth + generator.integers(0, 64, (height, width, 3))).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def rgb(source) -> Image.Image:
+    return decode_rgb(open_image(source, 0))
