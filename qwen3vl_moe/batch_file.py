@@ -92,7 +92,9 @@ def read_requests(path: Path, defaults: SamplingParams, settings: Mapping[str, A
             if name is not None and first_with.setdefault(name, number) != number:
                 raise PromptError(f"the id {name!r} is that of line {first_with[name]} too; ids are unique")
             conversation = _conversation(content, path.parent)
-            params = replace(defaults, **{key: content[key] for key in SAMPLING_KEYS if key in content})
+            # null is "not said", as in the OpenAI form: it leaves the default, and lifts no limit.
+            said = {key: content[key] for key in SAMPLING_KEYS if content.get(key) is not None}
+            params = replace(defaults, **said)
         except UserError as problem:
             conversation, error = None, f"line {number}: {problem}"
         requests.append(Request(len(requests), name, fingerprint, conversation, params, error))

@@ -79,6 +79,8 @@ class SamplingParams:
         ids = self.stop_token_ids or ()
         if not isinstance(ids, list | tuple) or not all(type(i) is int and i >= 0 for i in ids):
             raise OptionError(f"stop_token_ids={self.stop_token_ids!r}: a list of token ids is needed")
+        if not isinstance(self.ignore_eos, bool):
+            raise OptionError(f"ignore_eos={self.ignore_eos!r}: True or False is needed")
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(ids))
 

@@ -183,7 +183,9 @@ class Processor:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except jinja2.TemplateError as error:
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(f"the checkpoint's chat template is damaged, line {error.lineno}: {error}") from None
+        except (jinja2.TemplateError, TypeError) as error:
             raise PromptError(f"the chat template refuses the conversation: {error}") from None
 
     def _encode(self, text: str) -> list[int]:
@@ -265,12 +267,20 @@ class Processor:
         if self.max_model_len is None or total <= self.max_model_len:
             return
         if not counts:
-            raise PromptError(f"the prompt has {total} tokens, more than max_model_len={self.max_model_len}")
+            raise PromptError(
+                f"the prompt has {total} tokens, more than max_model_len={self.max_model_len}; "
+                "shorten it or raise max_model_len"
+            )
         count, largest = max(zip(counts, opened, strict=True), key=lambda pair: pair[0])
         raise PromptError(
             f"the prompt has {total} tokens, more than max_model_len={self.max_model_len}: {text_tokens} of text and "
             f"{sum(counts)} of {len(counts)} image(s), the largest being {largest.where} of {largest.size_text} pixels "
-            f"with {count} image tokens; lower max_pixels (now {self.image_settings.max_pixels}) or raise max_model_len"
+            f"with {count} image tokens; "
+            + (
+                f"lower max_pixels (now {self.image_settings.max_pixels}) or raise max_model_len"
+                if text_tokens < self.max_model_len
+                else "shorten the text or raise max_model_len"
+            )
         )
 
     def _prepare(self, opened: OpenedImage, count: int) -> Picture:

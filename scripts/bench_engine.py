@@ -33,7 +33,7 @@ from qwen3vl_moe.benchmarking.dummy import dummy_llm
 from qwen3vl_moe.benchmarking.inputs import plain_token_ids
 from qwen3vl_moe.errors import OptionError, UserError
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 DECODE = ((1, 450), (32, 512), (128, 1024))
 
 

@@ -59,7 +59,7 @@ def test_what_a_line_may_say(job, tmp_path):
     assert [request.error for request in requests] == [None] * 4
     assert [(request.index, request.id) for request in requests] == [(0, "x"), (1, 7), (2, None), (3, None)]
     assert requests[0].params == DEFAULTS
-    assert requests[1].params == SamplingParams(temperature=0.5, stop=["\n"])
+    assert requests[1].params == SamplingParams(max_tokens=5, temperature=0.5, stop=["\n"])
     assert requests[3].params == SamplingParams(max_tokens=5, seed=3)
 
     def images(request):

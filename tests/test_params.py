@@ -25,6 +25,7 @@ from qwen3vl_moe.params import GenerationDefaults
         ("prompt_logprobs", [-1, "all"]),
         ("stop", ["", [""], [1], 5, ["fine", None]]),
         ("stop_token_ids", [[-1], ["x"], 5, [1.5]]),
+        ("ignore_eos", ["no", 1, None]),
     ],
 )
 def test_impossible_values_are_refused_by_name(name, bad):

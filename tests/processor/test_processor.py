@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qwen3vl_moe.errors import OptionError, PromptError
+from qwen3vl_moe.errors import CheckpointError, OptionError, PromptError
 from qwen3vl_moe.processor import Processor
 from tests.processor.parts import CONVERSATIONS, PLACEHOLDER, VOCAB_SIZE, make, oracle_for, picture, png, user
 
@@ -159,6 +159,18 @@ class TestChat:
         with pytest.raises(PromptError, match="the chat template refuses the conversation: roles must alternate"):
             strict.chat(user("hi"))
 
+    @pytest.mark.parametrize(
+        ("template", "error", "message"),
+        [
+            ("{% if %}", CheckpointError, "the checkpoint's chat template is damaged, line 1"),
+            ("{{ messages[0].content + 1 }}", PromptError, "the chat template refuses the conversation"),
+        ],
+    )
+    def test_template_that_fails(self, processor, template, error, message):
+        broken = Processor(processor.tokenizer, template, processor.image_settings, processor.config)
+        with pytest.raises(error, match=message):
+            broken.chat(user("hi"))
+
 
 class TestPrompt:
     def test_text(self, processor):
@@ -284,6 +296,8 @@ class TestLength:
             "image 0 (PIL RGB 32x32) of 32x32 pixels with 16 image tokens; lower max_pixels (now 6400) or raise "
             "max_model_len"
         )
+        with pytest.raises(PromptError, match="shorten the text or raise max_model_len$"):
+            processor.prompt({**fitting, "prompt": PLACEHOLDER + "Q7" * 20})
 
     def test_refused_before_decoding(self, tmp_path, monkeypatch):
         processor = make(tmp_path, max_model_len=50)
