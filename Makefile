@@ -7,13 +7,15 @@ PYTHON ?= python3
 
 # One stamp per torch requirement: asking for another one installs it.
 STAMP := .venv/installed-$(shell printf '%s' "$(TORCH)" | tr -c 'A-Za-z0-9.' '_')
+PICTURE := $(wildcard ../shared/images/chelsea.png)
+ifeq ($(PICTURE),)
 PICTURE := .cache/picture.png
+endif
 
 .PHONY: demo test lint
 
-# A picture that the demo was never trained on, with what is in it; then what the demo says.
-demo: $(STAMP)
-	.venv/bin/python scripts/eval_demo.py --sample $(abspath $(PICTURE))
+demo: $(STAMP) $(PICTURE)
+	@echo "picture: $(abspath $(PICTURE))" >&2
 	.venv/bin/python scripts/generate.py --model demo --image $(PICTURE) --prompt "What do you see in this picture?"
 
 test: $(STAMP)
@@ -22,6 +24,9 @@ test: $(STAMP)
 lint: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+
+.cache/picture.png: $(STAMP)
+	.venv/bin/python scripts/eval_demo.py --sample $@
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
