@@ -16,7 +16,7 @@ endif
 
 demo: $(STAMP) $(PICTURE)
 	@echo "picture: $(abspath $(PICTURE))" >&2
-	.venv/bin/python scripts/generate.py --model demo --image $(PICTURE) --prompt "What do you see in this picture?"
+	.venv/bin/python scripts/generate.py --model demo --image $(PICTURE) --prompt "What do you see in this picture?" --max-tokens 48
 
 test: $(STAMP)
 	.venv/bin/python -m pytest -q
