@@ -2,11 +2,9 @@
 
     python scripts/train_demo.py --data ../shared/gsm8k/train.jsonl --out qwen3vl_moe/demo
 
-Estimate for one H100 (an estimate, not a measurement): 26 MFLOP a token forward and backward in the decoder and
-15 MFLOP a patch in the vision tower, so arithmetic is no limit; some 4000 small kernels a step are. At 0.1 to 0.2 s
-for a step of 2 x 24576 tokens (200 to 250 pictures with 3 questions each, and 100 problems), 20 minutes are 6000 to
-12000 steps: 1 to 2 million pictures and 70 to 150 passes over gsm8k's training problems. One CPU core makes the
-batches of 2.7 steps a second (measured), so 14 workers keep ahead.
+First the vision tower learns alone what stands where (demo_training/tower.py), then all of the model learns to answer.
+The sizes are meant for one H100 and 20 minutes of the second part; this has not been run there yet. On two CPU cores
+that multiply in bf16, `--size medium --dtype bfloat16 --workers 0` takes half a second a step of 6144 tokens.
 
 Written beside the checkpoint: training.json, with seeds, sizes, steps, losses, load of each expert and final figures.
 Exit status: 0 done, 2 something in the call has to be mended.
@@ -34,12 +32,13 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     out: Annotated[Path, typer.Option(help="Directory of the checkpoint.")],
     data: Annotated[Path | None, typer.Option(help="gsm8k's train.jsonl. Without it: generated problems only.")] = None,
-    tower_steps: Annotated[int, typer.Option(help="Steps in which the vision tower learns alone, before.")] = 3000,
+    tower_steps: Annotated[int, typer.Option(help="Steps in which the vision tower learns alone, before.")] = 6000,
+    tower_pictures: Annotated[int, typer.Option(help="Pictures of such a step.")] = 128,
     minutes: Annotated[float, typer.Option(help="Length of training after that; the rate follows it.")] = 20.0,
     steps: Annotated[int | None, typer.Option(help="Length in steps instead of minutes, to repeat a run.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the picture batch of a step.")] = 8192,
-    text_tokens: Annotated[int, typer.Option(help="Tokens of the text batch of a step.")] = 4096,
-    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 2e-3,
+    tokens: Annotated[int, typer.Option(help="Tokens of the picture batches of a step.")] = 16384,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the text batch of a step.")] = 8192,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1.5e-3,
     seed: Annotated[int, typer.Option(help="Of weights, tokenizer and data.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda, cpu.")] = "auto",
     dtype: Annotated[
@@ -53,7 +52,7 @@ def main(
     stop_after: Annotated[
         float | None, typer.Option(help="Stop after so many minutes into --state; call again to go on.")
     ] = None,
-    small: Annotated[bool, typer.Option("--small", help="A model of 1 MB that tries the program out.")] = False,
+    size: Annotated[str, typer.Option(help="full (29 MB), medium (9 MB), small (1 MB, to try the program).")] = "full",
     questions: Annotated[int, typer.Option(help="Held-out picture questions at the end.")] = 1400,
     problems: Annotated[int, typer.Option(help="Training problems at the end.")] = 200,
 ) -> None:
@@ -71,6 +70,10 @@ def main(
                 "--minutes, --tokens, --text-tokens and --steps have to be positive, --workers and --tower-steps zero "
                 "or more"
             )
+        if size not in ("full", "medium", "small"):
+            raise OptionError(f"--size {size} is unknown; choose full, medium or small")
+        if tower_pictures < 1:
+            raise OptionError("--tower-pictures has to be positive")
         if dtype not in ("auto", "bfloat16", "float32"):
             raise OptionError(f"--dtype {dtype} is unknown; choose auto, bfloat16 or float32")
         options = dict(locals())
@@ -83,7 +86,7 @@ def main(
 def train(options: dict[str, Any]) -> None:
     import torch
     from demo_training.batches import TrainingBatches
-    from demo_training.model import SMALL, Sizes, build_model, published_config, token_ids
+    from demo_training.model import MEDIUM, SMALL, Sizes, build_model, published_config, token_ids
     from demo_training.publish import write_json, write_weights
     from demo_training.texts import read_problems
     from demo_training.tokenizer import write_processor
@@ -93,7 +96,7 @@ def train(options: dict[str, Any]) -> None:
     device = _device(options["device"])
     out, seed = options["out"], options["seed"]
     problems = read_problems(options["data"]) if options["data"] else []
-    sizes = SMALL if options["small"] else Sizes()
+    sizes = {"full": Sizes(), "medium": MEDIUM, "small": SMALL}[options["size"]]
     out.mkdir(parents=True, exist_ok=True)
     write_processor(out, problems, vocab_size=sizes.vocab, seed=seed)
     ids = token_ids(out)
@@ -115,7 +118,7 @@ def train(options: dict[str, Any]) -> None:
     model = build_model(raw, seed=seed, experts=experts, attention=attention).to(device)
     goes_on = options["state"] and options["state"].exists()
     if options["tower_steps"] and not goes_on:
-        alone = TowerBatches(pictures=64, steps=options["tower_steps"], seed=seed)
+        alone = TowerBatches(pictures=options["tower_pictures"], steps=options["tower_steps"], seed=seed)
         pictures = _batches(alone, 0, options["workers"], device)
         train_tower(model, pictures, recipe, len(alone), device=device, dtype=dtype, report=_report_tower)
     trainer = Trainer(model, recipe, device=device, dtype=dtype)
@@ -150,6 +153,7 @@ def train(options: dict[str, Any]) -> None:
         "recipe": dataclasses.asdict(recipe),
         "seed": seed,
         "tower_steps": options["tower_steps"],
+        "tower_pictures": options["tower_pictures"],
         "tokens_per_batch": options["tokens"],
         "text_tokens_per_batch": options["text_tokens"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),

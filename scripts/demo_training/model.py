@@ -20,23 +20,36 @@ from qwen3vl_moe.transformers_twin import transformers_config
 
 @dataclass(frozen=True)
 class Sizes:
-    """The default is what ships."""
+    """The default is what ships: 14.7 million parameters, 29.4 MB in bf16, 4.7 million of them used for a token."""
 
-    vocab: int = 3072
-    hidden: int = 128
-    layers: int = 5
-    heads: int = 4
+    vocab: int = 4096
+    hidden: int = 256
+    layers: int = 8
+    heads: int = 8
     kv_heads: int = 2
     experts: int = 16
     top_k: int = 4
-    expert_width: int = 48
-    vision_hidden: int = 128
-    vision_depth: int = 5
-    vision_width: int = 384
-    vision_heads: int = 4
+    expert_width: int = 80
+    vision_hidden: int = 160
+    vision_depth: int = 6
+    vision_width: int = 448
+    vision_heads: int = 5
     deepstack: tuple[int, ...] = (1, 3)
 
 
+# 4.6 million parameters, 9.1 MB, 0.7 million used for a token: what two CPU cores can train a recipe with.
+MEDIUM = Sizes(
+    vocab=3072,
+    hidden=128,
+    layers=5,
+    heads=4,
+    kv_heads=2,
+    expert_width=48,
+    vision_hidden=128,
+    vision_depth=5,
+    vision_width=384,
+    vision_heads=4,
+)
 SMALL = Sizes(
     vocab=768,
     hidden=96,

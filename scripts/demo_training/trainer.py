@@ -21,7 +21,7 @@ class Recipe:
 
     minutes: float
     steps: int | None = None
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     warmup: float = 0.02  # share of the schedule
     final: float = 0.02  # share of the learning rate at the end
     weight_decay: float = 0.05

@@ -110,7 +110,10 @@ def test_the_schedule_warms_up_and_decays():
 
 def test_the_program_makes_a_checkpoint_and_records_how(tmp_path):
     options = [
-        "--small",
+        "--size",
+        "small",
+        "--tower-pictures",
+        "8",
         "--tower-steps",
         "2",
         "--steps",
@@ -143,6 +146,8 @@ def test_the_program_makes_a_checkpoint_and_records_how(tmp_path):
         (["--minutes", "0"], "--minutes"),
         (["--device", "tpu"], "--device tpu"),
         (["--dtype", "fp8"], "--dtype fp8"),
+        (["--size", "huge"], "--size huge"),
+        (["--tower-pictures", "0"], "--tower-pictures"),
     ],
 )
 def test_a_wrong_call_is_one_line(tmp_path, options, message):

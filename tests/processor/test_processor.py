@@ -296,7 +296,7 @@ class TestLength:
             "image 0 (PIL RGB 32x32) of 32x32 pixels with 16 image tokens; lower max_pixels (now 6400) or raise "
             "max_model_len"
         )
-        with pytest.raises(PromptError, match="shorten the text or raise max_model_len$"):
+        with pytest.raises(PromptError, match=r"shorten the text or raise max_model_len$"):
             processor.prompt({**fitting, "prompt": PLACEHOLDER + "Q7" * 20})
 
     def test_refused_before_decoding(self, tmp_path, monkeypatch):
