@@ -6,8 +6,10 @@ from io import BytesIO
 
 import numpy as np
 from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen3vl_moe.image_source import decode_rgb, open_image
+from qwen3vl_moe.images import ImageSettings
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -27,3 +29,15 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 def rgb(source) -> Image.Image:
     return decode_rgb(open_image(source, 0))
+
+
+def transformers_images(settings: ImageSettings) -> Qwen2VLImageProcessorPil:
+    """transformers' image processor (the one that needs no torchvision) with the same settings."""
+    return Qwen2VLImageProcessorPil(
+        patch_size=settings.patch_size,
+        temporal_patch_size=settings.temporal_patch_size,
+        merge_size=settings.merge_size,
+        image_mean=list(settings.mean),
+        image_std=list(settings.std),
+        size={"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
+    )

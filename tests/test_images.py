@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_utils import load_image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as oracle_smart_resize
 
 from qwen3vl_moe.errors import ConfigError, OptionError, PromptError
 from qwen3vl_moe.images import ImageSettings, copy_pixels, cut_patches, smart_resize
 from qwen3vl_moe.tiny import write_processor_dir
-from tests.pictures import noise, rgb
+from tests.pictures import noise, rgb, transformers_images
 
 SETTINGS = ImageSettings(
     patch_size=4,
@@ -30,17 +29,6 @@ SETTINGS = ImageSettings(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
 )
-
-
-def oracle_for(settings: ImageSettings) -> Qwen2VLImageProcessorPil:
-    return Qwen2VLImageProcessorPil(
-        patch_size=settings.patch_size,
-        temporal_patch_size=settings.temporal_patch_size,
-        merge_size=settings.merge_size,
-        image_mean=list(settings.mean),
-        image_std=list(settings.std),
-        size={"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
-    )
 
 
 def patches_of(settings: ImageSettings, image: Image.Image) -> tuple[np.ndarray, tuple[int, int, int], bytes]:
@@ -55,7 +43,7 @@ class TestPatches:
     @pytest.mark.parametrize(("width", "height"), SIZES)
     def test_equal_to_transformers(self, width, height):
         image = noise(width, height)
-        expected = oracle_for(SETTINGS)(images=[image], return_tensors="np")
+        expected = transformers_images(SETTINGS)(images=[image], return_tensors="np")
         patches, grid, _ = patches_of(SETTINGS, image)
         assert grid == tuple(expected["image_grid_thw"][0])
         assert patches.dtype == np.float32
@@ -67,7 +55,7 @@ class TestPatches:
     def test_bounds_equal_to_transformers(self, min_pixels, max_pixels):
         bounded = SETTINGS.with_bounds(min_pixels, max_pixels)
         image = noise(131, 77)
-        expected = oracle_for(bounded)(images=[image], return_tensors="np")
+        expected = transformers_images(bounded)(images=[image], return_tensors="np")
         np.testing.assert_array_equal(patches_of(bounded, image)[0], expected["pixel_values"])
 
     @pytest.mark.parametrize(("patch_size", "temporal_patch_size", "merge_size"), [(16, 2, 2), (14, 1, 3), (5, 3, 1)])
@@ -82,12 +70,12 @@ class TestPatches:
             std=(0.26862954, 0.26130258, 0.27577711),
         )
         image = noise(200, 301)
-        expected = oracle_for(other)(images=[image], return_tensors="np")
+        expected = transformers_images(other)(images=[image], return_tensors="np")
         np.testing.assert_array_equal(patches_of(other, image)[0], expected["pixel_values"])
 
     def test_published_settings_on_photographs(self, shared_dir):
         published = ImageSettings.from_pretrained(shared_dir / "checkpoint-30b")
-        oracle = oracle_for(published)
+        oracle = transformers_images(published)
         for name in ("chelsea.png", "china.jpg", "flower.jpg"):
             path = shared_dir / "images" / name
             expected = oracle(images=[load_image(str(path))], return_tensors="np")
@@ -196,7 +184,7 @@ class TestSettings:
     def test_as_transformers_saves_them(self, tmp_path):
         # save_pretrained of a processor nests the settings in processor_config.json, which then wins.
         write_processor_dir(tmp_path)
-        saved = json.loads(oracle_for(SETTINGS).to_json_string())
+        saved = json.loads(transformers_images(SETTINGS).to_json_string())
         (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": saved, "processor_class": "x"}))
         assert ImageSettings.from_pretrained(tmp_path) == SETTINGS
         (tmp_path / "preprocessor_config.json").unlink()

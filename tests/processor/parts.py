@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from transformers import Qwen3VLProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.processor import Processor
 from qwen3vl_moe.tiny import write_processor_dir
+from tests.pictures import transformers_images
 
 PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"
 VOCAB_SIZE = 512
@@ -45,15 +45,7 @@ class ImageOnlyProcessor(Qwen3VLProcessor):
 
 
 def oracle_for(processor: Processor) -> ImageOnlyProcessor:
-    settings = processor.image_settings
-    images = Qwen2VLImageProcessorPil(
-        patch_size=settings.patch_size,
-        temporal_patch_size=settings.temporal_patch_size,
-        merge_size=settings.merge_size,
-        image_mean=list(settings.mean),
-        image_std=list(settings.std),
-        size={"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
-    )
+    images = transformers_images(processor.image_settings)
     return ImageOnlyProcessor(images, processor.tokenizer, None, chat_template=processor.chat_template)
 
 
