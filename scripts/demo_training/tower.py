@@ -105,13 +105,17 @@ class TowerReader(nn.Module):
             logits = head(tokens).float().view(len(batch.what), -1)
             what, colour, size = logits.split([len(WHAT), len(COLOUR), len(SIZE)], dim=-1)
             loss = loss + F.cross_entropy(what, batch.what, weight)
-            loss = loss + F.cross_entropy(colour, batch.colour, ignore_index=IGNORE)
-            if (batch.size != IGNORE).any():
-                loss = loss + F.cross_entropy(size, batch.size, ignore_index=IGNORE)
+            loss = loss + _mean_loss(colour, batch.colour) + _mean_loss(size, batch.size)
             if tokens is out.pooler_output:
-                things = batch.what > 0
-                right = (what.argmax(-1) == batch.what)[things].float().mean()
+                named = (what.argmax(-1) == batch.what) & (batch.what > 0)
+                right = named.sum() / (batch.what > 0).sum()
         return loss, right
+
+
+def _mean_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy where there is a target; zero where there is none at all."""
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return total / (targets != IGNORE).sum().clamp(min=1)
 
 
 def train_tower(
