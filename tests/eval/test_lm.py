@@ -48,8 +48,8 @@ def test_loglikelihood(model, demo):
     # Greedy decoding gives the most likely token, and no other.
     ids = demo.tokenizer(TEXT).input_ids
     with torch.no_grad():
-        likely = int(demo.oracle(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-    right, wrong = model._loglikelihood_tokens([(("", ""), ids, [token]) for token in (likely, likely - 1)])
+        likely, second = demo.oracle(input_ids=torch.tensor([ids])).logits[0, -1].topk(2).indices.tolist()
+    right, wrong = model._loglikelihood_tokens([(("", ""), ids, [token]) for token in (likely, second)])
     assert (right[1], wrong[1]) == (True, False)
     assert right[0] == pytest.approx(float(logprobs(demo.oracle, [*ids, likely])[0][-1]), abs=1e-4)
 
@@ -99,6 +99,15 @@ def test_generate_until(model, demo):
     stop = next(text[4:6] for text in texts if len(text) > 6)
     (cut,) = model.generate_until([instance(contexts[0], kwargs | {"until": [stop]})])
     assert cut == texts[0].split(stop)[0]
+
+
+def test_answers_come_in_the_order_of_the_requests(model):
+    """Whichever is finished first."""
+    lengths = [9, 2, 6, 1]
+    requests = [instance(TEXT, {"until": [], "max_gen_toks": n, "ignore_eos": True}) for n in lengths]
+    texts = model.generate_until(requests)
+    assert [len(answer.token_ids) for answer in model.answers] == lengths
+    assert texts == [answer.text for answer in model.answers]
 
 
 def test_prompt_tokens_that_were_reused_are_counted(demo):

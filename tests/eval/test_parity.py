@@ -228,6 +228,17 @@ def test_the_bound_is_twice_the_peers_error():
     assert distance(*[0.01] * 999, math.inf).too_far(peer) == ["mean |Δ log p|"]
 
 
+def test_the_bound_of_the_divergence_is_that_of_twice_the_error():
+    """It grows with the square of an error."""
+
+    def distance(divergence):
+        return Distance([torch.full((1000,), 0.1)], [torch.full((1000,), divergence)], [torch.ones(1000)])
+
+    peer = distance(1e-3)
+    assert distance(3.9e-3).too_far(peer) == []
+    assert distance(4.1e-3).too_far(peer) == ["KL of most tokens", "mean KL"]
+
+
 def test_transformers_variant_answers_as_the_engine_does(demo):
     """In fp32 both give the same tokens, texts and ends."""
     llm = LLM.from_parts(demo.llm.engine.model, demo.llm.processor, demo.llm.engine.defaults, max_model_len=64)
