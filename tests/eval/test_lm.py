@@ -126,6 +126,10 @@ def test_generation_arguments(model):
     assert (params.temperature, params.top_p, params.max_tokens, params.stop) == (0.7, 0.9, 5, ("\n",))
     assert model._sampling({"temperature": 0.7, "do_sample": False}).temperature == 0
     assert model._sampling({"until": []}).max_tokens == 256
+    # A special token never shows in the text: it has to stop the answer as a token.
+    params = model._sampling({"until": ["<|im_end|>", "Question:"], "stop_token_ids": [5]})
+    assert params.stop == ("Question:",)
+    assert params.stop_token_ids == (5, model.tokenizer.convert_tokens_to_ids("<|im_end|>"))
     with pytest.raises(OptionError, match="'num_beams' is unknown"):
         model._sampling({"num_beams": 4})
 
