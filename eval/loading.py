@@ -37,13 +37,10 @@ def load(
         return LLM(model, device=device, dtype=dtype, moe=moe, **options)
     if load_format != "dummy":
         raise OptionError(f"--load-format {load_format}: choose auto or dummy")
-    import torch
-
     directory = resolve(model, weights=False)
     config = Qwen3VLMoeConfig.from_pretrained(directory)
     processor = Processor.from_pretrained(directory, config)
     defaults = GenerationDefaults.from_pretrained(directory, processor.tokenizer.eos_token_id)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     weights = Qwen3VLMoe.random(config, device, parse_dtype(dtype, config.dtype), moe=moe)
     llm = LLM.from_parts(weights, processor, defaults, **options)
     llm.name, llm.random_weights = f"{Path(model).name}-dummy", True

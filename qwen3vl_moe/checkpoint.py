@@ -246,7 +246,7 @@ def load_model(
 
     Args:
         path_or_id: directory with config.json and safetensors files, or a Hugging Face hub id.
-        device: where the parameters go.
+        device: where the parameters go; ``"auto"``: a GPU where there is one.
         dtype: of all parameters: a torch dtype, its name, or ``"auto"`` for what config.json declares. The files may
             hold another floating dtype of bf16, fp16, fp32; it is cast.
         moe: ``"tma"``, ``"reference"`` or ``"auto"``, see :func:`qwen3vl_moe.model.resolve_moe`.

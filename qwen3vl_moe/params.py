@@ -202,7 +202,7 @@ class EngineOptions:
         for name in ("enforce_eager", "enable_prefix_caching"):
             if type(getattr(self, name)) is not bool:
                 raise OptionError(f"{name}={getattr(self, name)!r}: True or False is needed")
-        if self.async_scheduling not in (None, True, False) or type(self.async_scheduling) is int:
+        if self.async_scheduling is not None and type(self.async_scheduling) is not bool:
             raise OptionError(f"async_scheduling={self.async_scheduling!r}: True, False or None is needed")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise OptionError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: a number in (0, 1] is needed")

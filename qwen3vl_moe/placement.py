@@ -11,11 +11,13 @@ from qwen3vl_moe.shards import DTYPES
 
 
 def parse_device(device: torch.device | str) -> torch.device:
-    """The device of that name, with its number.
+    """The device of that name, with its number; for ``"auto"`` a GPU where there is one.
 
     Raises:
         OptionError: no such device is here, or it is neither a CPU nor a CUDA GPU.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         parsed = torch.device(device)
     except (RuntimeError, TypeError):

@@ -143,17 +143,12 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
 def load_llm(options: dict[str, Any]) -> Any:
     """The model that the options ask for."""
-    import torch
-
     from qwen3vl_moe.benchmarking.dummy import dummy_llm
     from qwen3vl_moe.engine import LLM
 
-    device = options["device"]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     # Every prompt is computed whole, also where the files of --images come round again.
     engine = {"enforce_eager": options["eager"], "enable_prefix_caching": False}
-    common = {"device": device, "moe": options["moe"], **engine}
+    common = {"device": options["device"], "moe": options["moe"], **engine}
     if options["load_format"] == "dummy":
         length = (
             None if options["model"] else 16384

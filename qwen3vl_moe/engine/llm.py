@@ -73,8 +73,6 @@ class LLM:
         **engine_options: Any,
     ):
         options = _engine_options(engine_options)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         self.name, self.options = str(model), options
         self.random_weights = model == "demo" and not _DEMO.is_dir()
         with _checkpoint(model) as directory:
