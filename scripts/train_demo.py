@@ -60,20 +60,12 @@ def main(
     try:
         if stop_after is not None and state is None:
             raise OptionError("--stop-after needs --state: a file that the next call goes on from")
-        if (
-            minutes <= 0
-            or min(tokens, text_tokens) < 1
-            or min(workers, tower_steps) < 0
-            or (steps is not None and steps < 1)
-        ):
-            raise OptionError(
-                "--minutes, --tokens, --text-tokens and --steps have to be positive, --workers and --tower-steps zero "
-                "or more"
-            )
+        if minutes <= 0 or min(tokens, text_tokens, tower_pictures, 1 if steps is None else steps) < 1:
+            raise OptionError("--minutes, --tokens, --text-tokens, --tower-pictures and --steps have to be positive")
+        if min(workers, tower_steps) < 0:
+            raise OptionError("--workers and --tower-steps have to be zero or more")
         if size not in ("full", "medium", "small"):
             raise OptionError(f"--size {size} is unknown; choose full, medium or small")
-        if tower_pictures < 1:
-            raise OptionError("--tower-pictures has to be positive")
         if dtype not in ("auto", "bfloat16", "float32"):
             raise OptionError(f"--dtype {dtype} is unknown; choose auto, bfloat16 or float32")
         options = dict(locals())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
+from typing import Self
 
 import numpy as np
 import torch
@@ -33,8 +34,18 @@ LONGEST_ROW = 2048
 EASY_STEPS = 1000
 
 
+class Movable:
+    """A dataclass of tensors, some of which may be None."""
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(*(None if t is None else t.to(device, non_blocking=True) for t in vars(self).values()))
+
+    def pin_memory(self) -> Self:
+        return type(self)(*(None if t is None else t.pin_memory() for t in vars(self).values()))
+
+
 @dataclass
-class Batch:
+class Batch(Movable):
     """B rows of T tokens, and the pictures of all rows in order.
 
     Attributes:
@@ -49,12 +60,6 @@ class Batch:
     valid_BT: torch.Tensor
     positions_3BT: torch.Tensor
     pixels: torch.Tensor | None
-
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in vars(self).values()))
-
-    def pin_memory(self) -> Batch:
-        return Batch(*(None if t is None else t.pin_memory() for t in vars(self).values()))
 
 
 @dataclass
@@ -168,7 +173,7 @@ class TrainingBatches(Dataset):
         return self._encoder
 
     def pictures(self, step: int) -> tuple[Batch, Batch]:
-        """Rows of pictures in two batches, the shorter rows and the longer ones: half of one batch would be padding."""
+        """Rows of pictures in two batches, the shorter rows and the longer ones: two fifths of one would be padding."""
         rng = Random(f"pictures/{self._seed}/{step}")
         size = rng.choice(SIZES)
         easy = rng.random() > step / EASY_STEPS

@@ -42,12 +42,12 @@ def padded_experts(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up_E2I
     order = ids_TK.flatten().argsort(stable=True)
     counts_E = torch.bincount(ids_TK.flatten(), minlength=E)
     rows = -(-int(counts_E.max()) // STEP) * STEP
-    experts = ids_TK.flatten()[order]
-    within = torch.arange(T * K) - (counts_E.cumsum(0) - counts_E)[experts]
+    experts, pairs = ids_TK.flatten()[order], torch.arange(T * K, device=order.device)
+    within = pairs - (counts_E.cumsum(0) - counts_E)[experts]
     row_of_pair = torch.empty_like(order)
     row_of_pair[order] = experts * rows + within
-    pair_of_row = torch.full((E * rows,), T * K)
-    pair_of_row[row_of_pair] = torch.arange(T * K)
+    pair_of_row = order.new_full((E * rows,), T * K)
+    pair_of_row[row_of_pair] = pairs
     # Pair T * K stands for "none"; a token count of T for "no token".
     x_RH = _Rows.apply(x_TH, pair_of_row // K, row_of_pair.view(T, K))
     gate, up = torch.bmm(x_RH.view(E, rows, -1), gate_up_E2IH.transpose(1, 2)).chunk(2, dim=-1)

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from demo_training.batches import IGNORE, MERGE, PATCH, pixels_of
+from demo_training.batches import IGNORE, MERGE, PATCH, Movable, pixels_of
 from demo_training.drawing import marks
 from demo_training.model import patches_of
 from demo_training.scenes import CHART_TOP, COLOURS, SHAPES, SIZES, Scene, draw_scene
@@ -33,7 +33,7 @@ NOTHING = 0.1  # weight of a patch without anything: most are
 
 
 @dataclass
-class TowerBatch:
+class TowerBatch(Movable):
     """Pictures of one size, uint8 [n, height, width, 3], and per patch, in the tower's order, int64 [n * P]: what is
     there, and its colour and size (IGNORE where there is none)."""
 
@@ -41,12 +41,6 @@ class TowerBatch:
     what: torch.Tensor
     colour: torch.Tensor
     size: torch.Tensor
-
-    def to(self, device: torch.device) -> TowerBatch:
-        return TowerBatch(*(t.to(device, non_blocking=True) for t in vars(self).values()))
-
-    def pin_memory(self) -> TowerBatch:
-        return TowerBatch(*(t.pin_memory() for t in vars(self).values()))
 
 
 class TowerBatches(Dataset):
@@ -92,6 +86,7 @@ class TowerReader(nn.Module):
         width = self.visual.config.out_hidden_size
         outputs = 1 + len(self.visual.config.deepstack_visual_indexes)
         classes = len(WHAT) + len(COLOUR) + len(SIZE)
+        self.register_buffer("weights_of_what", torch.tensor([NOTHING] + [1.0] * (len(WHAT) - 1)))
         self.heads = nn.ModuleList(nn.Linear(width, MERGE**2 * classes) for _ in range(outputs))
 
     def forward(self, batch: TowerBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,12 +94,10 @@ class TowerReader(nn.Module):
         patches, grid = patches_of(batch.pixels, self.heads[0].weight.dtype)
         out = self.visual(patches, grid_thw=grid)
         loss = 0.0
-        weight = torch.ones(len(WHAT), device=patches.device)
-        weight[0] = NOTHING
         for head, tokens in zip(self.heads, (out.pooler_output, *out.deepstack_features), strict=True):
             logits = head(tokens).float().view(len(batch.what), -1)
             what, colour, size = logits.split([len(WHAT), len(COLOUR), len(SIZE)], dim=-1)
-            loss = loss + F.cross_entropy(what, batch.what, weight)
+            loss = loss + F.cross_entropy(what, batch.what, self.weights_of_what)
             loss = loss + _mean_loss(colour, batch.colour) + _mean_loss(size, batch.size)
             if tokens is out.pooler_output:
                 named = (what.argmax(-1) == batch.what) & (batch.what > 0)
