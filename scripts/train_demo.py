@@ -3,8 +3,7 @@
     python scripts/train_demo.py --data ../shared/gsm8k/train.jsonl --out qwen3vl_moe/demo
 
 First the vision tower learns alone what stands where (demo_training/tower.py), then all of the model learns to answer.
-The sizes are meant for one H100 and 20 minutes of the second part; this has not been run there yet. On two CPU cores
-that multiply in bf16, `--size medium --dtype bfloat16 --workers 0 --tokens 4096 --text-tokens 2048` takes 0.7 s a step.
+The sizes are meant for one H100 and 18 minutes of the second part.
 
 Written beside the checkpoint: training.json, with seeds, sizes, steps, losses, load of each expert and final figures.
 Exit status: 0 done, 2 something in the call has to be mended.
@@ -25,6 +24,7 @@ from rich.console import Console
 from qwen3vl_moe.errors import OptionError, UserError
 
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+SHORTEST_STEP = 512
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
@@ -32,21 +32,19 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     out: Annotated[Path, typer.Option(help="Directory of the checkpoint.")],
     data: Annotated[Path | None, typer.Option(help="gsm8k's train.jsonl. Without it: generated problems only.")] = None,
-    tower_steps: Annotated[int, typer.Option(help="Steps in which the vision tower learns alone, before.")] = 6000,
+    tower_steps: Annotated[int, typer.Option(help="Steps in which the vision tower learns alone, before.")] = 10000,
     tower_pictures: Annotated[int, typer.Option(help="Pictures of such a step.")] = 128,
-    minutes: Annotated[float, typer.Option(help="Length of training after that; the rate follows it.")] = 20.0,
+    minutes: Annotated[float, typer.Option(help="Length of training after that; the rate follows it.")] = 18.0,
     steps: Annotated[int | None, typer.Option(help="Length in steps instead of minutes, to repeat a run.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the picture batches of a step.")] = 16384,
-    text_tokens: Annotated[int, typer.Option(help="Tokens of the text batch of a step.")] = 8192,
-    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1.5e-3,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step in rows about pictures.")] = 16384,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of a step in rows of text.")] = 8192,
+    learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of weights, tokenizer and data.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda, cpu.")] = "auto",
     dtype: Annotated[
         str, typer.Option(help="bfloat16 (for CPUs too that multiply in it), float32, auto (float32 on a CPU).")
     ] = "auto",
-    experts: Annotated[
-        str, typer.Option(help="Expert code: grouped_mm, eager, padded_bmm, auto (padded_bmm on a CPU).")
-    ] = "auto",
+    graphs: Annotated[bool, typer.Option(help="Repeat the steps as a CUDA graph, on a GPU.")] = True,
     workers: Annotated[int, typer.Option(help="Processes that draw and tokenize.")] = 14,
     state: Annotated[Path | None, typer.Option(help="File to go on from, if there, and to stop into.")] = None,
     stop_after: Annotated[
@@ -60,8 +58,10 @@ def main(
     try:
         if stop_after is not None and state is None:
             raise OptionError("--stop-after needs --state: a file that the next call goes on from")
-        if minutes <= 0 or min(tokens, text_tokens, tower_pictures, 1 if steps is None else steps) < 1:
-            raise OptionError("--minutes, --tokens, --text-tokens, --tower-pictures and --steps have to be positive")
+        if minutes <= 0 or min(tower_pictures, 1 if steps is None else steps) < 1:
+            raise OptionError("--minutes, --tower-pictures and --steps have to be positive")
+        if min(tokens, text_tokens) < SHORTEST_STEP:
+            raise OptionError(f"--tokens and --text-tokens have to be {SHORTEST_STEP} at least, to hold a row")
         if min(workers, tower_steps) < 0:
             raise OptionError("--workers and --tower-steps have to be zero or more")
         if size not in ("full", "medium", "small"):
@@ -77,12 +77,12 @@ def main(
 
 def train(options: dict[str, Any]) -> None:
     import torch
-    from demo_training.batches import TrainingBatches
+    from demo_training.batches import Budget, TrainingBatches
     from demo_training.model import MEDIUM, SMALL, Sizes, build_model, published_config, token_ids
     from demo_training.publish import write_json, write_weights
     from demo_training.texts import read_problems
     from demo_training.tokenizer import write_processor
-    from demo_training.tower import TowerBatches, train_tower
+    from demo_training.tower import TowerBatches, TowerHeads, train_tower
     from demo_training.trainer import Recipe, Trainer
 
     device = _device(options["device"])
@@ -96,35 +96,41 @@ def train(options: dict[str, Any]) -> None:
     write_json(out / "config.json", raw)
     write_json(out / "generation_config.json", {"do_sample": False, "eos_token_id": [ids.im_end, ids.endoftext]})
 
-    experts = options["experts"]
-    if experts == "auto":
-        experts = "grouped_mm" if device.type == "cuda" else "padded_bmm"
     recipe = Recipe(options["minutes"], options["steps"], options["learning_rate"])
     if not options["tower_steps"]:
         recipe = dataclasses.replace(recipe, tower=1.0)
     dtype = options["dtype"]
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    attention = "sdpa" if device.type == "cuda" else "eager"  # the backward pass of the former is slow on a CPU
     dtype = getattr(torch, dtype)
-    model = build_model(raw, seed=seed, experts=experts, attention=attention).to(device)
+    model = build_model(raw, seed=seed)
+    heads = TowerHeads(model.model.visual)
     goes_on = options["state"] and options["state"].exists()
     if options["tower_steps"] and not goes_on:
         alone = TowerBatches(pictures=options["tower_pictures"], steps=options["tower_steps"], seed=seed)
         pictures = _batches(alone, 0, options["workers"], device)
-        train_tower(model, pictures, recipe, len(alone), device=device, dtype=dtype, report=_report_tower)
-    trainer = Trainer(model, recipe, device=device, dtype=dtype)
+        train_tower(
+            model,
+            heads,
+            pictures,
+            recipe,
+            len(alone),
+            device=device,
+            dtype=dtype,
+            graphs=options["graphs"],
+            report=_report_tower,
+        )
+    trainer = Trainer(model, heads, recipe, device=device, dtype=dtype, graphs=options["graphs"])
     if goes_on:
         trainer.load(options["state"])
         stderr.print(f"going on at step {trainer.progress.step}")
-    count = sum(parameter.numel() for parameter in trainer.weights.parameters)
-    stderr.print(f"{count / 1e6:.2f} M parameters on {device}, experts by {experts}, {len(problems)} problems")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    stderr.print(f"{count / 1e6:.2f} M parameters on {device}, {len(problems)} problems")
 
     dataset = TrainingBatches(
         str(out / "tokenizer.json"),
         problems,
-        tokens=options["tokens"],
-        text_tokens=options["text_tokens"],
+        budget=Budget(options["tokens"], options["text_tokens"]),
         steps=10_000_000,
         seed=seed,
     )
@@ -146,14 +152,14 @@ def train(options: dict[str, Any]) -> None:
         "seed": seed,
         "tower_steps": options["tower_steps"],
         "tower_pictures": options["tower_pictures"],
-        "tokens_per_batch": options["tokens"],
-        "text_tokens_per_batch": options["text_tokens"],
+        "tokens_per_step": options["tokens"],
+        "text_tokens_per_step": options["text_tokens"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "torch": torch.__version__,
         "steps": progress.step,
         "seconds": round(progress.seconds, 1),
         "tokens": progress.tokens,
-        "pictures": progress.pictures,
+        "patches": progress.patches,
         "expert_load": progress.load_LE,
         "history": progress.history[:: max(1, len(progress.history) // 50)],
     }
@@ -198,7 +204,8 @@ def _report(figures: dict[str, float]) -> None:
     stderr.print(
         f"{figures['seconds']:7.0f} s  step {figures['step']:6d}  pictures {figures['pictures']:.3f} "
         f"({figures['pictures_right']:.3f} of tokens right)  text {figures['text']:.3f} "
-        f"balance {figures['pictures_balance']:.2f} {figures['text_balance']:.2f}  {speed:.0f} tokens/s"
+        f"({figures['text_right']:.3f})  balance {figures['balance']:.2f}  "
+        f"things named rightly {figures['named']:.3f}  {speed:.0f} tokens/s"
     )
 
 

@@ -1,7 +1,7 @@
-"""Conversations -> padded batches, made by worker processes ahead of the device.
+"""Training batches: conversations as packed rows of tokens with labels, and the pictures that they are about.
 
-All pictures of a batch have one grid and each row the same number of them, so that attention in the vision tower is
-one batched call. Rows are padded on the right: under a causal mask no real token sees the padding.
+Pictures cost more to draw than to ask about, so a row asks several questions of its pictures. Every step has the same
+number of tokens and of patches, whatever is in it: what the budget leaves over is filled up.
 """
 
 from __future__ import annotations
@@ -10,62 +10,67 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
-from typing import Self
 
-import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from demo_training.drawing import draw
+from demo_training.pictures import IGNORE, MERGE, PATCH, Pictures, Tensors, pack_pictures
 from demo_training.questions import Example, make_example
 from demo_training.scenes import SIZES, Scene
 from demo_training.texts import Problem, few_shot_messages, text_messages
 from qwen3vl_moe.model.rope import mrope_positions
 from qwen3vl_moe.processor import IMAGE_PAD, VISION_END, VISION_START
 
-IGNORE = -100  # label of a token that is not learned
-PATCH, MERGE, FRAMES = 16, 2, 2
 TURNS = 5  # most questions about one picture: drawing it costs more than asking
-FEW_SHOT_EVERY = 12  # one text batch in so many holds few-shot prompts, which are several times as long
+FEW_SHOT = 1 / 60  # share of the text rows that are few-shot prompts, which are several times as long
 LONGEST_ROW = 2048
-# Steps over which batches of easy pictures give way to all the others. Where there is one shape, an answer needs no
-# search for the thing it is about: colours and shapes are learned there at once, and among many hardly ever.
-EASY_STEPS = 1000
-
-
-class Movable:
-    """A dataclass of tensors, some of which may be None."""
-
-    def to(self, device: torch.device | str) -> Self:
-        return type(self)(*(None if t is None else t.to(device, non_blocking=True) for t in vars(self).values()))
-
-    def pin_memory(self) -> Self:
-        return type(self)(*(None if t is None else t.pin_memory() for t in vars(self).values()))
+SHORTEST_ROW = 32  # on average: bounds the number of rows
+# Steps over which easy pictures give way to all the others. Where there is one shape, an answer needs no search for the
+# thing it is about: colours and shapes are learned there at once, and among many hardly ever.
+EASY_STEPS = 2000
 
 
 @dataclass
-class Batch(Movable):
-    """B rows of T tokens, and the pictures of all rows in order.
+class Batch(Tensors):
+    """N packed tokens of several rows. The last token, at least, is padding, in a row of its own.
 
     Attributes:
-        ids_BT, labels_BT: int64; labels are not shifted, IGNORE where nothing is learned.
-        valid_BT: bool, False on padding.
-        positions_3BT: int64 M-RoPE positions.
-        pixels: uint8 [pictures, height, width, 3], or None.
+        ids_N: int64.
+        positions_3N: int64 M-RoPE positions.
+        starts: int32, cumulative tokens of the rows, as many as there can be, plus one.
+        valid_N: bool, False on padding.
+        place_M: int64, the token that each image token is for; the last token for the padding's.
+        learned_L: int64, tokens whose successor is learned (and padding: the last token).
+        targets_L: int64, those successors, IGNORE for the padding.
+        weight_L: fp32, one over the number of learned tokens of the same kind, zero for the padding.
+        text_L: bool, whether it is in a row without pictures.
+        pictures: of all rows, in order.
     """
 
-    ids_BT: torch.Tensor
-    labels_BT: torch.Tensor
-    valid_BT: torch.Tensor
-    positions_3BT: torch.Tensor
-    pixels: torch.Tensor | None
+    ids_N: Tensor
+    positions_3N: Tensor
+    starts: Tensor
+    valid_N: Tensor
+    place_M: Tensor
+    learned_L: Tensor
+    targets_L: Tensor
+    weight_L: Tensor
+    text_L: Tensor
+    pictures: Pictures
 
 
 @dataclass
 class Row:
+    """A conversation; labels are not shifted, IGNORE where nothing is learned."""
+
     ids: list[int]
     labels: list[int]
+    scenes: list[tuple[Scene, tuple[int, int]]]
+
+    @property
+    def learned(self) -> int:
+        return sum(label != IGNORE for label in self.labels)
 
 
 class Encoder:
@@ -77,13 +82,14 @@ class Encoder:
         self.image = tokenizer.token_to_id(IMAGE_PAD)
         self._ids = lru_cache(100_000)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids))
 
-    def row(self, messages: Sequence[dict], image_tokens: int = 0) -> Row:
+    def row(self, messages: Sequence[dict], scenes: Sequence[Scene] = (), size: tuple[int, int] = SIZES[0]) -> Row:
         """The chat template, applied piece by piece so that it is known what is an answer.
 
         Args:
             messages: contents are text; a picture stands in it as its placeholder.
-            image_tokens: tokens that each placeholder becomes.
+            scenes: the pictures, all of one size.
         """
+        image_tokens = image_tokens_of(size)
         ids: list[int] = []
         labels: list[int] = []
 
@@ -99,7 +105,7 @@ class Encoder:
                 add("\n")
             else:
                 add(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n")
-        return Row(ids, labels)
+        return Row(ids, labels, [(scene, size) for scene in scenes])
 
 
 def example_messages(example: Example) -> list[dict]:
@@ -114,55 +120,91 @@ def example_messages(example: Example) -> list[dict]:
     return messages
 
 
-def pixels_of(scene: Scene, size: tuple[int, int]) -> np.ndarray:
-    """The drawn picture, resized (as processors do) to ``size`` if it differs: uint8 [height, width, 3]."""
-    picture = draw(scene)
-    return np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC))
+def image_tokens_of(size: tuple[int, int]) -> int:
+    return size[0] * size[1] // (PATCH * MERGE) ** 2
 
 
-def collate(rows: Sequence[Row], encoder: Encoder, pixels: list[np.ndarray] | None = None) -> Batch:
-    """Pad ``rows`` to one length; ``pixels`` are those of all rows, of one size."""
-    length = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), length), encoder.pad)
-    labels = torch.full((len(rows), length), IGNORE)
-    valid = torch.zeros(len(rows), length, dtype=torch.bool)
-    positions = torch.zeros(3, len(rows), length, dtype=torch.int64)
-    per_row = len(pixels) // len(rows) if pixels else 0
-    grid = (1, pixels[0].shape[0] // PATCH, pixels[0].shape[1] // PATCH) if pixels else (0, 0, 0)
+@dataclass(frozen=True)
+class Budget:
+    """What a step holds: of pictures with their questions, and of text, in tokens."""
+
+    tokens: int
+    text_tokens: int
+
+    @property
+    def image_tokens(self) -> int:
+        return self.tokens // 3
+
+    @property
+    def learned(self) -> int:
+        return self.learned_of_pictures + self.text_tokens
+
+    @property
+    def learned_of_pictures(self) -> int:
+        return self.tokens // 7  # answers are short: a tenth, on average
+
+    @property
+    def rows(self) -> int:
+        return (self.tokens + self.text_tokens) // SHORTEST_ROW + 2
+
+
+def collate(rows: Sequence[Row], encoder: Encoder, budget: Budget) -> Batch:
+    """Pack ``rows``, which fit."""
+    total = budget.tokens + budget.text_tokens + 1
+    ids = torch.full((total,), encoder.pad)
+    positions = torch.zeros(3, total, dtype=torch.int64)
+    starts = torch.full((budget.rows + 1,), total, dtype=torch.int32)
+    starts[0] = 0
+    valid = torch.zeros(total, dtype=torch.bool)
+    learned = torch.full((budget.learned,), total - 1)
+    targets = torch.full((budget.learned,), IGNORE)
+    weight = torch.zeros(budget.learned)
+    is_text = torch.zeros(budget.learned, dtype=torch.bool)
+    counts = [sum(row.learned for row in rows if bool(row.scenes) == pictures) for pictures in (False, True)]
+    at = done = 0
     for number, row in enumerate(rows):
-        n = len(row.ids)
-        ids[number, :n] = torch.tensor(row.ids)
-        labels[number, :n] = torch.tensor(row.labels)
-        valid[number, :n] = True
-        positions[:, number, :n] = mrope_positions(row.ids, [grid] * per_row, MERGE, encoder.image)[0]
-    return Batch(ids, labels, valid, positions, torch.from_numpy(np.stack(pixels)) if pixels else None)
+        n, labels = len(row.ids), torch.tensor(row.labels)
+        ids[at : at + n] = torch.tensor(row.ids)
+        valid[at : at + n] = True
+        grids = [(1, size[1] // PATCH, size[0] // PATCH) for _, size in row.scenes]
+        positions[:, at : at + n] = mrope_positions(row.ids, grids, MERGE, encoder.image)[0]
+        before = (labels != IGNORE).nonzero().flatten() - 1  # a row starts with no answer
+        part = slice(done, done + len(before))
+        learned[part], targets[part] = at + before, labels[before + 1]
+        weight[part], is_text[part] = 1 / counts[bool(row.scenes)], not row.scenes
+        at, done = at + n, done + len(before)
+        starts[number + 1] = at
+    for number in range(len(rows), budget.rows):
+        starts[number + 1] = min(int(starts[number]) + LONGEST_ROW, total)
+    place = torch.full((budget.image_tokens,), total - 1)
+    images = (ids == encoder.image).nonzero().flatten()
+    place[: len(images)] = images
+    pictures = pack_pictures([scene for row in rows for scene in row.scenes], budget.image_tokens * MERGE**2)
+    return Batch(ids, positions, starts, valid, place, learned, targets, weight, is_text, pictures)
 
 
 class TrainingBatches(Dataset):
-    """Item ``step`` holds the batches of that step, two of pictures and one of text, the same on every call.
+    """Item ``step`` is the batch of that step, the same on every call.
 
     Args:
         tokenizer_path: tokenizer.json.
         problems: gsm8k's training problems; generated ones stand in where there are none.
-        tokens: of the picture batches, padding included, about.
-        text_tokens: of the text batch, padding included, at most (one row at least).
+        budget: its size.
         steps: length of the data set.
     """
 
-    def __init__(
-        self, tokenizer_path: str, problems: Sequence[Problem], *, tokens: int, text_tokens: int, steps: int, seed: int
-    ):
-        self._path, self._problems = tokenizer_path, list(problems)
-        self._tokens, self._text_tokens, self._steps, self._seed = tokens, text_tokens, steps, seed
+    def __init__(self, tokenizer_path: str, problems: Sequence[Problem], *, budget: Budget, steps: int, seed: int):
+        self._path, self._problems, self._budget = tokenizer_path, list(problems), budget
+        self._steps, self._seed = steps, seed
         self._encoder: Encoder | None = None
 
     def __len__(self) -> int:
         return self._steps
 
-    def __getitem__(self, step: int) -> tuple[Batch, Batch, Batch]:
+    def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self._steps:
             raise IndexError(step)
-        return *self.pictures(step), self.text(step)
+        return collate([*self.picture_rows(step), *self.text_rows(step)], self.encoder, self._budget)
 
     @property
     def encoder(self) -> Encoder:
@@ -172,46 +214,42 @@ class TrainingBatches(Dataset):
             self._encoder = Encoder(Tokenizer.from_file(self._path))
         return self._encoder
 
-    def pictures(self, step: int) -> tuple[Batch, Batch]:
-        """Rows of pictures in two batches, the shorter rows and the longer ones: two fifths of one would be padding."""
+    def picture_rows(self, step: int) -> list[Row]:
+        """Rows about pictures of all sizes, until the first that is too much."""
         rng = Random(f"pictures/{self._seed}/{step}")
-        size = rng.choice(SIZES)
-        easy = rng.random() > step / EASY_STEPS
-        images = 2 if rng.random() < 0.2 and not easy else 1
-        image_tokens = size[0] * size[1] // (PATCH * MERGE) ** 2
-        count = max(2, self._tokens // (images * image_tokens + 85))
-        rows = []
-        for number in range(count):
+        budget, rows = self._budget, []
+        tokens, image_tokens, learned = budget.tokens, budget.image_tokens, budget.learned_of_pictures
+        while True:
+            size = rng.choice(SIZES)
+            easy = rng.random() > step / EASY_STEPS
             example = make_example(
                 "train",
                 self._seed,
-                step * 4096 + number,
+                step * 4096 + len(rows),
                 size=size,
-                images=images,
+                images=2 if rng.random() < 0.2 else 1,
                 turns=rng.randint(TURNS - 2, TURNS),
                 easy=easy,
             )
-            row = self.encoder.row(example_messages(example), image_tokens)
-            rows.append((row, [pixels_of(scene, size) for scene in example.scenes]))
-        rows.sort(key=lambda row: len(row[0].ids))
-        lengths = [len(row.ids) for row, _ in rows]
-        cut = min(range(1, count), key=lambda n: n * lengths[n - 1] + (count - n) * lengths[-1])
-        return tuple(
-            collate([row for row, _ in part], self.encoder, [picture for _, pictures in part for picture in pictures])
-            for part in (rows[:cut], rows[cut:])
-        )
+            row = self.encoder.row(example_messages(example), example.scenes, size)
+            tokens -= len(row.ids)
+            image_tokens -= len(example.scenes) * image_tokens_of(size)
+            learned -= row.learned
+            if min(tokens, image_tokens, learned) < 0:
+                return rows
+            rows.append(row)
 
-    def text(self, step: int) -> Batch:
-        """Rows of similar length: a slice of a sorted pool, as many as the budget holds."""
+    def text_rows(self, step: int) -> list[Row]:
+        """Rows without pictures, until several in turn are too long for what is left."""
         rng = Random(f"text/{self._seed}/{step}")
-        few_shot = step % FEW_SHOT_EVERY == FEW_SHOT_EVERY - 1
-        make, length = (few_shot_messages, 1024) if few_shot else (text_messages, 200)
-        pool = [self.encoder.row(make(rng, self._problems)) for _ in range(4 * max(1, self._text_tokens // length))]
-        pool = sorted((row for row in pool if len(row.ids) <= LONGEST_ROW), key=lambda row: len(row.ids))
-        first = rng.randrange(len(pool))
-        last = first
-        while last + 1 < len(pool) and (last + 2 - first) * len(pool[last + 1].ids) <= self._text_tokens:
-            last += 1
-        while first > 0 and (last - first + 2) * len(pool[last].ids) <= self._text_tokens:
-            first -= 1
-        return collate(pool[first : last + 1], self.encoder)
+        rows: list[Row] = []
+        left, misses = self._budget.text_tokens, 0
+        while misses < 5 and len(rows) < self._budget.text_tokens // SHORTEST_ROW:
+            make = few_shot_messages if rng.random() < FEW_SHOT else text_messages
+            row = self.encoder.row(make(rng, self._problems))
+            if len(row.ids) > min(left, LONGEST_ROW):
+                misses += 1
+                continue
+            rows.append(row)
+            left -= len(row.ids)
+        return rows

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from demo_training.batches import IGNORE, Batch
-from demo_training.model import losses_of
+from demo_training.batches import Batch
+from demo_training.forward import losses_of
+from demo_training.pictures import IGNORE
+from demo_training.repeated import Repeated
+
+FIGURES = ("pictures", "pictures_right", "text", "text_right", "balance", "named", "norm", "load_LE")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Recipe:
     # Share of the rate that the vision tower gets in conversations, once it has learned alone: at the whole rate, an
     # untrained decoder's gradients undo within 400 steps what it has learned (things named rightly: 0.73, then 0.18).
     tower: float = 0.1
-    text: float = 0.5  # weight of the text batch: its losses are several times those of the pictures
+    text: float = 0.5  # weight of the text rows: their losses are several times those of the pictures
+    sight: float = 0.2  # weight of the tower's own lesson in conversations
 
     def rate(self, progress: float) -> float:
         """Learning rate at ``progress`` (0 to 1) of the schedule."""
@@ -47,7 +53,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    pictures: int = 0
+    patches: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     load_LE: list[list[float]] = field(default_factory=list)
 
@@ -55,39 +61,48 @@ class Progress:
 class MasterWeights:
     """AdamW on fp32 copies of the weights of a module, which itself computes in ``dtype``.
 
-    bf16 cannot hold the small steps of late training.
+    bf16 cannot hold the small steps of late training. Nothing here reads back from the device.
     """
 
-    def __init__(
-        self, module: torch.nn.Module, recipe: Recipe, dtype: torch.dtype, slow: tuple[str, float] = ("", 1.0)
-    ):
+    def __init__(self, module: nn.Module, recipe: Recipe, dtype: torch.dtype, slow: tuple[str, float] = ("", 1.0)):
         """``slow``: parameters whose names begin so get this share of the rate."""
         self.parameters, self._clip = list(module.parameters()), recipe.clip
         self.master = [parameter.detach().float().clone() for parameter in self.parameters]
-        groups: dict[tuple[bool, bool], list[torch.Tensor]] = {}
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
         for (name, _), copy in zip(module.named_parameters(), self.master, strict=True):
             groups.setdefault((copy.ndim > 1, name.startswith(slow[0])), []).append(copy)
+            copy.grad = torch.zeros_like(copy)
         self._shares = [slow[1] if is_slow else 1.0 for _, is_slow in groups]
+        self._rates = [torch.zeros((), device=self.master[0].device) for _ in groups]
+        on_gpu = self.master[0].is_cuda
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": copies, "weight_decay": recipe.weight_decay if is_matrix else 0.0}
                 for (is_matrix, _), copies in groups.items()
             ],
-            lr=0.0,
             betas=(0.9, 0.95),
-            fused=self.master[0].is_cuda,
+            fused=on_gpu,
+            capturable=on_gpu,
         )
+        self._use_rates()
         for parameter in self.parameters:  # not module.to(dtype): rotary frequencies stay in fp32, as in inference
             parameter.data = parameter.data.to(dtype)
 
-    def step(self, rate: float) -> torch.Tensor:
+    def _use_rates(self) -> None:
+        """The rates are tensors, so that a captured step follows them."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+
+    def set_rate(self, rate: float) -> None:
+        for tensor, share in zip(self._rates, self._shares, strict=True):
+            tensor.fill_(share * rate)
+
+    def step(self) -> Tensor:
         """One update with the gradients of the module, which are dropped; the norm that they had."""
-        for copy, parameter in zip(self.master, self.parameters, strict=True):
-            copy.grad = None if parameter.grad is None else parameter.grad.float()
+        torch._foreach_copy_([copy.grad for copy in self.master], [parameter.grad for parameter in self.parameters])
+        for parameter in self.parameters:
             parameter.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(self.master, self._clip)
-        for group, share in zip(self.optimizer.param_groups, self._shares, strict=True):
-            group["lr"] = share * rate
+        norm = nn.utils.clip_grad_norm_(self.master, self._clip)
         self.optimizer.step()
         self.publish()
         return norm
@@ -102,38 +117,56 @@ class MasterWeights:
         for copy, parameter in zip(self.master, self.parameters, strict=True):
             parameter.data = copy.detach()
 
+    def state(self) -> dict[str, Any]:
+        return {"master": self.master, "optimizer": self.optimizer.state_dict()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Any]) -> None:
+        torch._foreach_copy_(self.master, state["master"])
+        self.publish()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._use_rates()
+
 
 class Trainer:
-    """A model and its optimizer state."""
+    """A model with the heads of its tower's lesson, and their optimizer state."""
 
-    def __init__(self, model: Any, recipe: Recipe, *, device: torch.device, dtype: torch.dtype):
-        self.model, self.recipe, self.device, self.progress = model.to(device=device), recipe, device, Progress()
-        self.weights = MasterWeights(self.model, recipe, dtype, ("model.visual.", recipe.tower))
+    def __init__(
+        self,
+        model: Any,
+        heads: nn.Module,
+        recipe: Recipe,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        graphs: bool = True,
+    ):
+        self.model, self.heads, self.recipe, self.progress = model, heads, recipe, Progress()
+        both = nn.ModuleDict({"model": model, "heads": heads}).to(device)
+        self.weights = MasterWeights(both, recipe, dtype, ("model.model.visual.", recipe.tower))
+        self._learn = Repeated(self._update, device, graphs)
 
-    def step(self, batches: Iterable[Batch], progress: float) -> dict[str, torch.Tensor]:
+    def step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """One update at ``progress`` of the schedule; figures as tensors, since reading them would wait."""
-        figures: dict[str, torch.Tensor] = {}
-        batches = list(batches)
-        names = ["text" if batch.pixels is None else "pictures" for batch in batches]
-        learned = [int((batch.labels_BT != IGNORE).sum()) for batch in batches]
-        for name, count, batch in zip(names, learned, batches, strict=True):
-            losses = losses_of(self.model, batch.to(self.device))
-            # Every learned token counts alike, whichever batch of its kind it is in.
-            share = count / sum(other for kind, other in zip(names, learned, strict=True) if kind == name)
-            weight = self.recipe.text if name == "text" else 1.0
-            (share * (weight * losses.answers + self.recipe.balance * losses.balance)).backward()
-            parts = {name: losses.answers, f"{name}_right": losses.right, f"{name}_balance": losses.balance}
-            figures |= {key: figures.get(key, 0.0) + share * value.detach() for key, value in parts.items()}
-            figures["load_LE"] = losses.load_LE
-            self.progress.tokens += batch.ids_BT.numel()
-            self.progress.pictures += 0 if batch.pixels is None else len(batch.pixels)
-        norm = self.weights.step(self.recipe.rate(progress))
+        self.progress.tokens += int(batch.valid_N.sum())
+        self.progress.patches += int((batch.pictures.targets_5P[0] != IGNORE).sum())
+        self.weights.set_rate(self.recipe.rate(progress))
+        figures = dict(zip(FIGURES, self._learn(batch), strict=True))
         self.progress.step += 1
-        return figures | {"norm": norm}
+        return figures
+
+    def _update(self, batch: Batch) -> list[Tensor]:
+        losses, recipe = losses_of(self.model, batch), self.recipe
+        seen, named = self.heads(losses.features, batch.pictures.targets_5P)
+        loss = losses.pictures + recipe.text * losses.text + recipe.balance * losses.balance + recipe.sight * seen
+        loss.backward()
+        norm = self.weights.step()
+        figures = [losses.pictures, losses.pictures_right, losses.text, losses.text_right, losses.balance, named]
+        return [*(figure.detach() for figure in figures), norm, losses.load_LE]
 
     def run(
         self,
-        batches: Iterable[Sequence[Batch]],
+        batches: Iterable[Batch],
         *,
         stop_after: float | None = None,
         report: Callable[[dict[str, float]], None] = lambda figures: None,
@@ -144,7 +177,7 @@ class Trainer:
         ``batches`` starts with that of the next step.
         """
         before, started = self.progress.seconds, None
-        for parts in batches:
+        for batch in batches:
             started = started or time.monotonic()  # the start of the worker processes does not count
             share = self.progress.seconds / (60 * self.recipe.minutes)
             if self.recipe.steps is not None:
@@ -153,7 +186,7 @@ class Trainer:
                 return True
             if stop_after is not None and self.progress.seconds - before >= 60 * stop_after:
                 return False
-            figures = self.step(parts, share)
+            figures = self.step(batch, share)
             if self.progress.step % every == 0 or self.progress.step == 1:
                 self.progress.load_LE = figures.pop("load_LE").tolist()
                 line = {"step": self.progress.step, "lr": self.recipe.rate(share)}
@@ -167,16 +200,10 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Everything needed to go on; several times the size of the checkpoint, so not for a repository."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        weights = self.weights
-        content = {"master": weights.master, "optimizer": weights.optimizer.state_dict()}
-        content["progress"] = vars(self.progress)
-        torch.save(content, path)
+        torch.save(self.weights.state() | {"progress": vars(self.progress)}, path)
 
     def load(self, path: Path) -> None:
         """Go on from what :meth:`save` wrote."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights.master, state["master"])
-        self.weights.publish()
-        self.weights.optimizer.load_state_dict(state["optimizer"])
+        state = torch.load(path, map_location=self.weights.master[0].device, weights_only=True)
+        self.weights.load(state)
         self.progress = Progress(**state["progress"])

@@ -23,7 +23,7 @@ def untrained(tmp_path_factory):
     raw = published_config(SMALL, ids)
     write_json(path / "config.json", raw)
     write_json(path / "generation_config.json", {"do_sample": False, "eos_token_id": [ids.im_end, ids.endoftext]})
-    model = build_model(raw, seed=0, experts="eager").eval().requires_grad_(False)
+    model = build_model(raw, seed=0).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" not in name and parameter.ndim > 1:
             parameter.mul_(3)

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from demo_training.batches import TrainingBatches
 from demo_training.evaluation import (
     conversation,
     evaluate,
@@ -16,7 +15,7 @@ from demo_training.evaluation import (
     score_pictures,
     score_problems,
 )
-from demo_training.model import Sizes, build_model, patches_of, published_config
+from demo_training.model import Sizes, build_model, published_config
 from demo_training.publish import SHARD_BYTES
 from demo_training.texts import Problem
 from safetensors import safe_open
@@ -24,6 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 from qwen3vl_moe.engine import LLM, SamplingParams
 from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.processor import Processor
 from qwen3vl_moe.tiny import TokenIds
 
 
@@ -33,15 +33,15 @@ def test_both_libraries_read_the_weights_back_and_agree(untrained):
     for name, value in model.state_dict().items():
         assert torch.equal(theirs.state_dict()[name], value), name
     ours = Qwen3VLMoe.from_pretrained(path, dtype=torch.float32, progress=False)
-    data = TrainingBatches(str(path / "tokenizer.json"), [], tokens=300, text_tokens=300, steps=1, seed=0)
-    batch = data.pictures(0)[0]
-    pictures = len(batch.pixels) // len(batch.ids_BT)
-    patches, grid = patches_of(batch.pixels[:pictures], torch.float32)
-    ids = batch.ids_BT[:1, : int(batch.valid_BT[0].sum())]
+    prompt = Processor.from_pretrained(path, ours.config).chat(conversation(heldout_examples(1)[0]))
+    ids = torch.tensor([prompt.token_ids])
+    patches = torch.cat([image.pixel_values for image in prompt.images])
+    grids = [image.grid_thw for image in prompt.images]
     image = (ids == model.config.image_token_id).int()
     with torch.no_grad():
+        grid = torch.tensor(grids)
         expected = theirs(input_ids=ids, pixel_values=patches, image_grid_thw=grid, mm_token_type_ids=image).logits[0]
-        got = ours.logits(ids[0], patches, [tuple(g) for g in grid.tolist()])
+        got = ours.logits(ids[0], patches, grids)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 
 
@@ -64,7 +64,7 @@ def test_the_default_sizes_fit_what_ships():
     sizes = Sizes()
     raw = published_config(sizes, TokenIds(1, 2, 3, 4, 5, 6, 7, 8))
     with torch.device("meta"):
-        model = build_model(raw, seed=0, experts="eager")
+        model = build_model(raw, seed=0)
     assert 2 * sum(p.numel() for p in model.parameters()) <= 32_000_000
     assert SHARD_BYTES < 16 * 2**20
     assert max(2 * p.numel() for p in model.parameters()) < SHARD_BYTES

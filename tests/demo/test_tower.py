@@ -7,11 +7,12 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from demo_training.batches import IGNORE, MERGE, PATCH
 from demo_training.drawing import draw, marks
-from demo_training.model import SMALL, build_model, patches_of, published_config, token_ids
+from demo_training.forward import image_features
+from demo_training.model import SMALL, build_model, published_config, token_ids
+from demo_training.pictures import COLOUR, IGNORE, MERGE, PATCH, PLACES, SIZE, WHAT, patches_of, targets_of
 from demo_training.scenes import COLOURS, draw_scene
-from demo_training.tower import COLOUR, SIZE, WHAT, TowerBatches, TowerReader, targets_of, train_tower
+from demo_training.tower import TowerBatches, TowerHeads, train_tower
 from demo_training.trainer import Recipe
 
 
@@ -37,10 +38,9 @@ def test_targets_stand_in_the_order_of_the_patches():
     scene = draw_scene(Random(3), size, "shapes")
     rows, columns = size[1] // PATCH, size[0] // PATCH
     numbers = torch.arange(rows * columns, dtype=torch.uint8).view(rows, columns)
-    pixels = numbers.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)[None, :, :, None].expand(-1, -1, -1, 3)
-    patches, _ = patches_of(pixels, torch.float32)
-    order = ((patches[:, 0] + 1) * 127.5).round().long()
-    what, colour, extent = targets_of(scene, size)
+    pixels = numbers.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)[:, :, None].expand(-1, -1, 3)
+    order = patches_of(pixels.numpy())[:, 0, 0, 0].long()
+    what, colour, extent, column, row = targets_of(scene, size)
     assert int((what > 0).sum()) == len(scene.shapes)
     for mark in marks(scene):
         at = int(
@@ -53,18 +53,21 @@ def test_targets_stand_in_the_order_of_the_patches():
         assert WHAT[what[at]] == mark.what
         assert COLOUR[colour[at]] == mark.colour
         assert SIZE[extent[at]] == mark.size
+        assert column[at] <= mark.x / scene.width * PLACES < column[at] + 1
+        assert row[at] <= mark.y / scene.height * PLACES < row[at] + 1
     assert (colour[what == 0] == IGNORE).all()
     assert len(what) == rows * columns
     assert rows % MERGE == columns % MERGE == 0
 
 
 def test_the_tower_learns_and_only_the_tower(untrained):
-    model = build_model(published_config(SMALL, token_ids(untrained[0])), seed=0, experts="eager")
+    model = build_model(published_config(SMALL, token_ids(untrained[0])), seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     batch = TowerBatches(pictures=6, steps=1, seed=0)[0]
     lines = []
     train_tower(
         model,
+        TowerHeads(model.model.visual),
         [batch] * 40,
         Recipe(minutes=1, learning_rate=3e-3),
         40,
@@ -83,17 +86,18 @@ def test_the_tower_learns_and_only_the_tower(untrained):
 
 def test_batches_are_reproducible():
     data = TowerBatches(pictures=3, steps=2, seed=0)
-    for one, other in zip(vars(data[1]).values(), vars(data[1]).values(), strict=True):
+    for one, other in zip(data[1].flat(), data[1].flat(), strict=True):
         assert torch.equal(one, other)
-    assert len(data[0].what) == data[0].pixels[..., 0].numel() // PATCH**2
+    assert [t.shape for t in data[0].flat()] == [t.shape for t in data[1].flat()]
     with pytest.raises(IndexError):
         data[2]
 
 
 def test_every_output_of_the_tower_is_read(untrained):
     """A head for the merger and one for each DeepStack merger: each part of the tower gets a gradient."""
-    model = build_model(published_config(SMALL, token_ids(untrained[0])), seed=0, experts="eager")
-    loss, _ = TowerReader(model)(TowerBatches(pictures=4, steps=1, seed=0)[0])
+    model = build_model(published_config(SMALL, token_ids(untrained[0])), seed=0)
+    pictures = TowerBatches(pictures=8, steps=1, seed=0)[0]
+    loss, _ = TowerHeads(model.model.visual)(image_features(model.model.visual, pictures), pictures.targets_5P)
     loss.backward()
     without = [name for name, p in model.model.visual.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without

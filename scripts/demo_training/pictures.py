@@ -1,0 +1,138 @@
+"""Pictures of a step, packed: patches of all sizes one after the other, where they are, and what they show.
+
+The number of patches is fixed, so that every step launches the same work and one CUDA graph serves all of them.
+
+Shape letters: P patches, M = P / 4 image tokens.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from demo_training.drawing import draw, marks
+from demo_training.scenes import CHART_TOP, COLOURS, SHAPES, SIZES, Scene
+from qwen3vl_moe.config import VisionConfig
+from qwen3vl_moe.model.vision import PatchPlan
+
+IGNORE = -100  # label of what is not learned
+PATCH, MERGE, FRAMES, POSITIONS = 16, 2, 2, 256
+WHAT = ("nothing", *SHAPES, "bar", *string.digits, *string.ascii_lowercase)
+COLOUR = tuple(COLOURS)
+SIZE = ("small", "large", *map(str, range(1, CHART_TOP + 1)))
+PLACES = 16  # columns and rows that a picture is cut into, to tell where things are
+FEWEST_PATCHES, MOST_PATCHES = (f(w * h for w, h in SIZES) // PATCH**2 for f in (min, max))
+CLASSES = (len(WHAT), len(COLOUR), len(SIZE), PLACES, PLACES)
+
+
+class Tensors:
+    """A dataclass of tensors, or of such dataclasses."""
+
+    def flat(self) -> list[Tensor]:
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        return [t for value in values for t in (value.flat() if isinstance(value, Tensors) else [value])]
+
+    def to(self, device: torch.device | str) -> Self:
+        return self._each(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        return self._each(lambda t: t.pin_memory())
+
+    def _each(self, function: Any) -> Self:
+        values = [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+        return type(self)(*(v._each(function) if isinstance(v, Tensors) else function(v) for v in values))
+
+
+@dataclass
+class Pictures(Tensors):
+    """Packed pictures; what is left of the P patches is filled with pictures of nothing.
+
+    Attributes:
+        pixels_P: uint8 [P, PATCH, PATCH, 3], in the tower's order (patches that are merged stand together).
+        index_P4, weight_P4: which learned positions a patch mixes, and how (int64, fp32).
+        positions_P2: int64 row and column of each patch.
+        starts: int32, cumulative patches, as many as there can be pictures, plus one.
+        targets_5P: int64: what has its centre in the patch, its colour and size, and in which of PLACES columns and
+            rows of the picture it is; IGNORE where there is none.
+    """
+
+    pixels_P: Tensor
+    index_P4: Tensor
+    weight_P4: Tensor
+    positions_P2: Tensor
+    starts: Tensor
+    targets_5P: Tensor
+
+
+def pixels_of(scene: Scene, size: tuple[int, int]) -> np.ndarray:
+    """The drawn picture, resized (as processors do) to ``size`` if it differs: uint8 [height, width, 3]."""
+    picture = draw(scene)
+    return np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC))
+
+
+def patches_of(pixels: np.ndarray) -> Tensor:
+    """uint8 [height, width, 3] -> [P, PATCH, PATCH, 3] in the tower's order."""
+    rows, columns = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
+    squares = pixels.reshape(rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
+    return torch.from_numpy(squares.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, PATCH, PATCH, 3))
+
+
+def targets_of(scene: Scene, size: tuple[int, int]) -> Tensor:
+    """``targets_5P`` of one picture; ``size`` is that of the resized picture."""
+    columns, rows = size[0] // PATCH, size[1] // PATCH
+    target = torch.full((5, rows, columns), IGNORE)
+    target[0] = 0
+    for mark in marks(scene):
+        column = int(mark.x * size[0] / scene.width) // PATCH
+        row = int(mark.y * size[1] / scene.height) // PATCH
+        target[0, row, column] = WHAT.index(mark.what)
+        target[1, row, column] = COLOUR.index(mark.colour)
+        target[2, row, column] = SIZE.index(mark.size) if mark.size else IGNORE
+        target[3, row, column] = min(int(mark.x / scene.width * PLACES), PLACES - 1)
+        target[4, row, column] = min(int(mark.y / scene.height * PLACES), PLACES - 1)
+    return target.view(5, rows // MERGE, MERGE, columns // MERGE, MERGE).transpose(2, 3).reshape(5, -1)
+
+
+@lru_cache
+def _plan(size: tuple[int, int]) -> PatchPlan:
+    """Of one picture; only the grid and the learned positions count, which all sizes of the demo share."""
+    config = VisionConfig(
+        depth=1, hidden_size=64, intermediate_size=64, num_heads=1, in_channels=3, patch_size=PATCH,
+        temporal_patch_size=FRAMES, merge_size=MERGE, out_hidden_size=64, num_positions=POSITIONS, deepstack_indexes=(),
+    )  # fmt: skip
+    return PatchPlan.build([(1, size[1] // PATCH, size[0] // PATCH)], config)
+
+
+def pack_pictures(scenes: Sequence[tuple[Scene, tuple[int, int]]], patches: int) -> Pictures:
+    """Draw ``scenes``, each at a size, into ``patches`` patches."""
+    plans = [_plan(size) for _, size in scenes]
+    lengths = [len(plan.index_P4) for plan in plans]
+    spare = patches - sum(lengths)
+    if spare < 0:
+        raise ValueError(f"{len(scenes)} pictures have {sum(lengths)} patches, more than {patches}")
+    starts = torch.full((patches // FEWEST_PATCHES + 2,), patches, dtype=torch.int32)
+    lengths += [MOST_PATCHES] * (spare // MOST_PATCHES)
+    starts[0] = 0
+    starts[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
+
+    def padded(parts: list[Tensor], value: int, dim: int = 0) -> Tensor:
+        shape = list(parts[0].shape)
+        shape[dim] = spare
+        return torch.cat([*parts, parts[0].new_full(shape, value)], dim)
+
+    return Pictures(
+        padded([patches_of(pixels_of(scene, size)) for scene, size in scenes], 0),
+        padded([plan.index_P4 for plan in plans], 0),
+        padded([plan.weight_P4 for plan in plans], 0),
+        padded([plan.positions_P2 for plan in plans], 0),
+        starts,
+        padded([targets_of(scene, size) for scene, size in scenes], IGNORE, dim=1),
+    )
