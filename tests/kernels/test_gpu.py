@@ -159,7 +159,9 @@ def test_other_weights_at_the_same_address(policy, T):
         del layer
         descriptors.clear_descriptor_cache()
         gc.collect()
-        layer = make_experts(1)
+        others = []  # kept, until the allocator has no other block left to give
+        while (layer := make_experts(1)).gate_up.data_ptr() != address and len(others) < 8:
+            others.append(layer)
         assert layer.gate_up.data_ptr() == address, "the allocator did not re-use the address: the test shows nothing"
         assert torch.equal(tma_moe.fused_moe(*inputs, layer), expected[1])
         # Re-bound and filled in place: both must be seen.
