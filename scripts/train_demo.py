@@ -182,7 +182,7 @@ def _batches(dataset: Any, first: int, workers: int, device: Any) -> Iterator[An
     """The batches from step ``first`` on; worker processes draw ahead."""
     from torch.utils.data import DataLoader
 
-    ahead = {"prefetch_factor": 8, "multiprocessing_context": "spawn"} if workers else {}
+    ahead = {"prefetch_factor": 2, "multiprocessing_context": "spawn"} if workers else {}
     return iter(
         DataLoader(
             dataset,

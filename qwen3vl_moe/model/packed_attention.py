@@ -52,7 +52,7 @@ def _visit(
     return new_best, total, acc1, acc2
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "table_width"])  # both change from step to step: compiling takes a second
 def _attend_packed(
     q_ptr,  # [T, N, D], rows stride_q apart
     k_ptr,  # [U, G, D], rows stride_k apart
@@ -203,9 +203,7 @@ def paged_attention(
 def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_size, causal, tile) -> None:
     (_, N, D), G, S = q_TND.shape, k_UGD.shape[1], len(q_starts) - 1
     if tile is None:
-        # A few short sequences fill the card only with small tiles; else 72-wide heads gain from tall ones.
-        tall = D < 128 and N * len(q_TND) >= 1 << 17
-        tile = (128, 64, 8, 3) if tall else (64, 64, 4, 3)
+        tile = (64, 64, 4, 3)
     queries, keys, warps, stages = tile
     _attend_packed[(N, triton.cdiv(len(q_TND), queries) + S)](
         q_TND,
@@ -230,7 +228,7 @@ def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_siz
         causal,
         queries,
         keys,
-        triton.next_power_of_2(max(S, 32)),  # few variants to compile
+        triton.next_power_of_2(max(S, 128)),  # one variant, however many sequences a step has
         num_warps=warps,
         num_stages=stages,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 _TOKENS = 64  # of a span per pass: 64 rows of 128 channels are 16 KB of keys and as much of values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])  # it changes from step to step: compiling takes a second
 def _attend_span(
     q_ptr,  # [T, N, D]
     q_starts_ptr,  # [S + 1]

@@ -52,5 +52,6 @@ class Repeated:
                 self._function(batch)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # By thread: another one pins the memory of the next batches meanwhile.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._results = self._function(batch)

@@ -47,17 +47,16 @@ def test_paged_decode():
     ("heads", "width", "causal", "tile"),
     [
         ((32, 4), 128, True, (64, 64, 4, 3)),
-        ((16, 16), 72, False, (128, 64, 8, 3)),
         ((16, 16), 72, False, (64, 64, 4, 3)),
     ],
-    ids=["decoder", "vision, many images", "vision, one image"],
+    ids=["decoder", "vision"],
 )
 def test_packed_attention(heads, width, causal, tile, block_size):
     queries, keys, warps, stages = tile
     arguments = (BF16,) * 4 + (INT32,) * 3 + (4096, 512, 512, 256, 3, 0.1)
     constants = (*heads, width, *packed_attention.head_parts(width), block_size, block_size > 0, causal)
     options = {"num_warps": warps, "num_stages": stages}
-    made = compile_for_hopper(packed_attention._attend_packed, arguments, (*constants, queries, keys, 32), options)
+    made = compile_for_hopper(packed_attention._attend_packed, arguments, (*constants, queries, keys, 128), options)
     assert made.spilled == 0
     assert made.count("wgmma.mma_async") > 0
     assert made.count("mma.sync") == 0
