@@ -26,8 +26,8 @@ def load(
 
     Args:
         model: a checkpoint directory, a hub id, or "demo".
-        load_format: "auto", or (as in vLLM) "dummy": N(0, 0.02) weights for the config and the tokenizer of ``model``,
-            a directory that needs no weights or a hub id. The work per token is the same, the text is noise.
+        load_format: "auto", or (as in vLLM) "dummy": N(0, 0.02) weights for the config and the tokenizer of ``model``;
+            a directory needs no weights then. The work per token is the same, the text is noise.
         device, dtype, moe, options: as in :class:`LLM`.
 
     Raises:

@@ -36,10 +36,20 @@ from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, OptionError
 from qwen3vl_moe.model import Qwen3VLMoe, resolve_moe
 from qwen3vl_moe.placement import parse_device, parse_dtype, require_memory
-from qwen3vl_moe.shards import DTYPES, StoredTensor, read_headers, shorten, stream
+from qwen3vl_moe.shards import DTYPES, INDEX, StoredTensor, read_headers, shorten, stream
 
 LAYOUTS = ("published", "transformers5")
 SMALL_FILES = ["*.json", "*.jinja", "merges.txt"]  # all that is not weights
+DEMO = Path(__file__).resolve().parent / "demo"  # package data
+_DEMO_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    INDEX,  # which names the files of weights
+)
 
 # Sizes in the table: V vocabulary, H hidden, N*D and G*D query and key/value heads times head width, D head width,
 # E experts, I expert width; of the vision tower: C width, m*m*C that of merge_size x merge_size patches side by side,
@@ -245,7 +255,7 @@ def load_model(
     it: beside the parameters, host and device memory hold at most a piece (``shards.PIECE_BYTES``) per reading thread.
 
     Args:
-        path_or_id: directory with config.json and safetensors files, or a Hugging Face hub id.
+        path_or_id: directory with config.json and safetensors files, a Hugging Face hub id, or "demo".
         device: where the parameters go; ``"auto"``: a GPU where there is one.
         dtype: of all parameters: a torch dtype, its name, or ``"auto"`` for what config.json declares. The files may
             hold another floating dtype of bf16, fp16, fp32; it is cast.
@@ -332,12 +342,21 @@ def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """The local directory of a checkpoint: ``path_or_id`` itself, or a download of that Hugging Face hub id.
 
     Args:
-        path_or_id: a directory or a hub id.
+        path_or_id: a directory, a hub id, or "demo": the checkpoint that comes with this package.
         weights: whether a download takes the weights too.
 
     Raises:
-        CheckpointError: no such directory and no such hub id, or the hub cannot be reached or refuses access.
+        CheckpointError: no such directory and no such hub id, the hub cannot be reached or refuses access, or the
+            demo's files are not where they belong.
     """
+    if path_or_id == "demo":
+        absent = [name for name in _DEMO_FILES if not (DEMO / name).is_file()]
+        if absent:
+            raise CheckpointError(
+                f"model demo: {DEMO} lacks {shorten(absent)}; take the folder from the repository again, "
+                "or make one with scripts/train_demo.py"
+            )
+        return DEMO
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         return path

@@ -1,8 +1,8 @@
-"""A random checkpoint of the same architecture, made on the spot, for tests and a first run.
+"""The files of a processor, made on the spot, for tests and for models with random weights.
 
-The processor directory holds a byte-level BPE tokenizer of a few hundred tokens with Qwen's special tokens, a chat
-template of the Qwen form, and the settings of the image processor; the weights are noise. Files and tensors are laid
-out as in a published checkpoint, so everything that reads one (this package, transformers) reads them.
+They are a byte-level BPE tokenizer of a few hundred tokens with Qwen's special tokens, a chat template of the Qwen
+form, and the settings of the image processor, laid out as in a published checkpoint, so everything that reads one (this
+package, transformers) reads them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from qwen3vl_moe.checkpoint import expand_table
-from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import OptionError
-from qwen3vl_moe.model import Qwen3VLMoe
 
 # In the order of the published vocabulary, where they follow the text tokens as here.
 SPECIAL_TOKENS = (
@@ -128,64 +124,6 @@ def write_processor_dir(
     )
     ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
     return TokenIds(*ids, size=tokenizer.get_vocab_size())
-
-
-def write_random_checkpoint(path: str | Path, *, seed: int = 0) -> None:
-    """Write a whole checkpoint of about 1 MB into ``path``: the published names, layout and spelling, random weights.
-
-    Its answers are noise; what it exercises is the way from a picture and a question to text.
-    """
-    path = Path(path)
-    ids = write_processor_dir(path, vocab_size=512)
-    raw = {
-        "architectures": ["Qwen3VLMoeForConditionalGeneration"],
-        "model_type": "qwen3_vl_moe",
-        "image_token_id": ids.image,
-        "video_token_id": ids.video,
-        "vision_start_token_id": ids.vision_start,
-        "vision_end_token_id": ids.vision_end,
-        "tie_word_embeddings": False,
-        "text_config": {
-            "dtype": "bfloat16",
-            "model_type": "qwen3_vl_moe_text",
-            "vocab_size": 512,
-            "hidden_size": 64,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 48,
-            "norm_topk_prob": True,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 5000000,
-            "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 5, 5]},
-            "max_position_embeddings": 8192,
-        },
-        "vision_config": {
-            "model_type": "qwen3_vl_moe",
-            "depth": 4,
-            "hidden_size": 48,
-            "intermediate_size": 96,
-            "num_heads": 4,
-            "patch_size": 16,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 256,
-            "deepstack_visual_indexes": [0, 1, 2],
-        },
-    }
-    _write_json(path / "config.json", raw)
-    _write_json(path / "generation_config.json", {"do_sample": False, "eos_token_id": [ids.im_end, ids.endoftext]})
-    config = Qwen3VLMoeConfig.from_dict(raw)
-    parameters = dict(Qwen3VLMoe.random(config, seed=seed, moe="reference").named_parameters())
-    tensors = {
-        entry.source: entry.destination(parameters[entry.target], "published").contiguous()
-        for entry in expand_table(config)
-    }
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def _build_tokenizer(vocab_size: int) -> Tokenizer:

@@ -28,7 +28,7 @@ def test_every_figure_is_there(tmp_path):
     ]
     assert all(row["ms"] > 0 for row in rows)
     assert all(row["floor_ms"] > 0 for row in rows[1:])
-    assert rows[1]["note"] == "2 of 8 experts a layer"  # one token, two experts of it
+    assert rows[1]["note"] == "4 of 16 experts a layer"  # one token, four experts of it
     stages = [float(part.split()[1]) for part in rows[0]["note"].split(", ")]
     assert sum(stages) <= 1.3 * rows[0]["ms"]
 

@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
-from qwen3vl_moe import placement, shards
-from qwen3vl_moe.checkpoint import load_model, resolve
+from qwen3vl_moe import checkpoint, placement, shards
+from qwen3vl_moe.checkpoint import DEMO, load_model, resolve
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, ConfigError, OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
@@ -358,6 +358,35 @@ def test_hub_errors(monkeypatch, raised, text):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert text in message("owner/model")
+
+
+def test_no_demo(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "DEMO", tmp_path / "demo")
+    assert message("demo").startswith(f"model demo: {tmp_path / 'demo'} lacks config.json, generation_config.json, ")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "preprocessor_config.json",
+        INDEX,
+        "model-00001-of-*.safetensors",
+    ],
+)
+def test_a_file_of_the_demo_is_missing(monkeypatch, tmp_path, pattern):
+    (absent,) = DEMO.glob(pattern)
+    for path in DEMO.iterdir():
+        if path != absent:
+            (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setattr(checkpoint, "DEMO", tmp_path)
+    text = message("demo")
+    assert str(tmp_path) in text
+    assert absent.name in text
 
 
 def test_hub_download_takes_only_what_is_needed(monkeypatch, tmp_path):

@@ -91,6 +91,15 @@ def test_every_package_is_installed():
     assert all((ROOT / name.replace(".", "/")).is_dir() or name.startswith("tma_moe") for name in listed)
 
 
+def test_every_file_of_the_demo_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "qwen3vl_moe" / "demo"
+    installed = {path for pattern in listed["qwen3vl_moe.demo"] for path in folder.glob(pattern)}
+    files = {path for path in folder.rglob("*") if path.is_file()}
+    assert files
+    assert files <= installed
+
+
 def test_the_engine_stays_small():
     files = (ROOT / "qwen3vl_moe/engine").glob("*.py")
     lengths = [len(path.read_text(encoding="utf-8").splitlines()) for path in files]

@@ -5,18 +5,15 @@ Prompts are made (templates, tokens, images) in threads ahead of the engine, whi
 
 from __future__ import annotations
 
-import logging
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwen3vl_moe import tiny
 from qwen3vl_moe.checkpoint import resolve
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine.engine import Engine
@@ -30,8 +27,6 @@ from qwen3vl_moe.processor import Processor, Prompt
 
 Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
 Prepare = Callable[[Any], Prompt]
-_DEMO = Path(__file__).resolve().parents[1] / "demo"
-_log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -44,7 +39,7 @@ class LLM:
         print(llm.chat([{"role": "user", "content": content}])[0].outputs[0].text)
 
     Args:
-        model: a checkpoint directory, a hub id, or "demo".
+        model: a checkpoint directory, a hub id, or "demo": the small trained checkpoint of this package.
         device: "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu".
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
         moe: "tma" (Hopper), "reference" (plain torch), "auto".
@@ -73,19 +68,18 @@ class LLM:
         **engine_options: Any,
     ):
         options = _engine_options(engine_options)
-        self.name, self.options = str(model), options
-        self.random_weights = model == "demo" and not _DEMO.is_dir()
-        with _checkpoint(model) as directory:
-            # All that is small is read before the weights, so that a mistake in it shows at once.
-            config = Qwen3VLMoeConfig.from_pretrained(directory)
-            limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-            longest = options.model_len(config.text.max_positions)
-            self.processor = Processor.from_pretrained(directory, config, **limits, max_model_len=longest)
-            tokenizer = self.processor.tokenizer
-            defaults = GenerationDefaults.from_pretrained(directory, tokenizer.eos_token_id)
-            weights = Qwen3VLMoe.from_pretrained(
-                directory, device, dtype, moe, expert_layout=expert_layout, progress=progress
-            )
+        self.name, self.options, self.random_weights = str(model), options, False
+        directory = resolve(model)
+        # All that is small is read before the weights, so that a mistake in it shows at once.
+        config = Qwen3VLMoeConfig.from_pretrained(directory)
+        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        longest = options.model_len(config.text.max_positions)
+        self.processor = Processor.from_pretrained(directory, config, **limits, max_model_len=longest)
+        tokenizer = self.processor.tokenizer
+        defaults = GenerationDefaults.from_pretrained(directory, tokenizer.eos_token_id)
+        weights = Qwen3VLMoe.from_pretrained(
+            directory, device, dtype, moe, expert_layout=expert_layout, progress=progress
+        )
         self.engine = Engine(weights, tokenizer, defaults, options, progress)
 
     @classmethod
@@ -274,20 +268,6 @@ def _timed(prepare: Prepare, item: Any) -> tuple[Prompt, float, float]:
     """A prompt, when work on it began (seconds since the epoch), and how many seconds that took."""
     arrival = time.time()
     return prepare(item), arrival, time.time() - arrival
-
-
-@contextmanager
-def _checkpoint(model: str | Path) -> Iterator[Path]:
-    """The directory of a checkpoint while it is being loaded."""
-    if model != "demo":
-        yield resolve(model)
-    elif _DEMO.is_dir():
-        yield _DEMO
-    else:
-        _log.warning("model demo: no trained demo checkpoint is here; its weights are random and its answers noise")
-        with tempfile.TemporaryDirectory(prefix="qwen3vl_moe-demo-") as directory:
-            tiny.write_random_checkpoint(directory)
-            yield Path(directory)
 
 
 def _engine_options(given: dict[str, Any]) -> EngineOptions:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,17 +19,14 @@ from demo_training.evaluation import (
 )
 from demo_training.questions import PHRASINGS
 from demo_training.scenes import Scene, Shape
+from transformers import AutoModelForImageTextToText
 
-import qwen3vl_moe
+from qwen3vl_moe.checkpoint import DEMO
 from qwen3vl_moe.engine import LLM
 from qwen3vl_moe.model import text
 
-DEMO = Path(qwen3vl_moe.__file__).parent / "demo"
 PER_KIND = 6  # questions of each kind in the sample
 LEAST = 0.9  # share of right answers
-pytestmark = pytest.mark.skipif(
-    not DEMO.is_dir(), reason="no trained demo checkpoint is here yet (scripts/train_demo.py)"
-)
 
 
 @pytest.fixture(scope="module")
@@ -102,22 +98,52 @@ def _experts_read_in_the_other_layout(llm, monkeypatch):
             monkeypatch.setattr(weight, "data", weight.data.transpose(1, 2).reshape(weight.shape))
 
 
-FAULTS = [
-    _swap_height_and_width,
-    _sections_side_by_side,
-    _no_deepstack,
-    _gate_and_up_exchanged,
-    _experts_read_in_the_other_layout,
-]
+def logit_error(llm, oracle, sample) -> float:
+    """Largest difference from transformers' logits at the end of a prompt of every kind, as a share of the largest."""
+    errors = []
+    for example in sample[::PER_KIND]:
+        prompt = llm.processor.chat(conversation(example))
+        pixels = torch.cat([image.pixel_values for image in prompt.images])
+        grids = [image.grid_thw for image in prompt.images]
+        ids = torch.tensor([prompt.token_ids])
+        with torch.no_grad():
+            expected = oracle(
+                input_ids=ids,
+                pixel_values=pixels,
+                image_grid_thw=torch.tensor(grids),
+                mm_token_type_ids=(ids == oracle.config.image_token_id).int(),
+            ).logits[0, -1]
+            got = llm.engine.model.logits(prompt.token_ids, pixels, grids)[-1]
+        errors.append(float((got - expected).abs().max() / expected.abs().max()))
+    return max(errors)
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__.strip("_"))
-def test_a_fault_in_the_model_would_fail_the_test_above(llm, sample, monkeypatch, fault):
+LARGEST_ERROR = 1e-4  # fp32: both add up in different orders; a fault gives a hundred times as much
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return AutoModelForImageTextToText.from_pretrained(DEMO, dtype=torch.float32).eval()
+
+
+def test_logits_are_those_of_transformers(llm, oracle, sample):
+    assert logit_error(llm, oracle, sample) <= LARGEST_ERROR
+
+
+# The tower's features tell where things are, so that most answers survive image positions in disorder.
+OF_POSITIONS = [_swap_height_and_width, _sections_side_by_side]
+FAULTS = [_no_deepstack, _gate_and_up_exchanged, _experts_read_in_the_other_layout]
+
+
+@pytest.mark.parametrize("fault", [*OF_POSITIONS, *FAULTS], ids=lambda fault: fault.__name__.strip("_"))
+def test_a_fault_in_the_model_would_fail_the_tests_above(llm, oracle, sample, monkeypatch, fault):
     with monkeypatch.context() as patch:
         fault(llm, patch)
-        broken = LLM.from_parts(llm.engine.model, llm.processor, llm.engine.defaults)
-        assert share_right(broken, sample) < LEAST
-    assert share_right(LLM.from_parts(llm.engine.model, llm.processor, llm.engine.defaults), sample) >= LEAST
+        assert logit_error(llm, oracle, sample) > 100 * LARGEST_ERROR
+        if fault in FAULTS:
+            broken = LLM.from_parts(llm.engine.model, llm.processor, llm.engine.defaults)
+            assert share_right(broken, sample) < LEAST
+    assert logit_error(llm, oracle, sample) <= LARGEST_ERROR
 
 
 def test_answers_are_those_of_transformers(llm, sample):

@@ -10,9 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import qwen3vl_moe
 from qwen3vl_moe import LLM
-from qwen3vl_moe.tiny import write_random_checkpoint
+from qwen3vl_moe.checkpoint import DEMO
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "eval"))
@@ -32,19 +31,15 @@ def problems_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory) -> SimpleNamespace:
+def demo() -> SimpleNamespace:
     """What "demo" stands for: its directory, our engine in fp32, and transformers' own model."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    path = Path(qwen3vl_moe.__file__).parent / "demo"
-    if not path.is_dir():
-        path = tmp_path_factory.mktemp("demo")
-        write_random_checkpoint(path)
     return SimpleNamespace(
-        path=path,
+        path=DEMO,
         llm=LLM("demo", device="cpu", dtype="float32", progress=False),
-        oracle=AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(path),
+        oracle=AutoModelForImageTextToText.from_pretrained(DEMO, dtype=torch.float32).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(DEMO),
     )
 
 

@@ -138,11 +138,12 @@ def test_prompts_that_do_not_fit_are_counted(demo, run, tmp_path):
     assert figures["qwen3vl_moe"]["prompts_cut"] == 0
     prompts = [row["arguments"]["gen_args_0"]["arg_0"] for row in samples if row["filter"] == "strict-match"]
     lengths = [len(demo.tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in prompts]
-    assert lengths.count(min(lengths)) == 1
-    # The shortest has just enough room for its answer beside it.
+    longer = sum(length > min(lengths) for length in lengths)
+    assert 0 < longer < 3
+    # The shortest have just enough room for their answers beside them.
     done = run(*arguments, "--max-model-len", min(lengths) + 4, "--output", tmp_path / "cut")
-    assert "2 of 3 prompts did not fit and lost their beginning: raise --max-model-len" in done.out
-    assert result_files(tmp_path / "cut")[0]["qwen3vl_moe"]["prompts_cut"] == 2
+    assert f"{longer} of 3 prompts did not fit and lost their beginning: raise --max-model-len" in done.out
+    assert result_files(tmp_path / "cut")[0]["qwen3vl_moe"]["prompts_cut"] == longer
 
 
 def test_random_weights_for_a_directory(demo, run, tmp_path):

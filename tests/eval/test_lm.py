@@ -56,15 +56,16 @@ def test_loglikelihood(model, demo):
 
 def test_a_context_too_long_loses_its_beginning(demo):
     short = EngineLM(LLM.from_parts(demo.llm.engine.model, demo.llm.processor, max_model_len=28), progress=False)
-    ids = demo.tokenizer(TEXT + "the sum").input_ids
+    text = TEXT * 2
+    ids = demo.tokenizer(text + "the sum").input_ids
     assert len(ids) > 28
-    (score,) = short.loglikelihood([instance(TEXT, "the sum")])
-    count = len(ids) - len(demo.tokenizer(TEXT.rstrip()).input_ids)
+    (score,) = short.loglikelihood([instance(text, "the sum")])
+    count = len(ids) - len(demo.tokenizer(text.rstrip()).input_ids)
     assert score[0] == pytest.approx(float(logprobs(demo.oracle, ids[-27:])[0][-count:].sum()), abs=1e-3)
-    short.generate_until([instance(TEXT, {"until": [], "max_gen_toks": 8})])
-    assert list(short.answers[0].prompt_ids) == demo.tokenizer(TEXT).input_ids[-20:]
+    short.generate_until([instance(text, {"until": [], "max_gen_toks": 8})])
+    assert list(short.answers[0].prompt_ids) == demo.tokenizer(text).input_ids[-20:]
     with pytest.raises(OptionError, match="max_gen_toks=28"):
-        short.generate_until([instance(TEXT, {"until": [], "max_gen_toks": 28})])
+        short.generate_until([instance(text, {"until": [], "max_gen_toks": 28})])
 
 
 def test_rolling(demo):

@@ -243,8 +243,10 @@ def test_transformers_variant_answers_as_the_engine_does(demo):
     """In fp32 both give the same tokens, texts and ends."""
     llm = LLM.from_parts(demo.llm.engine.model, demo.llm.processor, demo.llm.engine.defaults, max_model_len=64)
     kwargs = {"until": ["Question:"], "max_gen_toks": 6}
-    requests = [instance("Hello, how are you", kwargs), instance("The answer is", kwargs)]
     engine, twin = variant_lm(llm, "reference"), variant_lm(llm, "transformers")
+    # Turns of a chat: transformers also heeds a stop string that begins in the prompt and ends in the answer.
+    chats = [[{"role": "user", "content": text}] for text in ("Hello, how are you", "The answer is")]
+    requests = [instance(engine.apply_chat_template(chat), kwargs) for chat in chats]
     assert engine.generate_until(requests) == twin.generate_until(requests)
     stop = next(text[2:4] for text in engine.generate_until(requests) if len(text) > 4)
     for request in requests:
