@@ -53,6 +53,9 @@ def main(
     moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most problems in a step.")] = 128,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="Part of the GPU's memory to use: more of it holds more problems at a time.")
+    ] = 0.9,
     load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
 ) -> None:
     """Accuracy on gsm8k, by lm-eval's own task and filters."""
@@ -66,6 +69,7 @@ def main(
         from loading import load
 
         sizes = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
+        sizes["gpu_memory_utilization"] = gpu_memory_utilization
         llm = load(model, load_format=load_format, device=device, dtype=dtype, moe=moe, **sizes)
         lm = EngineLM(llm)
         stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")

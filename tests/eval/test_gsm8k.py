@@ -196,6 +196,7 @@ def test_a_bad_line_is_named(run, problems_dir, tmp_path, case):
         (("--output", __file__), "cannot be made a folder"),
         (("--cache", f"{__file__}/cache"), "--cache: "),
         (("--temperature", -1), "--temperature -1.0: 0 or more"),
+        (("--gpu-memory-utilization", 1.5), "gpu_memory_utilization=1.5"),
         (("--load-format", "tensorizer"), "choose auto or dummy"),
         (("--moe", "fast"), "moe='fast' is unknown"),
         (("--load-format", "dummy", "--model", "nowhere"), "nowhere is neither a directory nor a hub id"),
