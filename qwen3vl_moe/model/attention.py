@@ -88,7 +88,7 @@ def cached_attention(q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, batch: Batch, 
     from qwen3vl_moe.model.paged_decode import paged_decode
 
     # Rows that only fill a graph's shape belong to no sequence: nothing writes them, and they must not be NaN.
-    out_TND = torch.zeros_like(q_TND)
+    out_TND = torch.empty_like(q_TND) if batch.padding_T1 is None else torch.zeros_like(q_TND)
     places = segments.q_starts, segments.kv_starts, batch.block_tables
     paged_decode(q_TND, layer_cache, out_TND, *places)
     if segments.max_q > 1:

@@ -192,7 +192,7 @@ class StepGraphs:
             visual_rows=None if decoding else self._all_rows[:size],
             visual=None if decoding else VisionFeatures(self._x_TH[:size], self._deepstack_LTH[:, :size]),
             logit_rows=inputs["logit_rows"],
-            padding_T1=(inputs["slots_T"] < 0)[:, None],
+            padding_T1=None if size == 1 else (inputs["slots_T"] < 0)[:, None],  # one row is never padding
         )
         text = self.model.text
         x_TH = text.embed(batch.input_ids_T) if decoding else self._x_TH[:size]
