@@ -156,7 +156,8 @@ def test_images(model, demo):
     expected = logits.gather(1, torch.tensor(prompt.token_ids[1:])[:, None]).flatten()
     count = len(demo.tokenizer("\nTwo.").input_ids)  # the newline before the answer counts as the answer's
     assert score[0] == pytest.approx(float(expected[-count:].sum()), abs=1e-3)
-    assert text_only[0] == pytest.approx(float(logprobs(demo.oracle, demo.tokenizer("How many?").input_ids)[0][-1]))
+    alone = float(logprobs(demo.oracle, demo.tokenizer("How many?").input_ids)[0][-1])
+    assert text_only[0] == pytest.approx(alone, abs=1e-4)
     with pytest.raises(PromptError, match="0 image placeholders"):
         model.generate_until([instance("no placeholder", kwargs, visual)])
     assert not demo.llm.engine.scheduler.running
