@@ -68,8 +68,11 @@ def main(
         from lm import EngineLM
         from loading import load
 
-        sizes = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
-        sizes["gpu_memory_utilization"] = gpu_memory_utilization
+        sizes = {
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "gpu_memory_utilization": gpu_memory_utilization,
+        }
         llm = load(model, load_format=load_format, device=device, dtype=dtype, moe=moe, **sizes)
         lm = EngineLM(llm)
         stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+TILE = (64, 64, 4, 3)  # queries, keys, warps, stages: what measured best, for the decoder and the tower
+
 
 @triton.jit
 def _visit(
@@ -160,14 +162,14 @@ def packed_attention(
     kv_starts: Tensor,
     *,
     causal: bool,
-    tile: tuple[int, int, int, int] | None = None,
+    tile: tuple[int, int, int, int] = TILE,
 ) -> Tensor:
     """Softmax attention within each sequence, scaled by 1/sqrt(D).
 
     Args:
         q_TND, k_UGD, v_UGD: bf16 or fp16 (fp32 in the interpreter); heads contiguous, rows at any stride.
         q_starts, kv_starts: int32 [S + 1] cumulative lengths; the last query of a sequence sees all of its keys.
-        tile: (queries, keys, warps, stages) of a program; None takes what measured best.
+        tile: (queries, keys, warps, stages) of a program.
 
     Returns:
         [T, N, D], contiguous. A sequence may be empty; one with queries has at least as many keys if causal.
@@ -185,7 +187,7 @@ def paged_attention(
     kv_starts: Tensor,
     block_tables: Tensor,
     *,
-    tile: tuple[int, int, int, int] | None = None,
+    tile: tuple[int, int, int, int] = TILE,
 ) -> None:
     """Causal attention of new tokens over their sequences' cache, themselves included, written into ``out_TND``.
 
@@ -202,8 +204,6 @@ def paged_attention(
 
 def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_size, causal, tile) -> None:
     (_, N, D), G, S = q_TND.shape, k_UGD.shape[1], len(q_starts) - 1
-    if tile is None:
-        tile = (64, 64, 4, 3)
     queries, keys, warps, stages = tile
     _attend_packed[(N, triton.cdiv(len(q_TND), queries) + S)](
         q_TND,

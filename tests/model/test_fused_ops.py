@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from qwen3vl_moe.model.attention import _per_segment as attention_per_segment
 from qwen3vl_moe.model.batch import Batch, Segments
 from qwen3vl_moe.model.fused_ops import add_norm, norm_rotate_store
-from qwen3vl_moe.model.packed_attention import packed_attention, paged_attention
+from qwen3vl_moe.model.packed_attention import TILE, packed_attention, paged_attention
 from qwen3vl_moe.model.paged_decode import paged_decode
 from qwen3vl_moe.model.rope import rotate
 from tests.interpreted import INTERPRETED, run_in_interpreter
@@ -134,7 +134,7 @@ def test_attention_over_the_cache(dtype, heads, width, q_lens, kv_lens):
     ours = torch.full_like(q, torch.nan)
     paged_decode(q, cache, ours, *places)
     assert torch.equal(ours.isnan().any(2).any(1), ~singles)
-    paged_attention(q, cache, ours, *places, tile=None if ON_GPU else (16, 32, 4, 1))
+    paged_attention(q, cache, ours, *places, tile=TILE if ON_GPU else (16, 32, 4, 1))
     full = Segments.build([n for n in q_lens if n], [n for n in kv_lens if n], DEVICE)
     exact, plain = (
         attention_per_segment(q.to(kind), k.to(kind), v.to(kind), full, True) for kind in (torch.float64, dtype)
@@ -169,7 +169,7 @@ def test_a_sequence_without_keys_gives_zeros():
 )
 def test_packed_attention(dtype, causal, heads, width, q_lens, kv_lens):
     N, G = heads
-    tile = None if ON_GPU else (16, 32, 4, 1)
+    tile = TILE if ON_GPU else (16, 32, 4, 1)
     segments = Segments.build(q_lens, kv_lens, DEVICE)
     # Rows of a fused projection, so that their stride is not that of a tensor of their own.
     qkv = torch.randn(max(sum(q_lens), sum(kv_lens)), N + 2 * G, width, device=DEVICE, dtype=dtype)
