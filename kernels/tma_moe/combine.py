@@ -22,8 +22,8 @@ def combine(
     k = tl.arange(0, BLOCK_K)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     ids = tl.load(ids_ptr + t * TOPK + k, mask=k < TOPK, other=-1)
     # A pair whose id is no expert has no product: its row of the buffer was never written.
     real = (ids >= 0) & (ids < E)

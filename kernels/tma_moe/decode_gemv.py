@@ -27,8 +27,8 @@ def decode_up(
 ):
     """h[slot, n] = silu(gate[e, n] . x[t]) * (up[e, n] . x[t]) for COLS values of n."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     slot = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * COLS + tl.arange(0, COLS)
     e = tl.load(ids_ptr + slot).to(tl.int64)

@@ -102,13 +102,16 @@ def lru_capacity() -> int:
 def _view(weight: Tensor, rank: int) -> tuple[list[int], list[int]]:
     """Shape and strides under which a block of this rank addresses a weight [E, N, K].
 
-    Rank 2 is all rows of all experts. Rank 4, for gate_up, is [E, 2, I, H]: one block then holds the same rows of the
-    gate and of the up half, with no repacking.
+    Rank 2 is all rows of all experts. For gate_up, one block of the others holds rows of the gate half and the rows of
+    the up half that belong to them, with no repacking: rank 4 is [E, 2, I, H], all gate rows before all up rows; rank 5
+    is [E, I/8, 2, 8, H], eight and eight in turns.
     """
     E, N, K = weight.shape
     if rank == 2:
         return [E * N, K], [K, 1]
-    return [E, 2, N // 2, K], [N * K, N // 2 * K, K, 1]
+    if rank == 4:
+        return [E, 2, N // 2, K], [N * K, N // 2 * K, K, 1]
+    return [E, N // 16, 2, 8, K], [N * K, 8 * K, N // 2 * K, K, 1]
 
 
 @functools.cache

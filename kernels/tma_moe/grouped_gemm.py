@@ -35,8 +35,8 @@ def grouped_up(
     both and the activation finds the two halves of a value in one thread.
     """
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     col_tiles: tl.constexpr = (I + COLS - 1) // COLS
     total = tl.load(plan_ptr) * col_tiles
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
@@ -77,8 +77,8 @@ def grouped_down(
 ):
     """rows[slot, n] = down[e, n] . h[row]. Tiles may run into the next expert's rows; only the store is masked."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     col_tiles: tl.constexpr = (H + COLS - 1) // COLS
     total = tl.load(plan_ptr + 1) * col_tiles
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):

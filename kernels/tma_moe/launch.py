@@ -2,7 +2,7 @@
 
 A `Recipe` is everything that does not depend on the call: kernels with their constants, block shapes, grids. It is made
 once per device, shape, dtype and bucket of token counts. A call then allocates its buffers and launches two kernels
-(decode), four, or six (above routing.BLOCK pairs, where grouping takes three). Buffers come from torch's caching
+(decode), four, or six (above 4096 pairs, where grouping takes three). Buffers come from torch's caching
 allocator at every call, so streams, threads and CUDA graphs each have their own, and nothing outlives the call.
 
 All kernels use programmatic dependent launch: each waits for the one before it before its first write, so a chain of
@@ -21,7 +21,9 @@ from tma_moe.descriptors import activation_descriptor, weight_descriptor
 from tma_moe.experts import ExpertWeights
 from tma_moe.kernel import Launch, current_stream, device_guard
 from tma_moe.support import interpreting
-from tma_moe.tuning import Choice, Tiles, choices_for
+from tma_moe.tuning import GLUON_KERNELS, Choice, Tiles, choices_for
+
+PREFETCHING = ("swap", "streamed")
 
 
 def _tiles_bound(pairs: int, experts: int, rows: int) -> int:
@@ -46,35 +48,52 @@ class Recipe:
             self.down = Launch(decode_gemv.decode_down, constants, down.warps)
             return
         self.bins = triton.next_power_of_2(E)
-        rows = (up.rows, down.rows)
-        block = routing.BLOCK
-        self.group_few = {
-            size: Launch(routing.group_few, (E, self.bins, *rows, size, pdl), warps=max(4, size // 256))
-            for size in (routing.SMALL_BLOCK, block)
-        }
-        self.count = Launch(routing.count_pairs, (E, self.bins, block, pdl), warps=8)
-        self.place = Launch(routing.place_blocks, (self.bins, *rows, routing.CHUNK, pdl), warps=8)
-        self.rank = Launch(routing.rank_pairs, (E, self.bins, block, pdl), warps=8)
-        self.up = self._product(up, swap_gemm.swap_up, grouped_gemm.grouped_up, (H, I, K), pdl)
-        self.down = self._product(down, swap_gemm.swap_down, grouped_gemm.grouped_down, (H, I), pdl)
+        self.make_grouping(up, down, pdl)
+        self.up, self.down = self._product("up", up, pdl), self._product("down", down, pdl)
         # 256 columns a warp: 16 bytes a thread of each row, and no thread shares a column with another.
         cols = min(triton.next_power_of_2(H), max(256, 8192 // block_k))
         self.combine_columns = triton.cdiv(H, cols)
         self.combine = Launch(combine.combine, (H, E, K, block_k, cols, pdl), warps=max(1, min(8, cols // 256)))
-        self.up_gluon, self.down_gluon = up.kernel == "specialized", down.kernel == "specialized"
-        self.up_block = (1, 2, up.cols, up.block_k) if up.kernel == "grouped" else (up.cols, up.block_k)
+        self.up_gluon, self.down_gluon = up.kernel in GLUON_KERNELS, down.kernel in GLUON_KERNELS
+        self.up_block = (up.cols, up.block_k)
+        if up.kernel == "grouped":
+            self.up_block = (1, 2, up.cols, up.block_k)
+        elif up.kernel == "streamed":
+            self.up_block = (1, up.cols // 8, 2, 8, up.block_k)
         self.down_block = (down.cols, down.block_k)
+        self.h_block = (down.step if down.kernel == "streamed" else down.rows, down.block_k)
 
-    @staticmethod
-    def _product(tiles: Tiles, swap, grouped, sizes: tuple, pdl: bool) -> Launch:
-        constants = (*sizes, tiles.rows, tiles.cols, tiles.block_k)
+    def make_grouping(self, up: Tiles, down: Tiles, pdl: bool) -> None:
+        """The launches that write the plan for these tiles (routing.py)."""
+        rows = (up.rows, up.step, down.rows, down.step)
+        block = routing.BLOCK
+        self.group_few = {
+            size: Launch(routing.group_few, (self.E, self.bins, *rows, size, pdl), warps=max(4, size // 256))
+            for size in routing.FEW_BLOCKS
+        }
+        self.count = Launch(routing.count_pairs, (self.E, self.bins, block, pdl), warps=8)
+        self.place = Launch(routing.place_blocks, (self.bins, *rows, routing.CHUNK, pdl), warps=8)
+        self.rank = Launch(routing.rank_pairs, (self.E, self.bins, block, pdl), warps=8)
+
+    def _product(self, role: str, tiles: Tiles, pdl: bool) -> Launch:
+        """The kernel of a product: its sizes, then its tile."""
+        sizes = (self.H, self.I, self.K) if role == "up" else (self.H, self.I)
+        if tiles.kernel == "streamed":
+            from tma_moe import streamed_gemm
+
+            kernel = streamed_gemm.streamed_up if role == "up" else streamed_gemm.streamed_down
+            return Launch(kernel, (*sizes, self.E, tiles.rows, tiles.stages), tiles.warps)
+        tile = (tiles.rows, tiles.cols, tiles.block_k)
         if tiles.kernel == "specialized":
             from tma_moe import specialized_gemm
 
-            kernel = specialized_gemm.specialized_up if swap is swap_gemm.swap_up else specialized_gemm.specialized_down
-            return Launch(kernel, (*constants, tiles.stages), tiles.warps)
-        kernel = swap if tiles.kernel == "swap" else grouped
-        return Launch(kernel, (*constants, tiles.flatten, pdl), tiles.warps, tiles.stages)
+            kernel = specialized_gemm.specialized_up if role == "up" else specialized_gemm.specialized_down
+            return Launch(kernel, (*sizes, *tile, tiles.stages), tiles.warps)
+        if tiles.kernel == "grouped":
+            kernel = grouped_gemm.grouped_up if role == "up" else grouped_gemm.grouped_down
+            return Launch(kernel, (*sizes, *tile, tiles.flatten, pdl), tiles.warps, tiles.stages)
+        kernel = swap_gemm.swap_up if role == "up" else swap_gemm.swap_down
+        return Launch(kernel, (*sizes, self.E, *tile, tiles.flatten, pdl), tiles.warps, tiles.stages)
 
     def run(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> Tensor:
         """The operation, with the device of x current."""
@@ -105,11 +124,14 @@ class Recipe:
         y_TH = torch.empty_like(x_TH)
         self._group_pairs(stream, ids_TK, plan, pairs, up_at, down_at)
         desc = weight_descriptor(experts, "gate_up", self.up_block, self.up_gluon)
-        self.up(stream, self._grid(up, up_bound * self.up_columns), x_TH, desc, plan, h, up_at)
+        # Kernels that prefetch take the weights themselves, too.
+        weights = (experts._parameters["gate_up"], desc) if up.kernel in PREFETCHING else (desc,)
+        self.up(stream, self._grid(up, up_bound * self.up_columns), x_TH, *weights, plan, h, up_at)
         desc = weight_descriptor(experts, "down", self.down_block, self.down_gluon)
+        weights = (experts._parameters["down"], desc) if down.kernel in PREFETCHING else (desc,)
         if down.kernel != "swap":
-            h = activation_descriptor(h, (down.rows, down.block_k), self.down_gluon)
-        self.down(stream, self._grid(down, down_bound * self.down_columns), h, desc, plan, rows, down_at)
+            h = activation_descriptor(h, self.h_block, self.down_gluon)
+        self.down(stream, self._grid(down, down_bound * self.down_columns), h, *weights, plan, rows, down_at)
         self.combine(stream, (T, self.combine_columns, 1), rows, ids_TK, weights_TK, y_TH)
         return y_TH
 
@@ -120,10 +142,10 @@ class Recipe:
 
     def _group_pairs(self, stream: int, ids_TK: Tensor, plan: Tensor, pairs: int, up_at: int, down_at: int) -> None:
         experts = -(-self.E // 4)
-        if pairs <= routing.BLOCK:
-            block = routing.SMALL_BLOCK if pairs <= routing.SMALL_BLOCK else routing.BLOCK
-            self.group_few[block](stream, (experts, 1, 1), ids_TK, plan, pairs, up_at, down_at)
-            return
+        for block, launch in self.group_few.items():
+            if pairs <= block:
+                launch(stream, (experts, 1, 1), ids_TK, plan, pairs, up_at, down_at)
+                return
         blocks = -(-pairs // routing.BLOCK)
         counts = plan.new_empty(blocks * self.bins)
         self.count(stream, (blocks, 1, 1), ids_TK, counts, pairs)

@@ -5,8 +5,9 @@ position in the sorted order. Grouping writes one int32 buffer, the plan:
 
     plan[0], plan[1]                     row tiles of the up and of the down product
     plan[HEADER + row]                   slot of each row, sorted by expert, ties in token order
-    plan[tiles_at + 4 * tile ...]        per row tile: expert, first row, last row + 1 (and one unused word);
-                                         one table for up and one for down, whose tiles may differ in height
+    plan[tiles_at + 4 * tile ...]        per row tile: expert, first row, last row + 1, and 8 * m + n: it is number m of
+                                         n <= 4 neighbours of one expert, which a kernel may take together, column by
+                                         column. One table for up and one for down, whose tiles may differ in height
 
 Grids depend on sizes only, nothing is read back by the host, and the order is the same in every run: rows follow from
 counts of what comes before, so there are no atomics and no buffer that must be zero.
@@ -24,9 +25,8 @@ from tma_moe.kernel import Launch, current_stream, device_guard
 from tma_moe.support import interpreting
 
 HEADER = tl.constexpr(16)
-# Pairs that a program ranks at a time. A call of one block is grouped in one launch; the small block is for decoding.
-BLOCK = 2048
-SMALL_BLOCK = 256
+BLOCK = 2048  # pairs that a program ranks at a time
+FEW_BLOCKS = (256, 2048, 4096)  # sizes of a block that holds all pairs of a call, which is then grouped in one launch
 CHUNK = 16  # blocks whose counts one program adds up at a time
 
 
@@ -44,8 +44,8 @@ def route_topk(
     PDL: tl.constexpr,
 ):
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
@@ -81,19 +81,26 @@ def _load_ids(ids_ptr, pair, pairs, E: tl.constexpr):
 
 
 @triton.jit
-def _write_tiles(plan_ptr, tiles_at, role, counts, start, BINS: tl.constexpr, ROWS: tl.constexpr):
-    """The row tiles of all experts, expert by expert, and how many there are in all."""
+def _write_tiles(plan_ptr, tiles_at, role, counts, start, BINS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """The row tiles of all experts, expert by expert, and how many there are in all.
+
+    An expert gets as few tiles of at most ROWS rows as can be, all of one height, a multiple of STEP, but the last.
+    """
     experts = tl.arange(0, BINS)[:, None]
     tiles = (counts + ROWS - 1) // ROWS
+    most = tl.maximum(tiles, 1)
+    height = (((counts + most - 1) // most + STEP - 1) // STEP * STEP)[:, None]
     first = (tl.cumsum(tiles, axis=0) - tiles)[:, None]
     for at in range(0, tl.max(tiles, axis=0), 8):
         tile = at + tl.arange(0, 8)[None, :]
         entry = plan_ptr + tiles_at + 4 * (first + tile)
-        row = start[:, None] + tile * ROWS
+        row = start[:, None] + tile * height
         mine = tile < tiles[:, None]
         tl.store(entry, experts + tl.zeros_like(row), mask=mine)
         tl.store(entry + 1, row, mask=mine)
-        tl.store(entry + 2, tl.minimum(row + ROWS, (start + counts)[:, None]), mask=mine)
+        tl.store(entry + 2, tl.minimum(row + height, (start + counts)[:, None]), mask=mine)
+        number = tile % 4
+        tl.store(entry + 3, 8 * number + tl.minimum(tiles[:, None] - tile + number, 4), mask=mine)
     tl.store(plan_ptr + role, tl.sum(tiles, axis=0))
 
 
@@ -121,21 +128,23 @@ def group_few(
     E: tl.constexpr,
     BINS: tl.constexpr,
     UP_ROWS: tl.constexpr,
+    UP_STEP: tl.constexpr,
     DOWN_ROWS: tl.constexpr,
+    DOWN_STEP: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The whole plan in one launch, for at most BLOCK pairs: each program counts them all."""
+    """The whole plan in one launch, for at most BLOCK pairs (one of FEW_BLOCKS): each program counts them all."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     pair = tl.arange(0, BLOCK)
     ids = _load_ids(ids_ptr, pair, pairs, E)
     counts = tl.histogram(ids, BINS, mask=ids >= 0)
     start = tl.cumsum(counts, axis=0) - counts
     if tl.program_id(0) == 0:
-        _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS)
-        _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS)
+        _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS, UP_STEP)
+        _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS, DOWN_STEP)
     _rank(ids, pair, start, plan_ptr, BLOCK)
 
 
@@ -145,8 +154,8 @@ def count_pairs(
 ):
     """First of three launches for many pairs: counts[block, e], the pairs of each expert in each block of BLOCK."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     block = tl.program_id(0)
     ids = _load_ids(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), pairs, E)
     counts = tl.histogram(ids, BINS, mask=ids >= 0)
@@ -162,14 +171,16 @@ def place_blocks(
     down_tiles_at,
     BINS: tl.constexpr,
     UP_ROWS: tl.constexpr,
+    UP_STEP: tl.constexpr,
     DOWN_ROWS: tl.constexpr,
+    DOWN_STEP: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Second: the tiles, and counts[block, e] becomes the first row of expert e's pairs in the block. One program."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     experts = tl.arange(0, BINS)
     counts = tl.zeros([BINS], tl.int32)
     for at in range(0, blocks, CHUNK):
@@ -183,8 +194,8 @@ def place_blocks(
         here = tl.load(table, mask=block < blocks, other=0)
         tl.store(table, base[None, :] + tl.cumsum(here, axis=0) - here, mask=block < blocks)
         base += tl.sum(here, axis=0)
-    _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS)
-    _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS)
+    _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS, UP_STEP)
+    _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS, DOWN_STEP)
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -200,8 +211,8 @@ def rank_pairs(
 ):
     """Third: program (p, block) writes the rows of four experts' pairs in one block."""
     if PDL:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
     block = tl.program_id(1)
     pair = block * BLOCK + tl.arange(0, BLOCK)
     base = tl.load(counts_ptr + block * BINS + tl.arange(0, BINS))

@@ -44,7 +44,7 @@ class Resources:
 
 def families(shape: MoeShape, num_tokens: int) -> list[dict[str, list[Tiles]]]:
     """Candidates by role, in groups whose members combine freely: decode alone; all others with each other."""
-    large = (_swap, _grouped, _specialized)
+    large = (_swap, _grouped, _specialized, _streamed)
     found = [{role: [tiles for family in large for tiles in family(role, shape, num_tokens)] for role in ROLES}]
     if num_tokens * shape.experts_per_token <= DECODE_PAIRS:
         found.insert(0, {role: _decode(role, shape) for role in ROLES})
@@ -108,6 +108,19 @@ def _specialized(role: str, shape: MoeShape, num_tokens: int) -> list[Tiles]:
         for cols in ((64, 128) if role == "up" else (128, 256))
         for stages in (3, 4, 6)
         if _fits(role, 128, cols, 64, 8, stages)
+    ]
+
+
+def _streamed(role: str, shape: MoeShape, num_tokens: int) -> list[Tiles]:
+    mean = _rows_per_expert(shape, num_tokens)
+    if mean < 32 or not has_gluon():
+        return []
+    # As deep a ring as fits beside some 20 KB for the stores' exchange between threads.
+    return [
+        Tiles("streamed", rows, 64 if role == "up" else 128, 64, 4, stages, 1)
+        for rows, depths in ((96, (4, 7)), (160, (4, 5)), (288, (3, 4)))
+        if rows >= mean or rows == 288
+        for stages in depths
     ]
 
 

@@ -39,6 +39,7 @@ def has_gluon() -> bool:
     """Whether the Gluon kernels can be imported: Gluon is experimental and may change with any triton release."""
     try:
         importlib.import_module("tma_moe.specialized_gemm")
+        importlib.import_module("tma_moe.streamed_gemm")
     except Exception:
         return False
     return True

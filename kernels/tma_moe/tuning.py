@@ -3,10 +3,10 @@
 A configuration file is JSON, one file for a device and a triton version:
 
     {
-      "devices": ["NVIDIA H200", "NVIDIA H100 80GB HBM3"],   names as torch.cuda.get_device_name gives them
-      "measured_on": "NVIDIA H200",                           the one that was timed
-      "note": "...",                                          anything a reader should know (optional)
-      "triton": "3.6.0",                                      the version it was timed with
+      "devices": ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"],   names as torch.cuda.get_device_name gives them
+      "measured_on": "NVIDIA H100 80GB HBM3",                      the one that was timed
+      "note": "...",                                               anything a reader should know (optional)
+      "triton": "3.6.0",                                           the version it was timed with
       "shapes": [
         {
           "experts": 128, "topk": 8, "hidden": 2048, "width": 768,
@@ -34,7 +34,9 @@ from pathlib import Path
 from tma_moe.support import has_gluon
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-KERNELS = ("decode", "swap", "grouped", "specialized")
+KERNELS = ("decode", "swap", "grouped", "specialized", "streamed")
+GLUON_KERNELS = ("specialized", "streamed")
+STREAMED_ROWS = (96, 160, 288)  # the most rows of a tile: a power of two and 32 more
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,21 @@ class Tiles:
             raise ValueError(f"tiles: kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
         for name in ("rows", "cols", "block_k", "warps", "stages"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1 or (name != "stages" and value & (value - 1)):
+            free = name == "stages" or (name == "rows" and self.kernel == "streamed")
+            if not isinstance(value, int) or value < 1 or (not free and value & (value - 1)):
                 raise ValueError(f"tiles: {name} must be a power of two (stages: at least 1), got {value!r}")
         if self.kernel == "specialized" and (self.warps != 4 or self.rows < 128 or self.block_k < 64):
             raise ValueError("tiles: 'specialized' takes 4 warps, at least 128 rows and a block_k of at least 64")
+        if self.kernel == "streamed" and not (
+            self.warps == 4 and self.rows in STREAMED_ROWS and self.cols in (64, 128) and self.block_k == 64
+        ):
+            rows = ", ".join(map(str, STREAMED_ROWS))
+            raise ValueError(f"tiles: 'streamed' takes 4 warps, 64 (up) or 128 (down) cols, block_k 64, rows of {rows}")
+
+    @property
+    def step(self) -> int:
+        """Heights of tiles are multiples of this many rows: an expert's rows are cut evenly as far as it allows."""
+        return 32 if self.kernel == "streamed" else self.rows
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,7 @@ def _without_gluon(choice: Choice) -> Choice:
     """The same choice with the kernels of grouped_gemm.py for those of specialized_gemm.py."""
 
     def tiles(chosen: Tiles, instead: Tiles) -> Tiles:
-        return instead if chosen.kernel == "specialized" else chosen
+        return instead if chosen.kernel in GLUON_KERNELS else chosen
 
     return Choice(choice.max_tokens, tiles(choice.up, GROUPED_UP), tiles(choice.down, GROUPED_DOWN))
 

@@ -28,20 +28,18 @@ PRODUCTS = {
     "grouped_up": 1,
     "grouped_down": 2,
 }
+# The least number of TMA loads in the text of a kernel in Gluon; tokens of the up products are gathered.
+GLUON_PRODUCTS = {"specialized_up": 2, "specialized_down": 2, "streamed_up": 3, "streamed_down": 9}
 
 
 def shipped() -> dict[str, tuple[tuple[int, int, int, int], tuning.Choice, torch.dtype]]:
     """What this triton would be given: choices in configs/, and the defaults for two shapes, one of them in fp16."""
     found = {}
-    files = {path: tuning.load(path) for path in sorted(tuning.CONFIG_DIR.glob("*.json"))}
-    # As the look-up does: files of other versions serve only if this version has none.
-    versions = {file["triton"] for file in files.values()}
-    if triton.__version__ in versions:
-        versions = {triton.__version__}
-    for path, file in files.items():
-        for shape, choices in file["shapes"] if file["triton"] in versions else ():
-            for choice in choices:
-                found[f"{path.stem}-{choice.max_tokens}"] = (shape, choice, torch.bfloat16)
+    files = [tuning.load(path) for path in sorted(tuning.CONFIG_DIR.glob("*.json"))]
+    shapes = {(file["devices"][0], shape) for file in files for shape, _ in file["shapes"]}
+    for device, shape in sorted(shapes):
+        for choice in tuning.choices_for(device, triton.__version__, *shape):
+            found[f"{device}-{choice.max_tokens}"] = (shape, choice, torch.bfloat16)
     for name, shape, dtype in (
         ("default", (128, 8, 2048, 768), torch.bfloat16),
         ("default-mixtral", (8, 2, 4096, 14336), torch.float16),
@@ -80,7 +78,8 @@ def test_shipped_choice(name, monkeypatch, compiled):
     expected = {"decode_up", "decode_down"}
     if choice.up.kernel != "decode":
         expected = {f"{choice.up.kernel}_up", f"{choice.down.kernel}_down", "combine"}
-        expected |= {"group_few"} if T * shape[1] <= routing.BLOCK else {"count_pairs", "place_blocks", "rank_pairs"}
+        few = T * shape[1] <= max(routing.FEW_BLOCKS)
+        expected |= {"group_few"} if few else {"count_pairs", "place_blocks", "rank_pairs"}
     assert set(kernels) == expected
     for kernel_name, kernel in kernels.items():
         assert kernel.spilled == 0, f"{kernel_name} spills {kernel.spilled} bytes"
@@ -88,6 +87,11 @@ def test_shipped_choice(name, monkeypatch, compiled):
         assert kernel.scratch == 0, f"{kernel_name} asks for global scratch memory, which needs an allocator"
         assert kernel.count("griddepcontrol.wait") == 1
         assert kernel.count("griddepcontrol.launch_dependents") == 1
+        if kernel_name in GLUON_PRODUCTS:
+            assert kernel.count("wgmma.mma_async") > 0
+            assert kernel.count("mma.sync") == 0
+            assert kernel.count("cp.async.bulk.tensor") >= GLUON_PRODUCTS[kernel_name]
+            assert kernel.count("setmaxnreg") > 0, f"{kernel_name} does not share out its registers"
         if kernel_name in PRODUCTS:
             tiles = choice.up if kernel_name.endswith("_up") else choice.down
             assert kernel.warps == tiles.warps

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import tma_moe
 import torch
-from tma_moe import descriptors, support
+from tma_moe import descriptors, launch, support
 from tma_moe.reference import fused_moe_reference
+from tma_moe.tuning import STREAMED_ROWS, Choice, Tiles
 
 MISSING = "triton's interpreter is on" if support.interpreting() else tma_moe.unavailable("cuda", torch.bfloat16)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
@@ -214,6 +215,29 @@ def test_other_models(sizes, T):
     assert_as_good_as_the_dtype(y, *inputs, layer, (layer.gate_up.float(), layer.down.float()))
 
 
+@pytest.mark.parametrize("rows", STREAMED_ROWS)
+def test_streamed_tiles_of_every_width(rows):
+    """Experts of as many rows as there are edges of tile widths, with sizes that are no multiple of a block."""
+    edges = (32, 64, 96, 128, 160, 192, 256, 288, 576, 1152)
+    counts = [0, 1, *(edge + beside for edge in edges for beside in (-1, 0, 1)), 1600]
+    sizes = (len(counts), 264, 136)
+    experts = make_experts(sizes=sizes)
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].to("cuda", torch.int32)[:, None]
+    x = make_inputs(len(ids), sizes=(len(counts), 1, 264))[0]
+    weights = torch.rand(len(ids), 1, device="cuda") + 0.5
+    choice = Choice(None, *(Tiles("streamed", rows, cols, 64, 4, 4, 1) for cols in (64, 128)))
+    recipe = launch.Recipe(x.device, len(counts), 1, 264, 136, choice)
+    torch.full_like(x, float("nan"))  # what is never written shows as NaN
+    y = recipe.run(x, ids, weights, experts)
+    assert_as_good_as_the_dtype(y, x, ids, weights, experts, (experts.gate_up.float(), experts.down.float()))
+    x[7] = float("nan")
+    dirty = recipe.run(x, ids, weights, experts)
+    assert dirty[7].isnan().all()
+    dirty[7] = y[7]
+    assert torch.equal(dirty, y)
+
+
 def test_host_time_by_policy():
     """48 layers launched eagerly at one token and at 64: `owned` must be the cheapest, and under 60 us a layer."""
     layers = [make_experts(sizes=(8, 256, 128)) for _ in range(48)]
@@ -249,11 +273,12 @@ for parameter in experts.parameters():
 device = torch.device("cuda", 0)
 swap = Choice(None, Tiles("swap", 16, 64, 64, 4, 3), Tiles("swap", 16, 128, 64, 4, 3))
 grouped = Choice(None, Tiles("grouped", 64, 64, 64, 4, 3, 1, True), Tiles("grouped", 64, 64, 64, 4, 3, 1, True))
+streamed = Choice(None, Tiles("streamed", 96, 64, 64, 4, 4, 1), Tiles("streamed", 160, 128, 64, 4, 4, 1))
 special = Choice(None, Tiles("specialized", 128, 64, 64, 4, 3, 1), Tiles("specialized", 128, 128, 64, 4, 3, 1))
 decode = Choice(None, Tiles("decode", 1, 4, 128, 4, 1), Tiles("decode", 1, 8, 64, 4, 1))
 calls = [(3, decode), (70, swap), (70, grouped), (900, swap)]
 if "memcheck" in sys.argv:
-    calls.append((200, special))
+    calls += [(200, special), (300, streamed)]
 for T, choice in calls:
     ids, weights = tma_moe.route(torch.randn(T, 6, device="cuda"), 3)
     recipe = launch.Recipe(device, 6, 3, 128, 64, choice)
@@ -265,7 +290,7 @@ print("done")
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool):
-    """racecheck leaves out the specialised kernels: it reports triton's own hand-over of work to the warp groups, which
+    """racecheck leaves out the kernels in Gluon: it reports triton's own hand-over of work to the warp groups, which
     goes through shared memory and barriers of a part of the threads, and cannot follow mbarriers."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():

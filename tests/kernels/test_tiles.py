@@ -81,9 +81,11 @@ def test_dumped_buckets_load_again(monkeypatch, tmp_path):
 
 def test_without_gluon_the_triton_kernels_serve(monkeypatch):
     monkeypatch.setattr(tuning, "has_gluon", lambda: False)
-    choices = tuning.choices_for("NVIDIA H200", "3.6.0", **QWEN3_VL_30B)
-    assert all("specialized" not in (choice.up.kernel, choice.down.kernel) for choice in choices)
-    assert choices[-1].down == tuning.GROUPED_DOWN
+    for device in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"):
+        choices = tuning.choices_for(device, "3.6.0", **QWEN3_VL_30B)
+        used = {tiles.kernel for choice in choices for tiles in (choice.up, choice.down)}
+        assert used == {"decode", "swap", "grouped"}
+        assert choices[-1].down == tuning.GROUPED_DOWN
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,7 @@ def test_without_gluon_the_triton_kernels_serve(monkeypatch):
         (lambda c: c["shapes"][0]["buckets"][0].update(up={**SWAP, "kernel": "decode"}), "must both be 'decode'"),
         (lambda c: c["shapes"][0]["buckets"][0]["up"].update(depth=3), "unexpected keyword argument 'depth'"),
         (lambda c: c["shapes"][0]["buckets"][0]["up"].update(kernel="specialized"), "at least 128 rows"),
+        (lambda c: c["shapes"][0]["buckets"][0]["up"].update(kernel="streamed"), "rows of 96, 160, 288"),
         (lambda c: c["shapes"][0]["buckets"].reverse(), "max_tokens must rise and the last bucket must have none"),
         (lambda c: c["shapes"][0].update(buckets=[]), "max_tokens must rise"),
     ],

@@ -198,24 +198,27 @@ def test_gradients_are_refused():
         tma_moe.fused_moe(problem.x, problem.ids, problem.weights, problem.experts)
 
 
-@pytest.mark.parametrize("small", [256, 64], ids=["one-small-block", "one-block"])
-@pytest.mark.parametrize("block", [256, 32], ids=["one-launch", "counted"])
-@pytest.mark.parametrize("rows", [(16, 64), (64, 16)])
-def test_plan(monkeypatch, small, block, rows):
+@pytest.mark.parametrize("few", [(64, 256), (256,), (16, 32)], ids=["second-block", "one-block", "counted"])
+@pytest.mark.parametrize("kernels", [("swap", "streamed"), ("streamed", "swap")])
+def test_plan(monkeypatch, few, kernels):
     """The invariants of grouping: rows sorted by expert and stable, tiles that cover every row once."""
     from tma_moe import launch, routing
     from tma_moe.kernel import current_stream
 
-    monkeypatch.setattr(routing, "SMALL_BLOCK", small)
-    monkeypatch.setattr(routing, "BLOCK", block)
+    monkeypatch.setattr(routing, "FEW_BLOCKS", few)
+    monkeypatch.setattr(routing, "BLOCK", 32)
     monkeypatch.setattr(routing, "CHUNK", 4)
-    problem = Problem(61, E=6, K=3)
+    problem = Problem(73, E=6, K=3)
     problem.ids[problem.ids == 2] = 1  # an empty expert
+    problem.ids[:, 2] = 3  # a large one
     problem.ids[7, 0] = 6  # and an id that is no expert
-    up, down = (Tiles("swap", n, 64, 16, 4, 2) for n in rows)
-    recipe = launch.Recipe(problem.x.device, 6, 3, 40, 24, Choice(None, up, down))
+    made = {"swap": Tiles("swap", 16, 64, 16, 4, 2), "streamed": Tiles("streamed", 96, 64, 64, 4, 2)}
+    up, down = (made[kernel] for kernel in kernels)
+    recipe = object.__new__(launch.Recipe)  # only its grouping: Gluon kernels cannot be made everywhere
+    recipe.E, recipe.bins = 6, 8
+    recipe.make_grouping(up, down, pdl=not support.interpreting())
     pairs = problem.ids.numel()
-    bounds = [launch._tiles_bound(pairs, 6, n) for n in rows]
+    bounds = [launch._tiles_bound(pairs, 6, tiles.rows) for tiles in (up, down)]
     at = [routing.HEADER.value + pairs]
     at.append(at[0] + 4 * bounds[0])
     plan = torch.full((at[1] + 4 * bounds[1],), -7, dtype=torch.int32, device=problem.x.device)
@@ -226,15 +229,28 @@ def test_plan(monkeypatch, small, block, rows):
     slots = torch.arange(pairs)[valid][expected]
     first_row = routing.HEADER.value
     assert torch.equal(plan[first_row : first_row + slots.numel()].long(), slots)
-    for role, height in enumerate(rows):
-        tiles = plan[at[role] : at[role] + 4 * int(plan[role])].view(-1, 4)
+    for role, chosen in enumerate((up, down)):
+        tiles = plan[at[role] : at[role] + 4 * int(plan[role])].view(-1, 4).tolist()
         assert len(tiles) <= bounds[role]
         covered = []
-        for expert, first, last, _ in tiles.tolist():
-            assert 0 < last - first <= height
+        by_expert: dict[int, list[int]] = {}
+        for expert, first, last, _ in tiles:
+            assert 0 < last - first <= chosen.rows
             assert (ids[slots[first:last]] == expert).all()
             covered += range(first, last)
+            by_expert.setdefault(expert, []).append(last - first)
         assert covered == list(range(slots.numel()))
+        for heights in by_expert.values():
+            # As few tiles as can be, all of one height but the last, a multiple of the step.
+            assert len(heights) == -(-sum(heights) // chosen.rows)
+            assert len(set(heights[:-1])) <= 1
+            assert all(height % chosen.step == 0 for height in heights[:-1])
+            assert heights[-1] <= heights[0]
+        neighbours = [
+            (m, min(4, len(heights) - m // 4 * 4)) for heights in by_expert.values() for m in range(len(heights))
+        ]
+        assert [(word // 8, word % 8) for *_, word in tiles] == [(m % 4, n) for m, n in neighbours]
+        assert max(len(heights) for heights in by_expert.values()) > (4 if chosen.kernel == "swap" else 0)
 
 
 @pytest.mark.parametrize(("T", "E", "k"), [(1, 8, 2), (70, 5, 5), (9, 130, 8)])
