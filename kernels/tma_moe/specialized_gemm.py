@@ -12,25 +12,19 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-# triton 3.9 renamed both copies.
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-gather_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-
-PLAN_HEADER = gl.constexpr(16)  # routing.HEADER
-CONSUMERS = gl.constexpr(2)
-
-
-@gluon.jit
-def _wait_for_previous_kernel():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+from tma_moe.gluon_parts import (
+    CONSUMERS,
+    PLAN_HEADER,
+    gather_load,
+    halves,
+    let_next_kernel_start,
+    tma_load,
+    wait_for_previous_kernel,
+)
 
 
 @gluon.jit
@@ -60,14 +54,6 @@ def _tile(plan_ptr, tiles_at, tile, COL_TILES: gl.constexpr, COLS: gl.constexpr)
     """Expert, first row, last row + 1 and first column of an output tile."""
     entry = plan_ptr + tiles_at + 4 * (tile // COL_TILES)
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), tile % COL_TILES * COLS
-
-
-@gluon.jit
-def _halves(x):
-    """Left and right half of the columns; both stay in the registers that they are in."""
-    rows: gl.constexpr = x.shape[0]
-    cols: gl.constexpr = x.shape[1] // 2
-    return x.reshape([rows, 2, cols]).permute((0, 2, 1)).split()
 
 
 @gluon.jit
@@ -113,7 +99,7 @@ def _store(values, row_ptrs, inside, first_col, width, layout: gl.constexpr):
     """Stores [ROWS, COLS] in pieces of 64 columns: the exchange between threads then takes little shared memory."""
     cols: gl.constexpr = values.shape[1]
     if cols > 64:
-        left, right = _halves(values)
+        left, right = halves(values)
         _store(left, row_ptrs, inside, first_col, width, layout)
         _store(right, row_ptrs, inside, first_col + cols // 2, width, layout)
     else:
@@ -135,7 +121,7 @@ def _consume_up(half: gl.constexpr, ring, plan_ptr, h_ptr, tiles_at, total, size
         _, first, last, n = _tile(plan_ptr, tiles_at, tile, (I + COLS - 1) // COLS, COLS)
         if first + half * ROWS < last:
             acc, step = _multiply(ring, step, half, K_STEPS, 2 * COLS, True)
-            gate, up = _halves(acc)
+            gate, up = halves(acc)
             h = (gate / (1.0 + gl.exp(-gate)) * up).to(h_ptr.dtype.element_ty)
             rows = first + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             _store(h, h_ptr + rows.to(gl.int64) * I, rows < last, n, I, layout)
@@ -191,7 +177,8 @@ def specialized_up(
     STAGES: gl.constexpr,
 ):
     """h[row, n] = silu(gate[e, n] . x[token]) * (up[e, n] . x[token]); tokens are gathered by the producer."""
-    _wait_for_previous_kernel()
+    let_next_kernel_start()
+    wait_for_previous_kernel()
     total = gl.load(plan_ptr) * ((I + COLS - 1) // COLS)
     swizzled: gl.constexpr = gate_up_desc.layout
     dtype: gl.constexpr = gate_up_desc.dtype
@@ -262,7 +249,8 @@ def specialized_down(
     STAGES: gl.constexpr,
 ):
     """rows[slot, n] = down[e, n] . h[row]. Tiles may run into the next expert's rows; only the store is masked."""
-    _wait_for_previous_kernel()
+    let_next_kernel_start()
+    wait_for_previous_kernel()
     total = gl.load(plan_ptr + 1) * ((H + COLS - 1) // COLS)
     swizzled: gl.constexpr = down_desc.layout
     dtype: gl.constexpr = down_desc.dtype

@@ -12,145 +12,18 @@ pipeline cannot arrange. Gluon is part of triton, has no interpreter, and is sti
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from tma_moe.gluon_parts import (
+    PLAN_HEADER,
+    gather_load,
+    halves,
+    let_next_kernel_start,
+    prefetch_rows,
+    tma_load,
+    wait_for_previous_kernel,
 )
-
-# triton 3.9 renamed both copies.
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-gather_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-
-PLAN_HEADER = gl.constexpr(16)  # routing.HEADER
-BLOCK_K = gl.constexpr(64)  # 128 bytes, the width of the swizzle
-WEIGHT_ROWS = gl.constexpr(128)
-CONSUMERS = gl.constexpr(2)
-AHEAD = gl.constexpr(512)  # values of each row of weights that are prefetched
-TAIL = gl.constexpr(32)  # tokens beside the largest power of two; also the step in which experts are cut into tiles
-
-
-@gluon.jit
-def _wait_for_previous_kernel():
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _let_next_kernel_start():
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _prefetch_rows(weights_ptr, first_row, N: gl.constexpr, K: gl.constexpr):
-    """Asks L2 for the first AHEAD values of N rows [K] of weights, while the kernel before still runs."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [32 // (AHEAD // 64), AHEAD // 64], [4, 1], [1, 0])
-    rows = first_row + gl.arange(0, N, gl.SliceLayout(1, layout))
-    first = gl.minimum(gl.arange(0, AHEAD // 64, gl.SliceLayout(0, layout)) * 64, K - 1)  # a line of L2 is 64 values
-    at = weights_ptr + (rows.to(gl.int64) * K)[:, None] + first[None, :]
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _make_ring(desc, STAGES: gl.constexpr, ROWS: gl.constexpr, FULL_COUNT: gl.constexpr):
-    """STAGES buffers of weights and tokens with their barriers: (weights, tokens, tail of tokens, full, empty)."""
-    dtype: gl.constexpr = desc.dtype
-    flat: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    weights = gl.allocate_shared_memory(dtype, [STAGES] + desc.block_type.shape, desc.layout)  # noqa: RUF005
-    tokens = gl.allocate_shared_memory(dtype, [STAGES, ROWS - TAIL, BLOCK_K], flat)
-    tail = gl.allocate_shared_memory(dtype, [STAGES, TAIL, BLOCK_K], flat)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=FULL_COUNT)
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
-    fence_async_shared()
-    return weights, tokens, tail, full, empty
-
-
-@gluon.jit
-def _tile(plan_ptr, tiles_at, tile, total, COL_TILES: gl.constexpr):
-    """Expert, first row, last row + 1 and column tile of an output tile; of the last one past the end.
-
-    Neighbouring row tiles of an expert go through the columns together, so that one of them finds the weights in L2.
-    """
-    tile = gl.minimum(tile, total - 1)
-    row_tile = tile // COL_TILES
-    word = gl.load(plan_ptr + tiles_at + 4 * row_tile + 3)
-    number, neighbours = word // 8, word % 8
-    row_tile -= number
-    place = tile - row_tile * COL_TILES
-    entry = plan_ptr + tiles_at + 4 * (row_tile + place % neighbours)
-    return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), place // neighbours
-
-
-@gluon.jit
-def _tokens(ring, stage, A: gl.constexpr, B: gl.constexpr):
-    """The buffers of A and of B more tokens (the first A again if B is 0)."""
-    _, tokens, tail, _, _ = ring
-    first = tokens.index(stage).slice(0, A)
-    if B == 0:
-        return first, first
-    elif tokens.shape[1] >= A + B:
-        return first, tokens.index(stage).slice(A, B)
-    else:
-        return first, tail.index(stage)
-
-
-@gluon.jit
-def _halves(x, axis: gl.constexpr):
-    """Both halves of a tensor along an axis, if they are in different registers of the same threads."""
-    half: gl.constexpr = x.shape[axis] // 2
-    if len(x.shape) == 1:
-        return x.reshape([2, half]).permute((1, 0)).split()
-    elif axis == 0:
-        return x.reshape([2, half, x.shape[1]]).permute((1, 2, 0)).split()
-    else:
-        return x.reshape([x.shape[0], 2, half]).permute((0, 2, 1)).split()
-
-
-@gluon.jit
-def _multiply(
-    ring, step, half: gl.constexpr, K_STEPS: gl.constexpr, A: gl.constexpr, B: gl.constexpr, GATHERED: gl.constexpr
-):
-    """This consumer's 64 weight rows times A and B tokens: float32 [64, A] and [64, B] (the first again if B is 0)."""
-    weights, _, _, full, empty = ring
-    STAGES: gl.constexpr = full.shape[0]
-    PRODUCTS: gl.constexpr = 1 if B == 0 else 2
-    layout_a: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, A, 16])
-    layout_b: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, B if B > 0 else 32, 16]
-    )
-    acc_a = gl.zeros([64, A], gl.float32, layout_a)
-    acc_b = gl.zeros([64, B if B > 0 else 32], gl.float32, layout_b)
-    for k in range(K_STEPS):
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        if GATHERED:
-            # Gathered rows come by ordinary asynchronous copies, which the tensor core sees only after a fence.
-            fence_async_shared()
-        w = weights.index(stage).reshape([WEIGHT_ROWS, BLOCK_K]).slice(half * 64, 64)
-        a, b = _tokens(ring, stage, A, B)
-        acc_a = warpgroup_mma(w, a.permute((1, 0)), acc_a, is_async=True)
-        if B > 0:
-            acc_b = warpgroup_mma(w, b.permute((1, 0)), acc_b, is_async=True)
-            # With one step's products under way, those before have read their buffers.
-            acc_a, acc_b = warpgroup_mma_wait(PRODUCTS, deps=(acc_a, acc_b))
-        else:
-            acc_a = warpgroup_mma_wait(PRODUCTS, deps=(acc_a,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
-        step += 1
-    if B > 0:
-        acc_a, acc_b = warpgroup_mma_wait(0, deps=(acc_a, acc_b))
-    else:
-        acc_a = warpgroup_mma_wait(0, deps=(acc_a,))
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-    return acc_a, acc_b
+from tma_moe.streamed_parts import BLOCK_K, TAIL, WEIGHT_ROWS, by_width, find_tile, make_ring, multiply, token_buffers
 
 
 @gluon.jit
@@ -166,7 +39,7 @@ def _store_h(h, h_ptr, row, last, col, I: gl.constexpr):  # noqa: E741
     """Stores [C, N] transposed, 64 tokens at a time: the exchange between threads then takes little shared memory."""
     N: gl.constexpr = h.shape[1]
     if N > 64:
-        left, right = _halves(h, 1)
+        left, right = halves(h)
         _store_h(left, h_ptr, row, last, col, I)
         _store_h(right, h_ptr, row + N // 2, last, col, I)
     else:
@@ -184,37 +57,11 @@ def _up_tile(
 ):
     H: gl.constexpr = sizes[0]
     I: gl.constexpr = sizes[1]  # noqa: E741
-    acc_a, acc_b = _multiply(ring, step, half, (H + BLOCK_K - 1) // BLOCK_K, A, B, True)
+    acc_a, acc_b = multiply(ring, step, half, (H + BLOCK_K - 1) // BLOCK_K, A, B, True)
     col = n + half * 32
     _store_h(_swiglu(acc_a, h_ptr.dtype.element_ty), h_ptr, first, last, col, I)
     if B > 0:
         _store_h(_swiglu(acc_b, h_ptr.dtype.element_ty), h_ptr, first + A, last, col, I)
-
-
-@gluon.jit
-def _by_width(rows, ROWS: gl.constexpr, fn: gl.constexpr, args):
-    """Calls fn(A, B, *args) with the narrowest A + B that holds a tile's tokens."""
-    if ROWS < 160:
-        if rows <= 32:
-            fn(32, 0, *args)
-        elif rows <= 64:
-            fn(64, 0, *args)
-        else:
-            fn(64, 32, *args)
-    elif rows <= 64:
-        fn(64, 0, *args)
-    elif rows <= 96:
-        fn(64, 32, *args)
-    elif rows <= 128:
-        fn(128, 0, *args)
-    elif ROWS < 288 or rows <= 160:
-        fn(128, 32, *args)
-    elif rows <= 192:
-        fn(128, 64, *args)
-    elif rows <= 256:
-        fn(256, 0, *args)
-    else:
-        fn(256, 32, *args)
 
 
 @gluon.jit
@@ -223,11 +70,11 @@ def _consume_up(half: gl.constexpr, ring, plan_ptr, h_ptr, tiles_at, total, size
     COL_TILES: gl.constexpr = (sizes[1] + 63) // 64
     ROWS: gl.constexpr = sizes[2]
     step = 0
-    _, first, last, col = _tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
+    _, first, last, col = find_tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         # Where the next tile lies is read long before it is needed.
-        _, next_first, next_last, next_col = _tile(plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES)
-        _by_width(last - first, ROWS, _up_tile, (half, ring, step, h_ptr, first, last, col * 64, sizes))
+        _, next_first, next_last, next_col = find_tile(plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES)
+        by_width(last - first, ROWS, _up_tile, (half, ring, step, h_ptr, first, last, col * 64, sizes))
         step += (H + BLOCK_K - 1) // BLOCK_K
         first, last, col = next_first, next_last, next_col
 
@@ -257,7 +104,7 @@ def _fill_up(
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(stage), desc.block_type.nbytes)
         tma_load(desc, [e, n // 8, 0, 0, at], full.index(stage), weights.index(stage))
-        a, b = _tokens(ring, stage, A, B)
+        a, b = token_buffers(ring, stage, A, B)
         if H % BLOCK_K == 0:
             gather_load(a, x_a + at, mask=real_a)
             if B > 0:
@@ -276,11 +123,13 @@ def _produce_up(x_ptr, desc, ring, plan_ptr, tiles_at, total, TOPK: gl.constexpr
     COL_TILES: gl.constexpr = (sizes[1] + 63) // 64
     ROWS: gl.constexpr = sizes[2]
     step = 0
-    e, first, last, col = _tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
+    e, first, last, col = find_tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        next_e, next_first, next_last, next_col = _tile(plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES)
+        next_e, next_first, next_last, next_col = find_tile(
+            plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES
+        )
         n = col * 64
-        _by_width(last - first, ROWS, _fill_up, (ring, step, x_ptr, desc, plan_ptr, e, first, last, n, TOPK, sizes))
+        by_width(last - first, ROWS, _fill_up, (ring, step, x_ptr, desc, plan_ptr, e, first, last, n, TOPK, sizes))
         step += (H + BLOCK_K - 1) // BLOCK_K
         e, first, last, col = next_e, next_first, next_last, next_col
 
@@ -301,18 +150,18 @@ def streamed_up(
     STAGES: gl.constexpr,
 ):
     """h[row, n] = silu(gate[e, n] . x[token]) * (up[e, n] . x[token]); tokens are gathered by the producer."""
-    _let_next_kernel_start()
+    let_next_kernel_start()
     COL_TILES: gl.constexpr = (I + 63) // 64
     # Experts are not grouped yet. If each needs one tile, this program's first is most likely this one.
     e = gl.program_id(0) // COL_TILES
     n = gl.program_id(0) % COL_TILES * 64
     if (e < E) & (n + 64 <= I) & (tiles_at <= PLAN_HEADER + E * ROWS):
-        _prefetch_rows(gate_up_ptr, e * 2 * I + n, 64, H)
-        _prefetch_rows(gate_up_ptr, e * 2 * I + I + n, 64, H)
-    _wait_for_previous_kernel()
+        prefetch_rows(gate_up_ptr, e * 2 * I + n, 64, H)
+        prefetch_rows(gate_up_ptr, e * 2 * I + I + n, 64, H)
+    wait_for_previous_kernel()
     total = gl.load(plan_ptr) * COL_TILES
     # A buffer is full after the producer's announcement of TMA's bytes and the copies of each of its 128 threads.
-    ring = _make_ring(gate_up_desc, STAGES, ROWS, 1 + 128)
+    ring = make_ring(gate_up_desc, STAGES, ROWS, 1 + 128)
     sizes: gl.constexpr = (H, I, ROWS)
     gl.warp_specialize(
         [
@@ -330,8 +179,8 @@ def _store_rows(out, rows_ptr, slots, row, last, col, H: gl.constexpr):
     """As `_store_h`, each token's row at its slot."""
     N: gl.constexpr = out.shape[1]
     if N > 64:
-        left, right = _halves(out, 1)
-        left_slots, right_slots = _halves(slots, 0)
+        left, right = halves(out)
+        left_slots, right_slots = halves(slots)
         _store_rows(left, rows_ptr, left_slots, row, last, col, H)
         _store_rows(right, rows_ptr, right_slots, row + N // 2, last, col, H)
     else:
@@ -359,7 +208,7 @@ def _down_tile(
     H: gl.constexpr = sizes[0]
     slots_a = _slots(plan_ptr, first, last, A)
     slots_b = _slots(plan_ptr, first + A, last, B if B > 0 else 32)
-    acc_a, acc_b = _multiply(ring, step, half, (sizes[1] + BLOCK_K - 1) // BLOCK_K, A, B, False)
+    acc_a, acc_b = multiply(ring, step, half, (sizes[1] + BLOCK_K - 1) // BLOCK_K, A, B, False)
     col = n + half * 64
     dtype: gl.constexpr = rows_ptr.dtype.element_ty
     _store_rows(acc_a.to(dtype), rows_ptr, slots_a, first, last, col, H)
@@ -372,11 +221,11 @@ def _consume_down(half: gl.constexpr, ring, plan_ptr, rows_ptr, tiles_at, total,
     COL_TILES: gl.constexpr = (sizes[0] + WEIGHT_ROWS - 1) // WEIGHT_ROWS
     ROWS: gl.constexpr = sizes[2]
     step = 0
-    _, first, last, col = _tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
+    _, first, last, col = find_tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        _, next_first, next_last, next_col = _tile(plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES)
+        _, next_first, next_last, next_col = find_tile(plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES)
         n = col * WEIGHT_ROWS
-        _by_width(last - first, ROWS, _down_tile, (half, ring, step, plan_ptr, rows_ptr, first, last, n, sizes))
+        by_width(last - first, ROWS, _down_tile, (half, ring, step, plan_ptr, rows_ptr, first, last, n, sizes))
         step += (sizes[1] + BLOCK_K - 1) // BLOCK_K
         first, last, col = next_first, next_last, next_col
 
@@ -391,7 +240,7 @@ def _fill_down(A: gl.constexpr, B: gl.constexpr, ring, step, h_desc, down_desc, 
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(stage), BYTES)
         tma_load(down_desc, [e * sizes[0] + n, at], full.index(stage), weights.index(stage))
-        a, b = _tokens(ring, stage, A, B)
+        a, b = token_buffers(ring, stage, A, B)
         for i in gl.static_range(A // TAIL):
             tma_load(h_desc, [first + i * TAIL, at], full.index(stage), a.slice(i * TAIL, TAIL))
         for i in gl.static_range(B // TAIL):
@@ -404,11 +253,13 @@ def _produce_down(h_desc, down_desc, ring, plan_ptr, tiles_at, total, sizes: gl.
     COL_TILES: gl.constexpr = (sizes[0] + WEIGHT_ROWS - 1) // WEIGHT_ROWS
     ROWS: gl.constexpr = sizes[2]
     step = 0
-    e, first, last, col = _tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
+    e, first, last, col = find_tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        next_e, next_first, next_last, next_col = _tile(plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES)
+        next_e, next_first, next_last, next_col = find_tile(
+            plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES
+        )
         n = col * WEIGHT_ROWS
-        _by_width(last - first, ROWS, _fill_down, (ring, step, h_desc, down_desc, e, first, n, sizes))
+        by_width(last - first, ROWS, _fill_down, (ring, step, h_desc, down_desc, e, first, n, sizes))
         step += (sizes[1] + BLOCK_K - 1) // BLOCK_K
         e, first, last, col = next_e, next_first, next_last, next_col
 
@@ -428,16 +279,16 @@ def streamed_down(
     STAGES: gl.constexpr,
 ):
     """rows[slot, n] = down[e, n] . h[row]. Tiles may run into the next expert's rows; only the store is masked."""
-    _let_next_kernel_start()
+    let_next_kernel_start()
     COL_TILES: gl.constexpr = (H + WEIGHT_ROWS - 1) // WEIGHT_ROWS
     # The plan is there once programs of the up product have ended; were it not, this were a wrong guess.
     e = gl.load(plan_ptr + tiles_at + 4 * (gl.program_id(0) // COL_TILES))
     n = gl.program_id(0) % COL_TILES * WEIGHT_ROWS
     if (e >= 0) & (e < E) & (n + WEIGHT_ROWS <= H):
-        _prefetch_rows(down_ptr, e * H + n, WEIGHT_ROWS, I)
-    _wait_for_previous_kernel()
+        prefetch_rows(down_ptr, e * H + n, WEIGHT_ROWS, I)
+    wait_for_previous_kernel()
     total = gl.load(plan_ptr + 1) * COL_TILES
-    ring = _make_ring(down_desc, STAGES, ROWS, 1)
+    ring = make_ring(down_desc, STAGES, ROWS, 1)
     sizes: gl.constexpr = (H, I, ROWS)
     gl.warp_specialize(
         [

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from tma_moe.gluon_parts import CONSUMERS, tma_load
 from tma_moe.kernel import Launch, current_stream, device_guard
 from torch import Tensor
 from triton.experimental import gluon
@@ -20,17 +21,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # triton 3.9 renamed it
-
 QUERIES = gl.constexpr(128)  # of a tile, half of them each consumer's
 KEYS = gl.constexpr(128)
-CONSUMERS = gl.constexpr(2)
 
 
 @gluon.jit
@@ -53,8 +50,7 @@ def _find(q_starts_ptr, S, place, s, base):
 
 @gluon.jit
 def _span(q_starts_ptr, kv_starts_ptr, s, base, tiles, place, CAUSAL: gl.constexpr):
-    """First query, end of the sequence's queries, first key, number of keys, and for the tile: queries of the sequence
-    before it, blocks of keys."""
+    """Of the sequence: first query, end of its queries, first key, number of keys; of the tile: place, blocks of keys."""
     q_start, q_stop = gl.load(q_starts_ptr + s), gl.load(q_starts_ptr + s + 1)
     kv_start = gl.load(kv_starts_ptr + s)
     kv_len = gl.load(kv_starts_ptr + s + 1) - kv_start

@@ -1,0 +1,47 @@
+"""What kernels in Gluon share: names that triton 3.9 changed, programmatic dependent launch, prefetching, halving."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+# triton 3.9 renamed both copies.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+gather_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+PLAN_HEADER = gl.constexpr(16)  # routing.HEADER
+CONSUMERS = gl.constexpr(2)  # warp groups that multiply
+AHEAD = gl.constexpr(512)  # values of each row of weights that are prefetched
+
+
+@gluon.jit
+def let_next_kernel_start():
+    gl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_previous_kernel():
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def prefetch_rows(weights_ptr, first_row, N: gl.constexpr, K: gl.constexpr):
+    """Asks L2 for the first AHEAD values of N rows [K] of weights, while the kernel before still runs."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [32 // (AHEAD // 64), AHEAD // 64], [4, 1], [1, 0])
+    rows = first_row + gl.arange(0, N, gl.SliceLayout(1, layout))
+    first = gl.minimum(gl.arange(0, AHEAD // 64, gl.SliceLayout(0, layout)) * 64, K - 1)  # a line of L2 is 64 values
+    at = weights_ptr + (rows.to(gl.int64) * K)[:, None] + first[None, :]
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def halves(x):
+    """Left and right half of the columns, or of a vector; both stay in the registers that they are in."""
+    if len(x.shape) == 1:
+        return x.reshape([2, x.shape[0] // 2]).permute((1, 0)).split()
+    else:
+        return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
