@@ -23,8 +23,6 @@ from tma_moe.kernel import Launch, current_stream, device_guard
 from tma_moe.support import interpreting
 from tma_moe.tuning import GLUON_KERNELS, Choice, Tiles, choices_for
 
-PREFETCHING = ("swap", "streamed")
-
 
 def _tiles_bound(pairs: int, experts: int, rows: int) -> int:
     """The most row tiles that `pairs` rows over `experts` experts can need, however they are routed."""
@@ -93,7 +91,7 @@ class Recipe:
             kernel = grouped_gemm.grouped_up if role == "up" else grouped_gemm.grouped_down
             return Launch(kernel, (*sizes, *tile, tiles.flatten, pdl), tiles.warps, tiles.stages)
         kernel = swap_gemm.swap_up if role == "up" else swap_gemm.swap_down
-        return Launch(kernel, (*sizes, self.E, *tile, tiles.flatten, pdl), tiles.warps, tiles.stages)
+        return Launch(kernel, (*sizes, *tile, tiles.flatten, pdl), tiles.warps, tiles.stages)
 
     def run(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> Tensor:
         """The operation, with the device of x current."""
@@ -124,11 +122,11 @@ class Recipe:
         y_TH = torch.empty_like(x_TH)
         self._group_pairs(stream, ids_TK, plan, pairs, up_at, down_at)
         desc = weight_descriptor(experts, "gate_up", self.up_block, self.up_gluon)
-        # Kernels that prefetch take the weights themselves, too.
-        weights = (experts._parameters["gate_up"], desc) if up.kernel in PREFETCHING else (desc,)
+        # Streamed kernels prefetch, and take the weights themselves, too.
+        weights = (experts._parameters["gate_up"], desc) if up.kernel == "streamed" else (desc,)
         self.up(stream, self._grid(up, up_bound * self.up_columns), x_TH, *weights, plan, h, up_at)
         desc = weight_descriptor(experts, "down", self.down_block, self.down_gluon)
-        weights = (experts._parameters["down"], desc) if down.kernel in PREFETCHING else (desc,)
+        weights = (experts._parameters["down"], desc) if down.kernel == "streamed" else (desc,)
         if down.kernel != "swap":
             h = activation_descriptor(h, self.h_block, self.down_gluon)
         self.down(stream, self._grid(down, down_bound * self.down_columns), h, *weights, plan, rows, down_at)
