@@ -85,6 +85,8 @@ def main(
             "data": str(data or "hub"),
             **speed(lm, len(results["samples"]["gsm8k"]) // len(problems.FILTERS)),
         }
+        if ignore_eos and lm.answers:
+            figures["experts"] = experts_read(llm, lm.answers, temperature)
         report(results, figures, asked)
         if output is not None:
             results["qwen3vl_moe"] = figures
@@ -145,6 +147,15 @@ def speed(lm: Any, num_problems: int) -> dict[str, Any]:
     }
 
 
+def experts_read(llm: Any, answers: list[Any], temperature: float) -> dict[str, Any]:
+    """What a decoding step in the middle of the answers reads, counted after the run and not part of its time."""
+    from qwen3vl_moe.benchmarking.experts import experts_while_decoding
+
+    texts = [(*answer.prompt_ids, *answer.token_ids[: len(answer.token_ids) // 2]) for answer in answers]
+    sequences, touched = experts_while_decoding(llm, texts, temperature)
+    return {"sequences": sequences, "per_layer": touched, "of": llm.engine.model.config.text.num_experts}
+
+
 def report(results: dict[str, Any], figures: dict[str, Any], asked: Any) -> None:
     from problems import FILTERS, accuracy
 
@@ -175,6 +186,12 @@ def report(results: dict[str, Any], figures: dict[str, Any], asked: Any) -> None
         f"{figures['seconds']:.2f} s: {figures['answer_tokens_per_second']:.0f} answer tokens/s, "
         f"{figures['tokens_per_second']:.0f} tokens/s with the prompts"
     )
+    experts = figures.get("experts")
+    if experts and experts["sequences"]:
+        stdout.print(
+            f"a decoding step of {experts['sequences']} problems reads {experts['per_layer']:.0f} of {experts['of']} "
+            "experts a layer"
+        )
 
 
 if __name__ == "__main__":

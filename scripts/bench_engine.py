@@ -30,6 +30,7 @@ from rich.table import Table
 
 from qwen3vl_moe import LLM, SamplingParams
 from qwen3vl_moe.benchmarking.dummy import dummy_llm
+from qwen3vl_moe.benchmarking.experts import experts_in_next_step
 from qwen3vl_moe.benchmarking.inputs import plain_token_ids
 from qwen3vl_moe.errors import OptionError, UserError
 
@@ -70,23 +71,6 @@ def median(run, device: torch.device, times: int = 7) -> float:
     return statistics.median(seconds[2:])
 
 
-def experts_touched(llm: LLM) -> float:
-    """Distinct experts per layer in the engine's next step, which is launched eagerly so that hooks see it."""
-    model, counts = llm.engine.model, []
-    k = model.config.text.experts_per_token
-
-    def count(module, inputs, logits_TE) -> None:
-        counts.append(len(logits_TE.topk(k, dim=-1).indices.unique()))
-
-    hooks = [layer.moe.router.register_forward_hook(count) for layer in model.text.layers]
-    llm.engine.runner.replays = False
-    llm.engine.step()
-    llm.engine.runner.replays = True
-    for hook in hooks:
-        hook.remove()
-    return statistics.mean(counts)
-
-
 def photo(side: int, rng: np.random.Generator) -> bytes:
     out = io.BytesIO()
     Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(out, "JPEG")
@@ -124,7 +108,7 @@ def decode_step(llm: LLM, S: int, context: int, bandwidth: float, rng: np.random
     while not all(sequence.finished for sequence in sequences):
         decoding = all(sequence.pending == 1 for sequence in sequences)
         if decoding and not experts:
-            experts = experts_touched(llm)
+            experts = experts_in_next_step(llm)
             continue
         started = time.perf_counter()
         engine.step()

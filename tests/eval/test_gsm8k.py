@@ -128,6 +128,12 @@ def test_answers_of_one_length(run, tmp_path):
     figures = result_files(tmp_path)[0]["qwen3vl_moe"]
     assert figures["answer_tokens"] == 3 * 7
     assert figures["answers_truncated"] == 3
+    # Three tokens of four experts each, of sixteen.
+    experts = figures["experts"]
+    assert experts["sequences"] == 3
+    assert experts["of"] == 16
+    assert 4 <= experts["per_layer"] <= 12
+    assert f"a decoding step of 3 problems reads {experts['per_layer']:.0f} of 16 experts a layer" in done.out
 
 
 def test_prompts_that_do_not_fit_are_counted(demo, run, tmp_path):
