@@ -215,8 +215,11 @@ def token_report(model: Any, answers: dict[str, list[Any]]) -> dict[str, Any]:
     for ids, writers in track(todo.items(), "log-probabilities", console=stderr, transient=True):
         targets_T = torch.tensor(ids[1:], device=model.device)
         exact_TV = evaluations.logits("fp32", ids)
-        found = {name: evaluations.logits(name, ids) for name in everybody}
-        if writers[0][0] == first:
+        compared = writers[0][0] == first
+        # A text of another variant's serves to judge what its own engine reported, and is computed by its peers only.
+        needed = everybody if compared else dict.fromkeys(peer for name, _ in writers for peer in PEERS[name])
+        found = {name: evaluations.logits(name, ids) for name in needed}
+        if compared:
             for name, distance in logits.items():
                 distance.add_logits(exact_TV, found[name], targets_T)
             for name, distance in between.items():
