@@ -4,9 +4,10 @@
     python eval/gsm8k.py --model DIR --data ../shared/gsm8k --output results     # no network needed
     python eval/gsm8k.py --model demo --data ../shared/gsm8k --limit 20
 
-The speed of the whole run, with answers of one length, on random weights of any size:
+The speed of the whole run, with answers of one length, on random weights of any size, and transformers' beside it:
 
     python eval/gsm8k.py --model DIR --load-format dummy --ignore-eos --max-gen-toks 128 --temperature 1
+    python eval/gsm8k.py ... --through transformers --max-num-seqs 32 --limit 32
 
 Exit status: 0 done, 2 something in the call has to be mended, 130 interrupted.
 """
@@ -57,11 +58,16 @@ def main(
         float, typer.Option(help="Part of the GPU's memory to use: more of it holds more problems at a time.")
     ] = 0.9,
     load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
+    through: Annotated[
+        str, typer.Option(help="engine, or transformers: its generate, --max-num-seqs problems at a time, to compare.")
+    ] = "engine",
 ) -> None:
     """Accuracy on gsm8k, by lm-eval's own task and filters."""
     try:
         import problems  # imported here, as all that is slow: not before --help has been answered
 
+        if through not in ("engine", "transformers"):
+            raise OptionError(f"--through {through}: choose engine or transformers")
         asked = problems.Gsm8k(split, num_fewshot, limit, data, chat, fixed_examples)
         problems.require_lm_eval()
         task_check(asked, output, max_gen_toks, temperature, cache)
@@ -73,8 +79,16 @@ def main(
             "max_num_seqs": max_num_seqs,
             "gpu_memory_utilization": gpu_memory_utilization,
         }
+        if through == "transformers":
+            # The engine only lends its weights: it gets a cache for one sequence, and no graphs.
+            sizes |= {"max_num_seqs": 1, "enforce_eager": True}
         llm = load(model, load_format=load_format, device=device, dtype=dtype, moe=moe, **sizes)
-        lm = EngineLM(llm)
+        if through == "transformers":
+            from variants import TransformersLM
+
+            lm = TransformersLM(llm, max_num_seqs)
+        else:
+            lm = EngineLM(llm)
         stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")
         kwargs = generation(max_gen_toks, temperature, ignore_eos)
         results, tracker = problems.evaluate(
@@ -82,10 +96,11 @@ def main(
         )
         figures = {
             **llm.settings,
+            "through": through,
             "data": str(data or "hub"),
             **speed(lm, len(results["samples"]["gsm8k"]) // len(problems.FILTERS)),
         }
-        if ignore_eos and lm.answers:
+        if ignore_eos and lm.answers and through == "engine":
             figures["experts"] = experts_read(llm, lm.answers, temperature)
         report(results, figures, asked)
         if output is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -53,36 +54,64 @@ def release(llm: LLM) -> None:
 
 
 class TransformersLM(EngineLM):
-    """The same requests answered by transformers' ``generate``, one after the other: a plain loop."""
+    """The same requests answered by transformers' ``generate``.
 
-    def __init__(self, llm: LLM):
+    Args:
+        llm: its weights and tokenizer.
+        batch: prompts at a time, padded on the left; 1 is a plain loop.
+    """
+
+    def __init__(self, llm: LLM, batch: int = 1):
         super().__init__(llm)
-        self.twin = transformers_twin(llm.engine.model)
+        self.twin, self.batch = transformers_twin(llm.engine.model), batch
 
     def _answer(self, prompts: list[Any], params: list[SamplingParams], done: Callable[[int, Answer], Any]) -> None:
-        tokenizer = self.tokenizer
-        for number, (prompt, each) in enumerate(zip(prompts, params, strict=True)):
-            ids = torch.tensor([self.llm.processor.prompt(prompt).token_ids], device=self.twin.device)
-            ends = [*(() if each.ignore_eos else self.llm.engine.defaults.eos_token_ids), *each.stop_token_ids]
-            room = min(each.max_tokens, self.max_length - ids.shape[1])
-            with torch.inference_mode():
-                out = self.twin.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    mm_token_type_ids=torch.zeros_like(ids, dtype=torch.int32),
-                    max_new_tokens=room,
-                    do_sample=False,
-                    eos_token_id=ends or None,
-                    pad_token_id=tokenizer.pad_token_id,
-                    stop_strings=list(each.stop) or None,
-                    tokenizer=tokenizer,
-                )
-            new = out[0, ids.shape[1] :].tolist()
-            text = tokenizer.decode(new, skip_special_tokens=True)
-            cuts = [text.index(stop) for stop in each.stop if stop in text]
-            ended = bool(cuts) or (bool(new) and new[-1] in ends)
-            text = text[: min(cuts, default=len(text))]
-            done(number, Answer(tuple(ids[0].tolist()), tuple(new), text, not ended, 0, None))
+        for start in range(0, len(prompts), self.batch):
+            numbers = range(start, min(start + self.batch, len(prompts)))
+            same = [list(each) for _, each in groupby(numbers, key=params.__getitem__)]
+            for group in same:  # one call of generate has one way of sampling
+                ids = [self.llm.processor.prompt(prompts[number]).token_ids for number in group]
+                answers = self._generate(ids, params[group[0]])
+                for number, answer in zip(group, answers, strict=True):
+                    done(number, answer)
+
+    def _generate(self, prompts: list[list[int]], each: SamplingParams) -> list[Answer]:
+        tokenizer, device = self.tokenizer, self.twin.device
+        longest = max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        ends = [*(() if each.ignore_eos else self.llm.engine.defaults.eos_token_ids), *each.stop_token_ids]
+        sampling = (
+            {"temperature": each.temperature, "top_p": each.top_p, "top_k": each.top_k} if each.temperature else {}
+        )
+        with torch.inference_mode():
+            out = self.twin.generate(
+                ids.to(device),
+                attention_mask=mask.to(device),
+                mm_token_type_ids=torch.zeros_like(ids, dtype=torch.int32, device=device),
+                max_new_tokens=min(each.max_tokens, self.max_length - longest),
+                do_sample=bool(sampling),
+                eos_token_id=ends or None,
+                pad_token_id=tokenizer.pad_token_id,
+                stop_strings=list(each.stop) or None,
+                tokenizer=tokenizer,
+                **sampling,
+            )
+        return [self._cut(prompt, out[row, longest:].tolist(), ends, each) for row, prompt in enumerate(prompts)]
+
+    def _cut(self, prompt: list[int], new: list[int], ends: list[int], each: SamplingParams) -> Answer:
+        """The answer without what the longer ones of its batch have made the batch add to it."""
+        end = next((place + 1 for place, token in enumerate(new) if token in ends), len(new))
+        ended, new = end < len(new) or (bool(new) and new[-1] in ends), new[:end]
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        cuts = [text.index(stop) for stop in each.stop if stop in text]
+        while cuts and new and new[-1] == self.tokenizer.pad_token_id:
+            new.pop()
+        text = text[: min(cuts, default=len(text))]
+        return Answer(tuple(prompt), tuple(new), text, not (cuts or ended), 0, None)
 
 
 class Evaluations:

@@ -136,6 +136,27 @@ def test_answers_of_one_length(run, tmp_path):
     assert f"a decoding step of 3 problems reads {experts['per_layer']:.0f} of 16 experts a layer" in done.out
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_same_run_through_transformers(run, tmp_path, batch):
+    """Greedy in fp32, padded on the left or one by one: the engine's answers."""
+    arguments = ("--num-fewshot", 0, "--max-gen-toks", 12)
+    assert run(*arguments, "--output", tmp_path / "engine").code == 0
+    done = run(*arguments, "--through", "transformers", "--max-num-seqs", batch, "--output", tmp_path / "peer")
+    assert done.code == 0, done.err
+    (ours, own), (peers, theirs) = (result_files(tmp_path / folder) for folder in ("engine", "peer"))
+    assert [row["resps"] for row in own] == [row["resps"] for row in theirs]
+    for key in ("prompt_tokens", "answer_tokens", "answers_truncated"):
+        assert ours["qwen3vl_moe"][key] == peers["qwen3vl_moe"][key]
+    assert peers["qwen3vl_moe"]["through"] == "transformers"
+
+
+def test_answers_of_one_length_through_transformers(run, tmp_path):
+    arguments = ("--num-fewshot", 0, "--max-gen-toks", 7, "--ignore-eos", "--temperature", 1)
+    done = run(*arguments, "--through", "transformers", "--output", tmp_path)
+    assert done.code == 0, done.err
+    assert result_files(tmp_path)[0]["qwen3vl_moe"]["answer_tokens"] == 3 * 7
+
+
 def test_prompts_that_do_not_fit_are_counted(demo, run, tmp_path):
     arguments = ("--num-fewshot", 0, "--max-gen-toks", 4)
     whole = run(*arguments, "--output", tmp_path / "whole")
@@ -204,6 +225,7 @@ def test_a_bad_line_is_named(run, problems_dir, tmp_path, case):
         (("--temperature", -1), "--temperature -1.0: 0 or more"),
         (("--gpu-memory-utilization", 1.5), "gpu_memory_utilization=1.5"),
         (("--load-format", "tensorizer"), "choose auto or dummy"),
+        (("--through", "vllm"), "--through vllm: choose engine or transformers"),
         (("--moe", "fast"), "moe='fast' is unknown"),
         (("--load-format", "dummy", "--model", "nowhere"), "nowhere is neither a directory nor a hub id"),
     ],
