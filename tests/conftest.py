@@ -19,6 +19,13 @@ torch.set_num_threads(1)  # the shapes are tiny: a second thread costs more than
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    """Bounds of rounding hold for almost every draw of a few numbers: a test must not fail on the unlucky one."""
+    torch.manual_seed(0)
+
+
 # Sizes that differ from each other wherever a mistake could hide: non-square experts (2I != H, I != H), head counts,
 # expert counts that are no power of two, DeepStack blocks in and out of order or absent, merge sizes.
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
