@@ -1,9 +1,9 @@
-"""What kernels in Gluon share: names that triton 3.9 changed, programmatic dependent launch, prefetching, halving."""
+"""What kernels in Gluon share: names that triton 3.9 changed, dependent launch, a ring's barriers, small arithmetic."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 # triton 3.9 renamed both copies.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -36,6 +36,24 @@ def prefetch_rows(weights_ptr, first_row, N: gl.constexpr, K: gl.constexpr):
     gl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def make_barriers(STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
+    """Two barriers a buffer of a ring, (full, empty): filled by FULL_COUNT arrivals, emptied by both consumers."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=FULL_COUNT)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
+def silu_times(gate, up):
+    """silu(gate) * up in float32."""
+    return gate / (1.0 + gl.exp(-gate)) * up
 
 
 @gluon.jit

@@ -22,6 +22,8 @@ from tma_moe.gluon_parts import (
     gather_load,
     halves,
     let_next_kernel_start,
+    make_barriers,
+    silu_times,
     tma_load,
     wait_for_previous_kernel,
 )
@@ -40,12 +42,7 @@ def _make_ring(
     """STAGES buffers of both operands with their barriers: (a, b, full, empty)."""
     a = gl.allocate_shared_memory(dtype, [STAGES, A_ROWS, BLOCK_K], layout)
     b = gl.allocate_shared_memory(dtype, [STAGES, B_ROWS, BLOCK_K], layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=FULL_COUNT)
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
-    fence_async_shared()
+    full, empty = make_barriers(STAGES, FULL_COUNT)
     return a, b, full, empty
 
 
@@ -122,7 +119,7 @@ def _consume_up(half: gl.constexpr, ring, plan_ptr, h_ptr, tiles_at, total, size
         if first + half * ROWS < last:
             acc, step = _multiply(ring, step, half, K_STEPS, 2 * COLS, True)
             gate, up = halves(acc)
-            h = (gate / (1.0 + gl.exp(-gate)) * up).to(h_ptr.dtype.element_ty)
+            h = silu_times(gate, up).to(h_ptr.dtype.element_ty)
             rows = first + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             _store(h, h_ptr + rows.to(gl.int64) * I, rows < last, n, I, layout)
         else:

@@ -20,10 +20,11 @@ from tma_moe.gluon_parts import (
     halves,
     let_next_kernel_start,
     prefetch_rows,
+    silu_times,
     tma_load,
     wait_for_previous_kernel,
 )
-from tma_moe.streamed_parts import BLOCK_K, TAIL, WEIGHT_ROWS, by_width, find_tile, make_ring, multiply, token_buffers
+from tma_moe.streamed_parts import BLOCK_K, TAIL, WEIGHT_ROWS, each_tile, make_ring, multiply, token_buffers
 
 
 @gluon.jit
@@ -31,7 +32,7 @@ def _swiglu(acc, dtype: gl.constexpr):
     """[64, N] with 8 rows of gate and 8 of up in turns -> [32, N]: a gate and its up are in one thread."""
     N: gl.constexpr = acc.shape[1]
     gate, up = acc.reshape([4, 2, 8, N]).permute((0, 2, 3, 1)).split()
-    return (gate / (1.0 + gl.exp(-gate)) * up).to(dtype).reshape([32, N])
+    return silu_times(gate, up).to(dtype).reshape([32, N])
 
 
 @gluon.jit
@@ -52,11 +53,10 @@ def _store_h(h, h_ptr, row, last, col, I: gl.constexpr):  # noqa: E741
 
 
 @gluon.jit
-def _up_tile(
-    A: gl.constexpr, B: gl.constexpr, half: gl.constexpr, ring, step, h_ptr, first, last, n, sizes: gl.constexpr
-):
+def _consume_up(A: gl.constexpr, B: gl.constexpr, tile, half: gl.constexpr, ring, h_ptr, sizes: gl.constexpr):
     H: gl.constexpr = sizes[0]
     I: gl.constexpr = sizes[1]  # noqa: E741
+    step, _, first, last, n = tile
     acc_a, acc_b = multiply(ring, step, half, (H + BLOCK_K - 1) // BLOCK_K, A, B, True)
     col = n + half * 32
     _store_h(_swiglu(acc_a, h_ptr.dtype.element_ty), h_ptr, first, last, col, I)
@@ -65,35 +65,26 @@ def _up_tile(
 
 
 @gluon.jit
-def _consume_up(half: gl.constexpr, ring, plan_ptr, h_ptr, tiles_at, total, sizes: gl.constexpr):
-    H: gl.constexpr = sizes[0]
-    COL_TILES: gl.constexpr = (sizes[1] + 63) // 64
-    ROWS: gl.constexpr = sizes[2]
-    step = 0
-    _, first, last, col = find_tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        # Where the next tile lies is read long before it is needed.
-        _, next_first, next_last, next_col = find_tile(plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES)
-        by_width(last - first, ROWS, _up_tile, (half, ring, step, h_ptr, first, last, col * 64, sizes))
-        step += (H + BLOCK_K - 1) // BLOCK_K
-        first, last, col = next_first, next_last, next_col
+def _slots(plan_ptr, first, last, N: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = first + gl.arange(0, N, gl.SliceLayout(1, layout))
+    return gl.load(plan_ptr + PLAN_HEADER + rows, mask=rows < last, other=0)
 
 
 @gluon.jit
 def _row_pointers(x_ptr, plan_ptr, first, last, N: gl.constexpr, TOPK: gl.constexpr, H: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows = first + gl.arange(0, N, gl.SliceLayout(1, layout))
-    tokens = gl.load(plan_ptr + PLAN_HEADER + rows, mask=rows < last, other=0) // TOPK
+    tokens = _slots(plan_ptr, first, last, N) // TOPK
     cols = gl.arange(0, BLOCK_K, gl.SliceLayout(0, layout))
     return (x_ptr + tokens.to(gl.int64) * H)[:, None] + cols[None, :], (rows < last)[:, None], cols[None, :]
 
 
 @gluon.jit
-def _fill_up(
-    A: gl.constexpr, B: gl.constexpr, ring, step, x_ptr, desc, plan_ptr, e, first, last, n, TOPK: gl.constexpr,
-    sizes: gl.constexpr,
-):  # fmt: skip
+def _produce_up(A: gl.constexpr, B: gl.constexpr, tile, ring, x_ptr, desc, plan_ptr, sizes: gl.constexpr):
     H: gl.constexpr = sizes[0]
+    TOPK: gl.constexpr = sizes[2]
+    step, e, first, last, n = tile
     weights, _, _, full, empty = ring
     STAGES: gl.constexpr = full.shape[0]
     # Rows past the end are filled with zeros, which costs the tensor cores less power than other numbers.
@@ -115,23 +106,6 @@ def _fill_up(
                 gather_load(b, x_b + at, mask=real_b & (cols + at < H))
         async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
         step += 1
-
-
-@gluon.jit
-def _produce_up(x_ptr, desc, ring, plan_ptr, tiles_at, total, TOPK: gl.constexpr, sizes: gl.constexpr):
-    H: gl.constexpr = sizes[0]
-    COL_TILES: gl.constexpr = (sizes[1] + 63) // 64
-    ROWS: gl.constexpr = sizes[2]
-    step = 0
-    e, first, last, col = find_tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        next_e, next_first, next_last, next_col = find_tile(
-            plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES
-        )
-        n = col * 64
-        by_width(last - first, ROWS, _fill_up, (ring, step, x_ptr, desc, plan_ptr, e, first, last, n, TOPK, sizes))
-        step += (H + BLOCK_K - 1) // BLOCK_K
-        e, first, last, col = next_e, next_first, next_last, next_col
 
 
 @gluon.jit(do_not_specialize=["tiles_at"])
@@ -162,12 +136,15 @@ def streamed_up(
     total = gl.load(plan_ptr) * COL_TILES
     # A buffer is full after the producer's announcement of TMA's bytes and the copies of each of its 128 threads.
     ring = make_ring(gate_up_desc, STAGES, ROWS, 1 + 128)
-    sizes: gl.constexpr = (H, I, ROWS)
+    sizes: gl.constexpr = (H, I, TOPK)
+    walk: gl.constexpr = (ROWS, COL_TILES, 64, (H + BLOCK_K - 1) // BLOCK_K)
+    consume: gl.constexpr = _consume_up
+    produce: gl.constexpr = _produce_up
     gl.warp_specialize(
         [
-            (_consume_up, (gl.constexpr(0), ring, plan_ptr, h_ptr, tiles_at, total, sizes)),
-            (_consume_up, (gl.constexpr(1), ring, plan_ptr, h_ptr, tiles_at, total, sizes)),
-            (_produce_up, (x_ptr, gate_up_desc, ring, plan_ptr, tiles_at, total, TOPK, sizes)),
+            (each_tile, (consume, (gl.constexpr(0), ring, h_ptr, sizes), plan_ptr, tiles_at, total, walk)),
+            (each_tile, (consume, (gl.constexpr(1), ring, h_ptr, sizes), plan_ptr, tiles_at, total, walk)),
+            (each_tile, (produce, (ring, x_ptr, gate_up_desc, plan_ptr, sizes), plan_ptr, tiles_at, total, walk)),
         ],
         [4, 4],
         [208, 88],
@@ -194,18 +171,11 @@ def _store_rows(out, rows_ptr, slots, row, last, col, H: gl.constexpr):
 
 
 @gluon.jit
-def _slots(plan_ptr, first, last, N: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    rows = first + gl.arange(0, N, gl.SliceLayout(1, layout))
-    return gl.load(plan_ptr + PLAN_HEADER + rows, mask=rows < last, other=0)
-
-
-@gluon.jit
-def _down_tile(
-    A: gl.constexpr, B: gl.constexpr, half: gl.constexpr, ring, step, plan_ptr, rows_ptr, first, last, n,
-    sizes: gl.constexpr,
-):  # fmt: skip
+def _consume_down(
+    A: gl.constexpr, B: gl.constexpr, tile, half: gl.constexpr, ring, plan_ptr, rows_ptr, sizes: gl.constexpr
+):
     H: gl.constexpr = sizes[0]
+    step, _, first, last, n = tile
     slots_a = _slots(plan_ptr, first, last, A)
     slots_b = _slots(plan_ptr, first + A, last, B if B > 0 else 32)
     acc_a, acc_b = multiply(ring, step, half, (sizes[1] + BLOCK_K - 1) // BLOCK_K, A, B, False)
@@ -217,23 +187,10 @@ def _down_tile(
 
 
 @gluon.jit
-def _consume_down(half: gl.constexpr, ring, plan_ptr, rows_ptr, tiles_at, total, sizes: gl.constexpr):
-    COL_TILES: gl.constexpr = (sizes[0] + WEIGHT_ROWS - 1) // WEIGHT_ROWS
-    ROWS: gl.constexpr = sizes[2]
-    step = 0
-    _, first, last, col = find_tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        _, next_first, next_last, next_col = find_tile(plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES)
-        n = col * WEIGHT_ROWS
-        by_width(last - first, ROWS, _down_tile, (half, ring, step, plan_ptr, rows_ptr, first, last, n, sizes))
-        step += (sizes[1] + BLOCK_K - 1) // BLOCK_K
-        first, last, col = next_first, next_last, next_col
-
-
-@gluon.jit
-def _fill_down(A: gl.constexpr, B: gl.constexpr, ring, step, h_desc, down_desc, e, first, n, sizes: gl.constexpr):
+def _produce_down(A: gl.constexpr, B: gl.constexpr, tile, ring, h_desc, down_desc, sizes: gl.constexpr):
     weights, _, _, full, empty = ring
     STAGES: gl.constexpr = full.shape[0]
+    step, e, first, _, n = tile
     BYTES: gl.constexpr = down_desc.block_type.nbytes + (A + B) // TAIL * h_desc.block_type.nbytes
     for at in range(0, sizes[1], BLOCK_K):
         stage = step % STAGES
@@ -246,22 +203,6 @@ def _fill_down(A: gl.constexpr, B: gl.constexpr, ring, step, h_desc, down_desc, 
         for i in gl.static_range(B // TAIL):
             tma_load(h_desc, [first + A + i * TAIL, at], full.index(stage), b.slice(i * TAIL, TAIL))
         step += 1
-
-
-@gluon.jit
-def _produce_down(h_desc, down_desc, ring, plan_ptr, tiles_at, total, sizes: gl.constexpr):
-    COL_TILES: gl.constexpr = (sizes[0] + WEIGHT_ROWS - 1) // WEIGHT_ROWS
-    ROWS: gl.constexpr = sizes[2]
-    step = 0
-    e, first, last, col = find_tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        next_e, next_first, next_last, next_col = find_tile(
-            plan_ptr, tiles_at, tile + gl.num_programs(0), total, COL_TILES
-        )
-        n = col * WEIGHT_ROWS
-        by_width(last - first, ROWS, _fill_down, (ring, step, h_desc, down_desc, e, first, n, sizes))
-        step += (sizes[1] + BLOCK_K - 1) // BLOCK_K
-        e, first, last, col = next_e, next_first, next_last, next_col
 
 
 @gluon.jit(do_not_specialize=["tiles_at"])
@@ -289,12 +230,15 @@ def streamed_down(
     wait_for_previous_kernel()
     total = gl.load(plan_ptr + 1) * COL_TILES
     ring = make_ring(down_desc, STAGES, ROWS, 1)
-    sizes: gl.constexpr = (H, I, ROWS)
+    sizes: gl.constexpr = (H, I)
+    walk: gl.constexpr = (ROWS, COL_TILES, WEIGHT_ROWS, (I + BLOCK_K - 1) // BLOCK_K)
+    consume: gl.constexpr = _consume_down
+    produce: gl.constexpr = _produce_down
     gl.warp_specialize(
         [
-            (_consume_down, (gl.constexpr(0), ring, plan_ptr, rows_ptr, tiles_at, total, sizes)),
-            (_consume_down, (gl.constexpr(1), ring, plan_ptr, rows_ptr, tiles_at, total, sizes)),
-            (_produce_down, (h_desc, down_desc, ring, plan_ptr, tiles_at, total, sizes)),
+            (each_tile, (consume, (gl.constexpr(0), ring, plan_ptr, rows_ptr, sizes), plan_ptr, tiles_at, total, walk)),
+            (each_tile, (consume, (gl.constexpr(1), ring, plan_ptr, rows_ptr, sizes), plan_ptr, tiles_at, total, walk)),
+            (each_tile, (produce, (ring, h_desc, down_desc, sizes), plan_ptr, tiles_at, total, walk)),
         ],
         [4, 1],
         [216, 24],

@@ -1,4 +1,4 @@
-"""What both products of streamed_gemm.py share: the ring of buffers, the next tile, its width, its product."""
+"""What both products of streamed_gemm.py share: a ring of buffers, the walk over tiles, a tile's width, its product."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -9,7 +9,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from tma_moe.gluon_parts import CONSUMERS
+from tma_moe.gluon_parts import make_barriers
 
 BLOCK_K = gl.constexpr(64)  # 128 bytes, the width of the swizzle
 WEIGHT_ROWS = gl.constexpr(128)
@@ -24,17 +24,12 @@ def make_ring(desc, STAGES: gl.constexpr, ROWS: gl.constexpr, FULL_COUNT: gl.con
     weights = gl.allocate_shared_memory(dtype, [STAGES] + desc.block_type.shape, desc.layout)  # noqa: RUF005
     tokens = gl.allocate_shared_memory(dtype, [STAGES, ROWS - TAIL, BLOCK_K], flat)
     tail = gl.allocate_shared_memory(dtype, [STAGES, TAIL, BLOCK_K], flat)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=FULL_COUNT)
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
-    fence_async_shared()
+    full, empty = make_barriers(STAGES, FULL_COUNT)
     return weights, tokens, tail, full, empty
 
 
 @gluon.jit
-def find_tile(plan_ptr, tiles_at, tile, total, COL_TILES: gl.constexpr):
+def _find_tile(plan_ptr, tiles_at, tile, total, COL_TILES: gl.constexpr):
     """Expert, first row, last row + 1 and column tile of an output tile; of the last one past the end.
 
     Neighbouring row tiles of an expert go through the columns together, so that one of them finds the weights in L2.
@@ -101,28 +96,49 @@ def multiply(
 
 
 @gluon.jit
-def by_width(rows, ROWS: gl.constexpr, fn: gl.constexpr, args):
-    """Calls fn(A, B, *args) with the narrowest A + B that holds a tile's tokens."""
+def _by_width(rows, ROWS: gl.constexpr, fn: gl.constexpr, tile, args):
+    """Calls fn(A, B, tile, *args) with the narrowest A + B that holds a tile's tokens."""
     if ROWS < 160:
         if rows <= 32:
-            fn(32, 0, *args)
+            fn(32, 0, tile, *args)
         elif rows <= 64:
-            fn(64, 0, *args)
+            fn(64, 0, tile, *args)
         else:
-            fn(64, 32, *args)
+            fn(64, 32, tile, *args)
     elif rows <= 64:
-        fn(64, 0, *args)
+        fn(64, 0, tile, *args)
     elif rows <= 96:
-        fn(64, 32, *args)
+        fn(64, 32, tile, *args)
     elif rows <= 128:
-        fn(128, 0, *args)
+        fn(128, 0, tile, *args)
     elif ROWS < 288:  # noqa: SIM114, the compiler drops what follows
-        fn(128, 32, *args)
+        fn(128, 32, tile, *args)
     elif rows <= 160:
-        fn(128, 32, *args)
+        fn(128, 32, tile, *args)
     elif rows <= 192:
-        fn(128, 64, *args)
+        fn(128, 64, tile, *args)
     elif rows <= 256:
-        fn(256, 0, *args)
+        fn(256, 0, tile, *args)
     else:
-        fn(256, 32, *args)
+        fn(256, 32, tile, *args)
+
+
+@gluon.jit
+def each_tile(fn: gl.constexpr, args, plan_ptr, tiles_at, total, walk: gl.constexpr):
+    """Calls fn(A, B, tile, *args) for this program's tiles one after the other, A + B tokens wide.
+
+    A tile is (steps so far, expert, first row, last row + 1, first column). walk: most rows of a tile, column tiles,
+    columns of one, steps of a tile.
+    """
+    ROWS: gl.constexpr = walk[0]
+    COL_TILES: gl.constexpr = walk[1]
+    step = 0
+    e, first, last, col = _find_tile(plan_ptr, tiles_at, gl.program_id(0), total, COL_TILES)
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        # Where the next tile lies is read long before it is needed.
+        after = tile + gl.num_programs(0)
+        next_e, next_first, next_last, next_col = _find_tile(plan_ptr, tiles_at, after, total, COL_TILES)
+        n = col * walk[2]
+        _by_width(last - first, ROWS, fn, (step, e, first, last, n), args)
+        step += walk[3]
+        e, first, last, col = next_e, next_first, next_last, next_col

@@ -44,9 +44,9 @@ class Tiles:
     """One kernel and its tile.
 
     Attributes:
-        kernel: "decode" (decode_gemv.py), "swap" (swap_gemm.py), "grouped" (grouped_gemm.py) or "specialized"
-            (specialized_gemm.py; warps are those of one of its two consumers).
-        rows: rows (token, choice pairs) of an output tile; 1 for "decode".
+        kernel: "decode" (decode_gemv.py), "swap" (swap_gemm.py), "grouped" (grouped_gemm.py), "specialized"
+            (specialized_gemm.py) or "streamed" (streamed_gemm.py); warps of the last two are those of one consumer.
+        rows: rows (token, choice pairs) of an output tile, of "streamed" the most; 1 for "decode".
         cols: columns of an output tile; for the up product these are columns after SwiGLU, twice as many weight rows.
         block_k: step along the contraction.
         warps, stages: triton's num_warps and num_stages.
@@ -122,7 +122,7 @@ def choices_for(device: str, triton: str, experts: int, topk: int, hidden: int, 
 
 
 def _without_gluon(choice: Choice) -> Choice:
-    """The same choice with the kernels of grouped_gemm.py for those of specialized_gemm.py."""
+    """The same choice with the kernels of grouped_gemm.py for those in Gluon."""
 
     def tiles(chosen: Tiles, instead: Tiles) -> Tiles:
         return instead if chosen.kernel in GLUON_KERNELS else chosen
