@@ -104,8 +104,8 @@ class TransformersLM(EngineLM):
 
     def _cut(self, prompt: list[int], new: list[int], ends: list[int], each: SamplingParams) -> Answer:
         """The answer without what the longer ones of its batch have made the batch add to it."""
-        end = next((place + 1 for place, token in enumerate(new) if token in ends), len(new))
-        ended, new = end < len(new) or (bool(new) and new[-1] in ends), new[:end]
+        ended = [place + 1 for place, token in enumerate(new) if token in ends]
+        new = new[: min(ended, default=len(new))]
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         cuts = [text.index(stop) for stop in each.stop if stop in text]
         while cuts and new and new[-1] == self.tokenizer.pad_token_id:
