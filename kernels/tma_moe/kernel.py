@@ -15,14 +15,14 @@ class Launch:
 
     That is safe because an owner of launches fixes every dtype, all pointers are multiples of 16 bytes, and the kernels
     are declared not to specialise on the values of their integers. Triton's launch hooks (profilers) see first calls
-    only.
+    only. With `pdl`, programmatic dependent launch: the kernel has to wait for the one before it by itself.
     """
 
-    def __init__(self, kernel, constants: tuple, warps: int = 4, stages: int = 1) -> None:
+    def __init__(self, kernel, constants: tuple, warps: int = 4, stages: int = 1, pdl: bool = True) -> None:
         self.kernel = kernel
         self.constants = constants
         self.options = {"num_warps": warps, "num_stages": stages}
-        if not interpreting():
+        if pdl and not interpreting():
             self.options["launch_pdl"] = True
         self.compiled = None
 

@@ -5,6 +5,9 @@ Sequences and images never see each other: boundaries are passed as lengths, so 
 
 from __future__ import annotations
 
+import functools
+import importlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,9 +20,26 @@ def runs_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
+def kernels_take(head_dim: int) -> bool:
+    """Whether our attention kernels take heads of this width: products need 16 channels, wide loads multiples of 8."""
+    return head_dim >= 16 and head_dim % 8 == 0
+
+
 def attends_in_kernels(q_TND: Tensor) -> bool:
-    """Whether our attention kernels take these queries: a matrix product has at least 16 channels."""
-    return runs_kernels(q_TND) and q_TND.shape[-1] >= 16
+    """Whether our attention kernels take these queries."""
+    return runs_kernels(q_TND) and kernels_take(q_TND.shape[-1])
+
+
+@functools.cache
+def _has_hopper_kernel(device: torch.device) -> bool:
+    """Whether the kernel for Hopper runs: Gluon, in which it is written, may change with any triton release."""
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        importlib.import_module("qwen3vl_moe.model.hopper_attention")
+    except Exception:
+        return False
+    return True
 
 
 def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *, causal: bool) -> Tensor:
@@ -35,9 +55,15 @@ def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *
         [T, N, D] in the dtype of the queries.
     """
     if attends_in_kernels(q_TND):
-        from qwen3vl_moe.model.packed_attention import packed_attention  # needs triton, which a CPU may lack
-
         starts = segments.q_starts, segments.kv_starts
+        # Both modules need triton, which a CPU may lack.
+        if _has_hopper_kernel(q_TND.device):
+            from qwen3vl_moe.model.hopper_attention import hopper_attention, takes
+
+            if takes(q_TND, k_UGD, v_UGD):
+                return hopper_attention(q_TND, k_UGD, v_UGD, *starts, causal=causal)
+        from qwen3vl_moe.model.packed_attention import packed_attention
+
         return packed_attention(q_TND, k_UGD, v_UGD, *starts, causal=causal)
     return _per_segment(q_TND, k_UGD, v_UGD, segments, causal)
 

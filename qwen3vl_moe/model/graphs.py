@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen3vl_moe.model.attention import runs_kernels
+from qwen3vl_moe.model.attention import kernels_take, runs_kernels
 from qwen3vl_moe.model.batch import Batch, Segments, VisionFeatures, to_device
 from qwen3vl_moe.model.qwen3vl import Qwen3VLMoe
 from qwen3vl_moe.model.rope import Grid
@@ -32,7 +32,7 @@ _IMAGES = 32  # in one graph of the vision tower
 def can_capture(model: Qwen3VLMoe) -> bool:
     """Whether every part of a step runs in kernels that need nothing from the host."""
     widths = model.config.text.head_dim, model.config.vision.head_dim
-    return runs_kernels(model.lm_head.weight) and model.moe == "tma" and min(widths) >= 16
+    return runs_kernels(model.lm_head.weight) and model.moe == "tma" and all(map(kernels_take, widths))
 
 
 def bucket_of(size: int, buckets: tuple[int, ...]) -> int | None:
@@ -233,14 +233,13 @@ class VisionGraphs:
         if size is None or frames > _IMAGES:
             return None
         static, features, graph = self._graph(size)
-        plan = PatchPlan.build(grids, config)
+        plan = PatchPlan.build(grids, config, self.model.device)
         self._pixels_PC[:P].copy_(pixel_values_PC)
         for name in ("index_P4", "weight_P4", "positions_P2"):
-            getattr(static, name)[:P].copy_(getattr(plan, name).pin_memory(), non_blocking=True)
+            getattr(static, name)[:P].copy_(getattr(plan, name))
         # Patches that fill the bucket are one more image, which sees only itself; what they hold does not matter.
-        starts = torch.full((_IMAGES + 2,), size, dtype=torch.int32, pin_memory=True)
-        starts[: frames + 1] = plan.segments.q_starts
-        static.segments.q_starts.copy_(starts, non_blocking=True)
+        static.segments.q_starts.fill_(size)
+        static.segments.q_starts[: frames + 1].copy_(plan.segments.q_starts)
         graph.replay()
         made = features.rows(0, P // config.merge_size**2)
         return VisionFeatures(made.embeds_MH.clone(), made.deepstack_LMH.clone())

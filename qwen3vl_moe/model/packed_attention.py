@@ -54,10 +54,13 @@ def _visit(
     return new_best, total, acc1, acc2
 
 
-@triton.jit(do_not_specialize=["S", "table_width"])  # both change from step to step: compiling takes a second
+# What changes from step to step is not specialised on: compiling takes a second. Strides are eighths, so that loads are
+# known to begin at 16 bytes: without that, ptxas 12.8 (triton 3.6) miscompiles the second part's products, whose
+# descriptors it adds up from a register that nothing has written.
+@triton.jit(do_not_specialize=["S", "table_width", "stride_q", "stride_k", "stride_v"])
 def _attend_packed(
-    q_ptr,  # [T, N, D], rows stride_q apart
-    k_ptr,  # [U, G, D], rows stride_k apart
+    q_ptr,  # [T, N, D], rows 8 * stride_q apart
+    k_ptr,  # [U, G, D], rows 8 * stride_k apart
     v_ptr,
     out_ptr,  # [T, N, D], contiguous
     q_starts_ptr,  # [S + 1]
@@ -81,6 +84,7 @@ def _attend_packed(
     KEYS: tl.constexpr,
     SEQUENCES: tl.constexpr,  # S or more
 ):
+    stride_q, stride_k, stride_v = stride_q * 8, stride_k * 8, stride_v * 8
     # Which tile of which sequence: the grid has one program for each, and a few more than there turn out to be.
     each = tl.arange(0, SEQUENCES)
     starts = tl.load(q_starts_ptr + each, mask=each < S, other=0)
@@ -144,12 +148,12 @@ def _attend_packed(
 
 
 def head_parts(D: int) -> tuple[int, int]:
-    """Two powers of two that cover a head: 128 -> (128, 0), 72 -> (64, 16), 12 -> (16, 0).
+    """Two powers of two that cover a head: 128 -> (128, 0), 72 -> (64, 16), 24 -> (16, 16).
 
     The first is whole, so that its loads need no mask; a matrix product takes at least 16 channels.
     """
-    if D < 16:
-        raise ValueError(f"packed attention needs heads of at least 16 channels, got {D}")
+    if D < 16 or D % 8:
+        raise ValueError(f"packed attention needs heads of a multiple of 8 channels, at least 16, got {D}")
     first = 1 << (D.bit_length() - 1)
     return first, 0 if first == D else max(16, triton.next_power_of_2(D - first))
 
@@ -213,9 +217,9 @@ def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_siz
         q_starts,
         kv_starts,
         tables,
-        q_TND.stride(0),
-        k_UGD.stride(0),
-        v_UGD.stride(0),
+        q_TND.stride(0) // 8,
+        k_UGD.stride(0) // 8,
+        v_UGD.stride(0) // 8,
         tables.stride(0),
         S,
         D**-0.5 * 1.4426950408889634,

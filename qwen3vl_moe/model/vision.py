@@ -8,6 +8,7 @@ last block's output is merged 2x2 into the decoder's width; three blocks on the 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,15 +41,22 @@ class PatchPlan:
 
     @classmethod
     def build(cls, grids: Sequence[Grid], config: VisionConfig, device: torch.device | str = "cpu") -> PatchPlan:
-        """The arithmetic on the grids, done once, on the host.
+        """The plan of these images; the arithmetic on a grid is done once, on the host, and kept on the device."""
+        places = [_places(grid, config.grid_side, config.merge_size, torch.device(device)) for grid in grids]
+        joined = places[0] if len(places) == 1 else map(torch.cat, zip(*places, strict=True))
+        return cls(*joined, Segments.build([h * w for t, h, w in grids for _ in range(t)], device=device))
 
-        Learned positions are sampled bilinearly, corners on corners: patch row r of an image with h rows reads row
-        ``r * (side - 1) / (h - 1)`` of the square grid; columns alike.
-        """
-        side = config.grid_side
-        positions_P2 = vision_positions(grids, config.merge_size)
-        size_P2 = torch.cat([torch.tensor([[h, w]]).expand(t * h * w, 2) for t, h, w in grids])
-        source_P2 = positions_P2.float() * (side - 1) / (size_P2 - 1).clamp(min=1)
+
+@functools.lru_cache(maxsize=32)  # a picture of the largest size takes 4 MB of them
+def _places(grid: Grid, side: int, merge_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """index_P4, weight_P4 and positions_P2 of one image.
+
+    Learned positions are sampled bilinearly, corners on corners: patch row r of an image with h rows reads row
+    ``r * (side - 1) / (h - 1)`` of the square grid; columns alike.
+    """
+    with torch.inference_mode(False):  # whoever asks first: what is kept has to serve everybody
+        positions_P2 = vision_positions([grid], merge_size)
+        source_P2 = positions_P2.float() * (side - 1) / (torch.tensor(grid[1:]) - 1).clamp(min=1)
         low_P2 = source_P2.long()
         high_P2 = (low_P2 + 1).clamp(max=side - 1)
         part_P2 = source_P2 - low_P2
@@ -56,12 +64,7 @@ class PatchPlan:
         columns = (low_P2[:, 1], 1 - part_P2[:, 1]), (high_P2[:, 1], part_P2[:, 1])
         index_P4 = torch.stack([row * side + column for row, _ in rows for column, _ in columns], dim=1)
         weight_P4 = torch.stack([of_row * of_column for _, of_row in rows for _, of_column in columns], dim=1)
-        return cls(
-            to_device(index_P4, device),
-            to_device(weight_P4, device),
-            to_device(positions_P2, device),
-            Segments.build([h * w for t, h, w in grids for _ in range(t)], device=device),
-        )
+        return to_device(index_P4, device), to_device(weight_P4, device), to_device(positions_P2, device)
 
 
 def mix_positions(table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tensor:

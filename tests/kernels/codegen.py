@@ -56,7 +56,10 @@ def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict) -> 
     names = kernel.arg_names
     signature, constexprs, attrs = {}, {}, {}
     for index, name in enumerate(names):
-        if index < len(args):
+        if index < len(args) and args[index] is None:
+            signature[name] = "constexpr"
+            constexprs[(index,)] = None
+        elif index < len(args):
             signature[name] = _type(args[index])
             if isinstance(args[index], torch.Tensor):
                 attrs[(index,)] = [["tt.divisibility", 16]]

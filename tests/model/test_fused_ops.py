@@ -17,6 +17,7 @@ from qwen3vl_moe.model.rope import rotate
 from tests.interpreted import INTERPRETED, run_in_interpreter
 
 ON_GPU = torch.cuda.is_available()
+ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
 
@@ -156,7 +157,8 @@ def test_a_sequence_without_keys_gives_zeros():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    ("heads", "width"), [((4, 2), 16), ((2, 2), 24), *([((32, 4), 128), ((16, 16), 72)] if ON_GPU else [])]
+    ("heads", "width"),
+    [((4, 2), 16), ((2, 2), 24), *([((32, 4), 128), ((16, 16), 72), ((3, 3), 72)] if ON_GPU else [])],
 )
 @pytest.mark.parametrize(
     ("q_lens", "kv_lens"),
@@ -181,6 +183,43 @@ def test_packed_attention(dtype, causal, heads, width, q_lens, kv_lens):
         attention_per_segment(q.to(kind), k.to(kind), v.to(kind), full, causal) for kind in (torch.float64, dtype)
     )
     within_rounding(ours, exact, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "width"), [((8, 2), 128), ((3, 3), 72), ((4, 1), 80)])
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens"),
+    [
+        ([1], [1]),
+        ([63, 0, 64, 65, 127, 128, 129], [63, 0, 64, 65, 127, 128, 129]),
+        ([5, 130, 1, 700], [200, 130, 77, 1000]),
+        ([7] * 40, [7] * 40),
+    ],
+)
+def test_hopper_attention(dtype, causal, heads, width, q_lens, kv_lens):
+    from qwen3vl_moe.model.hopper_attention import hopper_attention, takes
+
+    N, G = heads
+    segments = Segments.build(q_lens, kv_lens, "cuda")
+    qkv = torch.randn(max(sum(q_lens), sum(kv_lens)), N + 2 * G, width, device="cuda", dtype=dtype)
+    q, k, v = qkv.split((N, G, G), dim=1)
+    q, k, v = q[: sum(q_lens)], k[: sum(kv_lens)], v[: sum(kv_lens)]
+    assert takes(q, k, v)
+    ours = hopper_attention(q, k, v, segments.q_starts, segments.kv_starts, causal=causal)
+    full = Segments.build([n for n in q_lens if n], [n for n in kv_lens if n], "cuda")
+    exact, plain = (
+        attention_per_segment(q.to(kind), k.to(kind), v.to(kind), full, causal) for kind in (torch.float64, dtype)
+    )
+    within_rounding(ours, exact, plain)
+    # A neighbour's NaN stays with the neighbour, whatever tiles the two share.
+    if len(q_lens) > 1:
+        first = kv_lens[0]
+        k[first:], v[first:] = torch.nan, torch.nan
+        again = hopper_attention(q, k, v, segments.q_starts, segments.kv_starts, causal=causal)
+        assert torch.equal(again[: q_lens[0]], ours[: q_lens[0]])
 
 
 @runs_kernels
