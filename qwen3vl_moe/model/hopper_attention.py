@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from tma_moe.gluon_parts import CONSUMERS, tma_load
+from tma_moe.gluon_parts import make_barriers, tma_load
 from tma_moe.kernel import Launch, current_stream, device_guard
 from torch import Tensor
 from triton.experimental import gluon
@@ -298,14 +298,6 @@ def _rings(descs, STAGES: gl.constexpr, PARTS: gl.constexpr):
         return first, second
 
 
-@gluon.jit
-def _barriers(STAGES: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(barriers.index(stage), count=COUNT)
-    return barriers
-
-
 @gluon.jit(do_not_specialize=["S"])
 def attend_packed(
     q1,  # [T, N, D], blocks [QUERIES, 1, width of a part]
@@ -328,10 +320,9 @@ def attend_packed(
 ):
     """out[t, n] = softmax over the keys of t's sequence that it may see. With one part, q2, k2 and v2 are None."""
     buffers = _rings((q1, q2), 1, PARTS), _rings((k1, k2), STAGES, PARTS), _rings((v1, v2), STAGES, PARTS)
-    q_full, q_empty = _barriers(1, 1), _barriers(1, CONSUMERS)
-    k_full, k_empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
-    v_full, v_empty = _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
-    fence_async_shared()
+    q_full, q_empty = make_barriers(1, 1)
+    k_full, k_empty = make_barriers(STAGES, 1)
+    v_full, v_empty = make_barriers(STAGES, 1)
     barriers = q_full, q_empty, k_full, k_empty, v_full, v_empty
     sizes: gl.constexpr = (N, G, PARTS, q1.block_type.shape[2], CAUSAL, D)
     gl.warp_specialize(
