@@ -2,6 +2,7 @@
 
     python scripts/bench_engine.py                       # the 30B sizes with random weights: needs an 80 GB card
     python scripts/bench_engine.py --model demo --quick  # anywhere; tries the program out
+    python scripts/bench_engine.py --profile             # and where the time of each step goes
 
 Everything goes through the engine as a user's request does: a step's time includes scheduling, packing, sampling and
 detokenising. Medians of warm runs. Tokens are drawn at temperature 1, because random weights collapse greedily onto a
@@ -19,6 +20,7 @@ import json
 import math
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,10 @@ from qwen3vl_moe import LLM, SamplingParams
 from qwen3vl_moe.benchmarking.dummy import dummy_llm
 from qwen3vl_moe.benchmarking.experts import experts_in_next_step
 from qwen3vl_moe.benchmarking.inputs import plain_token_ids
+from qwen3vl_moe.benchmarking.step_profile import KINDS, StepProfile, profile_steps
+from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, UserError
+from qwen3vl_moe.images import Picture
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 DECODE = ((1, 450), (32, 512), (128, 1024))
@@ -99,11 +104,8 @@ def first_token(llm: LLM, rng: np.random.Generator, times: int) -> dict:
 
 def decode_step(llm: LLM, S: int, context: int, bandwidth: float, rng: np.random.Generator, steps: int) -> dict:
     """Steps in which S sequences decode around a context length."""
-    engine, params = llm.engine, SamplingParams(max_tokens=steps, temperature=1.0, ignore_eos=True)
-    prompts = [plain_token_ids(llm.processor.tokenizer, context - steps // 2, rng) for _ in range(S)]
-    sequences = [engine.request(llm.processor.prompt(ids), params) for ids in prompts]
-    for sequence in sequences:
-        engine.add(sequence)
+    engine = llm.engine
+    sequences = [add_request(llm, context - steps // 2, rng, steps) for _ in range(S)]
     seconds, experts = [], 0.0
     while not all(sequence.finished for sequence in sequences):
         decoding = all(sequence.pending == 1 for sequence in sequences)
@@ -129,14 +131,20 @@ def decode_step(llm: LLM, S: int, context: int, bandwidth: float, rng: np.random
     }
 
 
+def add_request(llm: LLM, T: int, rng: np.random.Generator, max_tokens: int = 1) -> Sequence:
+    """Queue a prompt of T random text tokens."""
+    prompt = llm.processor.prompt(plain_token_ids(llm.processor.tokenizer, T, rng))
+    sequence = llm.engine.request(prompt, SamplingParams(max_tokens=max_tokens, temperature=1.0, ignore_eos=True))
+    llm.engine.add(sequence)
+    return sequence
+
+
 def prefill_step(llm: LLM, T: int, rate: float, rng: np.random.Generator, times: int) -> dict:
     """One step over a prompt of T tokens."""
     engine, text = llm.engine, llm.engine.model.config.text
     seconds = []
     for _ in range(times + 2):
-        prompt = llm.processor.prompt(plain_token_ids(llm.processor.tokenizer, T, rng))
-        sequence = engine.request(prompt, SamplingParams(max_tokens=1, temperature=1.0, ignore_eos=True))
-        engine.add(sequence)
+        sequence = add_request(llm, T, rng)
         started = time.perf_counter()
         while not sequence.finished:
             engine.step()
@@ -153,13 +161,19 @@ def prefill_step(llm: LLM, T: int, rate: float, rng: np.random.Generator, times:
     }
 
 
+def random_pictures(llm: LLM, count: int, rng: np.random.Generator) -> list[Picture]:
+    """Noise of 36 x 36 patches, made at its size: nothing is resized."""
+    vision = llm.engine.model.config.vision
+    side = 18 * vision.merge_size * vision.patch_size
+    exact = llm.processor.image_settings.with_bounds(1, side**2)
+    noise = (rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(count))
+    return [exact.resize(Image.fromarray(pixels)) for pixels in noise]
+
+
 def vision_call(llm: LLM, images: int, rate: float, rng: np.random.Generator, times: int) -> dict:
     """The tower on 560x560 images (36 x 36 patches), from resized pictures on the host to features."""
     model, vision = llm.engine.model, llm.engine.model.config.vision
-    side = 18 * vision.merge_size * vision.patch_size
-    exact = llm.processor.image_settings.with_bounds(1, side**2)  # made at their size: nothing is resized
-    noise = (rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(images))
-    pictures = [exact.resize(Image.fromarray(pixels)) for pixels in noise]
+    pictures = random_pictures(llm, images, rng)
     P = math.prod(pictures[0].grid)
     with torch.inference_mode():
         seconds = median(lambda: llm.engine.runner.encode(pictures), model.device, times)
@@ -175,16 +189,44 @@ def vision_call(llm: LLM, images: int, rate: float, rng: np.random.Generator, ti
     }
 
 
+def profiles(llm: LLM, rng: np.random.Generator) -> dict[str, StepProfile]:
+    """Profiles of a decode step of each batch, of a prefill step, and of the tower."""
+    engine, found = llm.engine, {}
+    for S, context in DECODE:
+        sequences = [add_request(llm, context, rng, 20) for _ in range(S)]
+        while not all(sequence.pending == 1 for sequence in sequences):
+            engine.step()
+        found[f"decode, batch {S}"] = profile_steps(lambda: [engine.step() for _ in range(8)], 8)
+        for sequence in sequences:
+            engine.abort(sequence)
+    add_request(llm, 8192, rng)
+    found["prefill of 8192 tokens"] = profile_steps(engine.step)
+    pictures = random_pictures(llm, 32, rng)
+    with torch.inference_mode():
+        found["vision tower, 32 images"] = profile_steps(lambda: engine.runner.encode(pictures))
+    return found
+
+
+def profile_table(found: dict[str, StepProfile]) -> Table:
+    table = Table("step", "host, total", "before the device", *KINDS, "gaps", title="milliseconds, by torch's profiler")
+    for name, step in found.items():
+        table.add_row(name, *(f"{ms:.2f}" for ms in (step.total, step.before, *step.kinds.values(), step.gaps)))
+    return table
+
+
 def main(
     model: str = typer.Option("random", help="'random' (30B sizes), a checkpoint directory, a hub id, or 'demo'."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
     moe: str = typer.Option("auto", help="tma, reference, auto."),
     eager: bool = typer.Option(False, help="Launch every kernel instead of replaying CUDA graphs."),
     quick: bool = typer.Option(False, help="Small sizes and few repetitions."),
+    profile: bool = typer.Option(False, help="Show where the time of a step goes, too: needs a GPU."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the figures here."),
 ) -> None:
     """Measure the engine on this machine."""
     try:
+        if profile and not device.startswith("cuda"):
+            raise OptionError(f"--profile looks at a GPU's kernels; --device {device} has none")
         started = time.perf_counter()
         llm = load(model, device, moe, eager)
         console.print(f"ready after {time.perf_counter() - started:.1f} s: {llm.settings}", markup=False)
@@ -198,8 +240,17 @@ def main(
         floor = f"{row['floor_ms']:.2f}" if "floor_ms" in row else ""
         table.add_row(row["what"], f"{row['ms']:.2f}", floor, row["note"])
     Console().print(table)
+    found = profiles(llm, np.random.default_rng(1)) if profile else {}
+    if found:
+        Console().print(profile_table(found))
     if json_file:
-        json_file.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}, indent=2))
+        results = {
+            "device": name,
+            "torch": torch.__version__,
+            "rows": rows,
+            "profiles": {name: asdict(step) for name, step in found.items()},
+        }
+        json_file.write_text(json.dumps(results, indent=2))
 
 
 def measure(llm: LLM, quick: bool) -> list[dict]:

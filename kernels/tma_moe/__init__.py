@@ -9,11 +9,12 @@ Importing this package needs neither a GPU nor triton; `unavailable` says what b
 
 from tma_moe.descriptors import descriptor_policy, descriptor_stats, set_descriptor_policy
 from tma_moe.experts import ExpertWeights
-from tma_moe.fused_moe import fused_moe, route
+from tma_moe.fused_moe import Uncombined, fused_moe, route
 from tma_moe.support import unavailable
 
 __all__ = [
     "ExpertWeights",
+    "Uncombined",
     "descriptor_policy",
     "descriptor_stats",
     "fused_moe",

@@ -1,5 +1,7 @@
 """The public operations: argument checks, and the choice of backend."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,31 @@ from tma_moe.support import WAY_OUT, unavailable
 
 BACKENDS = ("tma", "reference")
 _SIZES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 8}  # bytes of each dtype
+
+
+@dataclass(frozen=True)
+class Uncombined:
+    """What `fused_moe(..., combine=False)` may return: y[t] is the sum over k of weights[t, k] * rows[t, k].
+
+    | rows    | [T, K, H] | the dtype of x; undefined where the id is no expert              |
+    | ids     | [T, K]    | int32 or int64; outside [0, num_experts) contributes nothing      |
+    | weights | [T, K]    | float32 (or the dtype of x)                                       |
+
+    `kept` says that the rows were stored with the wish that L2 keep them, which their last reader should take back.
+    A kernel that has more to do with y takes the sum itself: `tma_moe.combine.weighted_sum`.
+    """
+
+    rows_TKH: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
+    num_experts: int
+    kept: bool
+
+    def __getitem__(self, tokens: Tensor) -> "Uncombined":
+        """The same of some tokens (an index [R])."""
+        return Uncombined(
+            self.rows_TKH[tokens], self.ids_TK[tokens], self.weights_TK[tokens], self.num_experts, self.kept
+        )
 
 
 def _check_backend(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -46,8 +73,14 @@ def route(logits_TE: Tensor, k: int, *, backend: str = "tma") -> tuple[Tensor, T
 
 
 def fused_moe(
-    x_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, experts: ExpertWeights, *, backend: str = "tma"
-) -> Tensor:
+    x_TH: Tensor,
+    topk_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    experts: ExpertWeights,
+    *,
+    backend: str = "tma",
+    combine: bool = True,
+) -> Tensor | Uncombined:
     """y[t] = sum over k of weight[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t])), with e = ids[t, k].
 
     | operand         | shape      | dtype                          | backend "tma" also needs         |
@@ -59,9 +92,10 @@ def fused_moe(
 
     Returns y [T, H] in the dtype of x. Products accumulate in float32, the weighted sum over k is taken in float32 in
     a fixed order, and no atomics touch an output: the result is bitwise the same from run to run. Ids outside [0, E)
-    contribute nothing. Backend "tma" makes no host synchronisation and can be captured in a CUDA graph (run once
-    before capture, so that kernels are compiled). Raises TypeError, ValueError (operands) or RuntimeError (backend
-    "tma" cannot run there, or is asked for gradients), each with one clear line.
+    contribute nothing. With `combine=False` the sum may be left to the caller, as `Uncombined`, where it is a launch of
+    its own (not for a few tokens, nor by the reference). Backend "tma" makes no host synchronisation and can be
+    captured in a CUDA graph (run once before capture, so that kernels are compiled). Raises TypeError, ValueError
+    (operands) or RuntimeError (backend "tma" cannot run there, or is asked for gradients), each with one clear line.
     """
     operands = (x_TH, topk_ids_TK, topk_weights_TK, experts)
     sound = _sound(x_TH, topk_ids_TK, topk_weights_TK, experts._parameters["gate_up"], experts._parameters["down"])
@@ -82,7 +116,7 @@ def fused_moe(
         return torch.empty_like(x_TH)
     from tma_moe.launch import fused_moe_tma
 
-    return fused_moe_tma(*operands)
+    return fused_moe_tma(*operands, combine)
 
 
 def _sound(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor) -> bool:

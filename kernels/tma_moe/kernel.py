@@ -25,13 +25,17 @@ class Launch:
         if pdl and not interpreting():
             self.options["launch_pdl"] = True
         self.compiled = None
+        self.pointers: tuple[bool, ...] = ()  # which arguments are tensors
 
     def __call__(self, stream: int, grid: tuple[int, int, int], *args) -> None:
         compiled = self.compiled
         if compiled is None:
+            self.pointers = tuple(isinstance(arg, torch.Tensor) for arg in args)
             # None again under the interpreter, which always takes this path.
             self.compiled = self.kernel[grid](*args, *self.constants, **self.options)
             return
+        # Addresses rather than tensors, as triton asks the driver about every tensor, which costs most of a launch.
+        args = [arg.data_ptr() if is_tensor else arg for arg, is_tensor in zip(args, self.pointers, strict=True)]
         # What `compiled[grid](...)` does, less its look-ups of device, stream and hooks.
         compiled.run(
             *grid,

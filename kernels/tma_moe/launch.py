@@ -2,7 +2,7 @@
 
 A `Recipe` is everything that does not depend on the call: kernels with their constants, block shapes, grids. It is made
 once per device, shape, dtype and bucket of token counts. A call then allocates its buffers and launches two kernels
-(decode), four, or six (above 4096 pairs, where grouping takes three). Buffers come from torch's caching
+(decode), four, or five (above 4096 pairs, where grouping takes two). Buffers come from torch's caching
 allocator at every call, so streams, threads and CUDA graphs each have their own, and nothing outlives the call.
 
 All kernels use programmatic dependent launch: each waits for the one before it before its first write, so a chain of
@@ -19,6 +19,7 @@ from torch import Tensor
 from tma_moe import combine, decode_gemv, grouped_gemm, routing, swap_gemm
 from tma_moe.descriptors import activation_descriptor, weight_descriptor
 from tma_moe.experts import ExpertWeights
+from tma_moe.fused_moe import Uncombined
 from tma_moe.kernel import Launch, current_stream, device_guard
 from tma_moe.support import interpreting
 from tma_moe.tuning import GLUON_KERNELS, Choice, Tiles, choices_for
@@ -45,13 +46,16 @@ class Recipe:
             constants = (E, H, I, K, block_k, down.cols, down.block_k, pdl)
             self.down = Launch(decode_gemv.decode_down, constants, down.warps)
             return
-        self.bins = triton.next_power_of_2(E)
         self.make_grouping(up, down, pdl)
         self.up, self.down = self._product("up", up, pdl), self._product("down", down, pdl)
         # 256 columns a warp: 16 bytes a thread of each row, and no thread shares a column with another.
         cols = min(triton.next_power_of_2(H), max(256, 8192 // block_k))
         self.combine_columns = triton.cdiv(H, cols)
-        self.combine = Launch(combine.combine, (H, E, K, block_k, cols, pdl), warps=max(1, min(8, cols // 256)))
+        self.combine = Launch(
+            combine.combine,
+            (H, E, K, block_k, cols, "evict_first" if down.keep else "", pdl),
+            warps=max(1, min(8, cols // 256)),
+        )
         self.up_gluon, self.down_gluon = up.kernel in GLUON_KERNELS, down.kernel in GLUON_KERNELS
         self.up_block = (up.cols, up.block_k)
         if up.kernel == "grouped":
@@ -63,24 +67,31 @@ class Recipe:
 
     def make_grouping(self, up: Tiles, down: Tiles, pdl: bool) -> None:
         """The launches that write the plan for these tiles (routing.py)."""
-        rows = (up.rows, up.step, down.rows, down.step)
-        block = routing.BLOCK
+        self.bins = max(16, triton.next_power_of_2(self.E))  # of which tensor cores take no fewer
+        self.ranked = max(16, min(128, 16384 // self.bins))  # pairs ranked at a time, as far as registers allow
+        sizes = (self.E, self.bins, up.rows, up.step, down.rows, down.step)
         self.group_few = {
-            size: Launch(routing.group_few, (self.E, self.bins, *rows, size, pdl), warps=max(4, size // 256))
+            size: Launch(routing.group_few, (*sizes, size, self.ranked, pdl), warps=max(8, size // 256))
             for size in routing.FEW_BLOCKS
         }
-        self.count = Launch(routing.count_pairs, (self.E, self.bins, block, pdl), warps=8)
-        self.place = Launch(routing.place_blocks, (self.bins, *rows, routing.CHUNK, pdl), warps=8)
-        self.rank = Launch(routing.rank_pairs, (self.E, self.bins, block, pdl), warps=8)
+
+        @functools.cache
+        def group_many(block: int) -> tuple[Launch, Launch]:
+            count = Launch(routing.count_pairs, (self.E, self.bins, block, pdl), warps=4)
+            constants = (*sizes, block, self.ranked, routing.CHUNK, pdl)
+            return count, Launch(routing.group_many, constants, warps=8)
+
+        self.group_many = group_many
 
     def _product(self, role: str, tiles: Tiles, pdl: bool) -> Launch:
         """The kernel of a product: its sizes, then its tile."""
         sizes = (self.H, self.I, self.K) if role == "up" else (self.H, self.I)
+        evict = "evict_last" if tiles.keep else ""
         if tiles.kernel == "streamed":
             from tma_moe import streamed_gemm
 
             kernel = streamed_gemm.streamed_up if role == "up" else streamed_gemm.streamed_down
-            return Launch(kernel, (*sizes, self.E, tiles.rows, tiles.stages), tiles.warps)
+            return Launch(kernel, (*sizes, self.E, tiles.rows, tiles.stages, evict), tiles.warps)
         tile = (tiles.rows, tiles.cols, tiles.block_k)
         if tiles.kernel == "specialized":
             from tma_moe import specialized_gemm
@@ -91,12 +102,16 @@ class Recipe:
             kernel = grouped_gemm.grouped_up if role == "up" else grouped_gemm.grouped_down
             return Launch(kernel, (*sizes, *tile, tiles.flatten, pdl), tiles.warps, tiles.stages)
         kernel = swap_gemm.swap_up if role == "up" else swap_gemm.swap_down
-        return Launch(kernel, (*sizes, *tile, tiles.flatten, pdl), tiles.warps, tiles.stages)
+        return Launch(kernel, (*sizes, *tile, tiles.flatten, evict, pdl), tiles.warps, tiles.stages)
 
-    def run(self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> Tensor:
+    def run(
+        self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool = True
+    ) -> Tensor | Uncombined:
         """The operation, with the device of x current."""
-        run = self._run_decode if self.up_tiles.kernel == "decode" else self._run_grouped
-        return run(current_stream(x_TH.device), x_TH, ids_TK, weights_TK, experts)
+        operands = (current_stream(x_TH.device), x_TH, ids_TK, weights_TK, experts)
+        if self.up_tiles.kernel == "decode":
+            return self._run_decode(*operands)
+        return self._run_grouped(*operands, combine)
 
     def _run_decode(self, stream: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights):
         T = x_TH.shape[0]
@@ -108,7 +123,9 @@ class Recipe:
         self.down(stream, (self.down_columns, T, 1), h, ids_TK, weights_TK, weights["down"], y_TH)
         return y_TH
 
-    def _run_grouped(self, stream: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights):
+    def _run_grouped(
+        self, stream: int, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool
+    ) -> Tensor | Uncombined:
         T = x_TH.shape[0]
         pairs = T * self.K
         up, down = self.up_tiles, self.down_tiles
@@ -119,7 +136,6 @@ class Recipe:
         plan = ids_TK.new_empty(down_at + 4 * down_bound, dtype=torch.int32)
         h = x_TH.new_empty(pairs, self.I)
         rows = x_TH.new_empty(pairs, self.H)
-        y_TH = torch.empty_like(x_TH)
         self._group_pairs(stream, ids_TK, plan, pairs, up_at, down_at)
         desc = weight_descriptor(experts, "gate_up", self.up_block, self.up_gluon)
         # Streamed kernels prefetch, and take the weights themselves, too.
@@ -130,6 +146,9 @@ class Recipe:
         if down.kernel != "swap":
             h = activation_descriptor(h, self.h_block, self.down_gluon)
         self.down(stream, self._grid(down, down_bound * self.down_columns), h, *weights, plan, rows, down_at)
+        if not combine:
+            return Uncombined(rows.view(T, self.K, self.H), ids_TK, weights_TK, self.E, down.keep)
+        y_TH = torch.empty_like(x_TH)
         self.combine(stream, (T, self.combine_columns, 1), rows, ids_TK, weights_TK, y_TH)
         return y_TH
 
@@ -139,16 +158,17 @@ class Recipe:
         return count, 1, 1
 
     def _group_pairs(self, stream: int, ids_TK: Tensor, plan: Tensor, pairs: int, up_at: int, down_at: int) -> None:
-        experts = -(-self.E // 4)
-        for block, launch in self.group_few.items():
-            if pairs <= block:
-                launch(stream, (experts, 1, 1), ids_TK, plan, pairs, up_at, down_at)
+        for size, group_few in self.group_few.items():
+            if pairs <= size:
+                blocks = -(-pairs // self.ranked)
+                group_few(stream, (blocks + 2, 1, 1), ids_TK, plan, pairs, up_at, down_at)
                 return
-        blocks = -(-pairs // routing.BLOCK)
+        block = max(self.ranked, triton.next_power_of_2(-(-pairs // routing.MANY_BLOCKS)))
+        blocks = -(-pairs // block)
         counts = plan.new_empty(blocks * self.bins)
-        self.count(stream, (blocks, 1, 1), ids_TK, counts, pairs)
-        self.place(stream, (1, 1, 1), counts, plan, blocks, up_at, down_at)
-        self.rank(stream, (experts, blocks, 1), ids_TK, counts, plan, pairs)
+        count, group_many = self.group_many(block)
+        count(stream, (blocks, 1, 1), ids_TK, counts, pairs)
+        group_many(stream, (blocks + 2, 1, 1), ids_TK, counts, plan, pairs, up_at, down_at)
 
 
 class _Buckets:
@@ -170,11 +190,13 @@ def _buckets(device: torch.device, dtypes: tuple, E: int, K: int, H: int, I: int
     return _Buckets(device, E, K, H, I)
 
 
-def fused_moe_tma(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> Tensor:
+def fused_moe_tma(
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool
+) -> Tensor | Uncombined:
     """`fused_moe` on the GPU; arguments were checked by the caller."""
     E, H, I = experts._parameters["down"].shape  # noqa: E741
     T, K = ids_TK.shape
     device = x_TH.device
     recipe = _buckets(device, (x_TH.dtype, ids_TK.dtype, weights_TK.dtype), E, K, H, I).recipe(T)
     with device_guard(device):
-        return recipe.run(x_TH, ids_TK, weights_TK, experts)
+        return recipe.run(x_TH, ids_TK, weights_TK, experts, combine)

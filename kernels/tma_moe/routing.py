@@ -25,9 +25,9 @@ from tma_moe.kernel import Launch, current_stream, device_guard
 from tma_moe.support import interpreting
 
 HEADER = tl.constexpr(16)
-BLOCK = 2048  # pairs that a program ranks at a time
 FEW_BLOCKS = (256, 2048, 4096)  # sizes of a block that holds all pairs of a call, which is then grouped in one launch
-CHUNK = 16  # blocks whose counts one program adds up at a time
+MANY_BLOCKS = 128  # of more pairs: the most blocks that they are cut into
+CHUNK = 32  # blocks whose counts a program adds up at a time
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -105,17 +105,44 @@ def _write_tiles(plan_ptr, tiles_at, role, counts, start, BINS: tl.constexpr, RO
 
 
 @triton.jit
-def _rank(ids, pair, base, plan_ptr, BLOCK: tl.constexpr):
-    """Writes a block's pairs of experts 4p to 4p + 3, for program p, into the rows from base[expert] on, in order.
-
-    One scan ranks four experts: each counts in 16 bits of a 64-bit integer.
-    """
-    nth = ids - 4 * tl.program_id(0)
-    mine = (ids >= 0) & (nth >= 0) & (nth < 4)
-    shift = tl.where(mine, 16 * nth, 0).to(tl.int64)
-    ranks = tl.cumsum(tl.where(mine, tl.full([BLOCK], 1, tl.int64) << shift, 0), axis=0)
-    rank = ((ranks >> shift) & 0xFFFF).to(tl.int32) - 1
-    tl.store(plan_ptr + HEADER + tl.gather(base, tl.maximum(ids, 0), 0) + rank, pair, mask=mine)
+def _write_plan(
+    ids_ptr,
+    plan_ptr,
+    pairs,
+    total,  # [BINS] pairs of each expert
+    before,  # [BINS] those of them in blocks before this one
+    up_tiles_at,
+    down_tiles_at,
+    E: tl.constexpr,
+    BINS: tl.constexpr,
+    UP_ROWS: tl.constexpr,
+    UP_STEP: tl.constexpr,
+    DOWN_ROWS: tl.constexpr,
+    DOWN_STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SUB: tl.constexpr,
+):
+    """Rows of one block of pairs for each program but the last two, which write the tiles of the two products."""
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0) - 2
+    start = tl.cumsum(total, axis=0) - total
+    if block < blocks:
+        base = start + before
+        i = tl.arange(0, SUB)
+        earlier = (i[None, :] < i[:, None]).to(tl.float16)
+        for at in range(0, BLOCK, SUB):
+            pair = block * BLOCK + at + i
+            ids = _load_ids(ids_ptr, pair, pairs, E)
+            hits = ids[:, None] == tl.arange(0, BINS)[None, :]
+            # How many pairs before each one chose each expert: small whole numbers, which this product gives exactly.
+            ranks = tl.dot(earlier, hits.to(tl.float16)).to(tl.int32)
+            row = tl.sum(tl.where(hits, ranks + base[None, :], 0), axis=1)
+            tl.store(plan_ptr + HEADER + row, pair, mask=ids >= 0)
+            base += tl.sum(hits.to(tl.int32), axis=0)
+    elif block == blocks:
+        _write_tiles(plan_ptr, up_tiles_at, 0, total, start, BINS, UP_ROWS, UP_STEP)
+    else:
+        _write_tiles(plan_ptr, down_tiles_at, 1, total, start, BINS, DOWN_ROWS, DOWN_STEP)
 
 
 @triton.jit(do_not_specialize=["pairs", "up_tiles_at", "down_tiles_at"])
@@ -132,6 +159,7 @@ def group_few(
     DOWN_ROWS: tl.constexpr,
     DOWN_STEP: tl.constexpr,
     BLOCK: tl.constexpr,
+    SUB: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The whole plan in one launch, for at most BLOCK pairs (one of FEW_BLOCKS): each program counts them all."""
@@ -140,19 +168,32 @@ def group_few(
         gdc_wait()
     pair = tl.arange(0, BLOCK)
     ids = _load_ids(ids_ptr, pair, pairs, E)
-    counts = tl.histogram(ids, BINS, mask=ids >= 0)
-    start = tl.cumsum(counts, axis=0) - counts
-    if tl.program_id(0) == 0:
-        _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS, UP_STEP)
-        _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS, DOWN_STEP)
-    _rank(ids, pair, start, plan_ptr, BLOCK)
+    total = tl.histogram(ids, BINS, mask=ids >= 0)
+    before = tl.histogram(ids, BINS, mask=(ids >= 0) & (pair < tl.program_id(0) * SUB))
+    _write_plan(
+        ids_ptr,
+        plan_ptr,
+        pairs,
+        total,
+        before,
+        up_tiles_at,
+        down_tiles_at,
+        E,
+        BINS,
+        UP_ROWS,
+        UP_STEP,
+        DOWN_ROWS,
+        DOWN_STEP,
+        SUB,
+        SUB,
+    )
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def count_pairs(
     ids_ptr, counts_ptr, pairs, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    """First of three launches for many pairs: counts[block, e], the pairs of each expert in each block of BLOCK."""
+    """First of two launches for many pairs: counts[block, e], the pairs of each expert in each block of BLOCK."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -162,61 +203,57 @@ def count_pairs(
     tl.store(counts_ptr + block * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit(do_not_specialize=["blocks", "up_tiles_at", "down_tiles_at"])
-def place_blocks(
+@triton.jit(do_not_specialize=["pairs", "up_tiles_at", "down_tiles_at"])
+def group_many(
+    ids_ptr,
     counts_ptr,
     plan_ptr,
-    blocks,
+    pairs,
     up_tiles_at,
     down_tiles_at,
+    E: tl.constexpr,
     BINS: tl.constexpr,
     UP_ROWS: tl.constexpr,
     UP_STEP: tl.constexpr,
     DOWN_ROWS: tl.constexpr,
     DOWN_STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SUB: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Second: the tiles, and counts[block, e] becomes the first row of expert e's pairs in the block. One program."""
+    """Second: the plan. Each program adds up the counts of all blocks, and of those before its own."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    experts = tl.arange(0, BINS)
-    counts = tl.zeros([BINS], tl.int32)
+    blocks = tl.num_programs(0) - 2
+    total = tl.zeros([CHUNK, BINS], tl.int32)
+    before = tl.zeros([CHUNK, BINS], tl.int32)
     for at in range(0, blocks, CHUNK):
         block = at + tl.arange(0, CHUNK)[:, None]
-        counts += tl.sum(tl.load(counts_ptr + block * BINS + experts[None, :], mask=block < blocks, other=0), axis=0)
-    start = tl.cumsum(counts, axis=0) - counts
-    base = start
-    for at in range(0, blocks, CHUNK):
-        block = at + tl.arange(0, CHUNK)[:, None]
-        table = counts_ptr + block * BINS + experts[None, :]
-        here = tl.load(table, mask=block < blocks, other=0)
-        tl.store(table, base[None, :] + tl.cumsum(here, axis=0) - here, mask=block < blocks)
-        base += tl.sum(here, axis=0)
-    _write_tiles(plan_ptr, up_tiles_at, 0, counts, start, BINS, UP_ROWS, UP_STEP)
-    _write_tiles(plan_ptr, down_tiles_at, 1, counts, start, BINS, DOWN_ROWS, DOWN_STEP)
-
-
-@triton.jit(do_not_specialize=["pairs"])
-def rank_pairs(
-    ids_ptr,
-    counts_ptr,
-    plan_ptr,
-    pairs,
-    E: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Third: program (p, block) writes the rows of four experts' pairs in one block."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    block = tl.program_id(1)
-    pair = block * BLOCK + tl.arange(0, BLOCK)
-    base = tl.load(counts_ptr + block * BINS + tl.arange(0, BINS))
-    _rank(_load_ids(ids_ptr, pair, pairs, E), pair, base, plan_ptr, BLOCK)
+        table = counts_ptr + block * BINS + tl.arange(0, BINS)[None, :]
+        counts = tl.load(table, mask=block < blocks, other=0)
+        total += counts
+        before += tl.where(block < tl.program_id(0), counts, 0)
+    total = tl.sum(total, axis=0)
+    before = tl.sum(before, axis=0)
+    _write_plan(
+        ids_ptr,
+        plan_ptr,
+        pairs,
+        total,
+        before,
+        up_tiles_at,
+        down_tiles_at,
+        E,
+        BINS,
+        UP_ROWS,
+        UP_STEP,
+        DOWN_ROWS,
+        DOWN_STEP,
+        BLOCK,
+        SUB,
+    )
 
 
 @functools.cache

@@ -36,20 +36,20 @@ def _swiglu(acc, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _store_h(h, h_ptr, row, last, col, I: gl.constexpr):  # noqa: E741
+def _store_h(h, h_ptr, row, last, col, I: gl.constexpr, EVICT: gl.constexpr):  # noqa: E741
     """Stores [C, N] transposed, 64 tokens at a time: the exchange between threads then takes little shared memory."""
     N: gl.constexpr = h.shape[1]
     if N > 64:
         left, right = halves(h)
-        _store_h(left, h_ptr, row, last, col, I)
-        _store_h(right, h_ptr, row + N // 2, last, col, I)
+        _store_h(left, h_ptr, row, last, col, I, EVICT)
+        _store_h(right, h_ptr, row + N // 2, last, col, I, EVICT)
     else:
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
         rows = row + gl.arange(0, N, gl.SliceLayout(1, layout))
         cols = col + gl.arange(0, h.shape[0], gl.SliceLayout(0, layout))
         h = gl.convert_layout(h.permute((1, 0)), layout)
         at = h_ptr + (rows.to(gl.int64) * I)[:, None] + cols[None, :]
-        gl.store(at, h, mask=(rows < last)[:, None] & (cols < I)[None, :])
+        gl.store(at, h, mask=(rows < last)[:, None] & (cols < I)[None, :], eviction_policy=EVICT)
 
 
 @gluon.jit
@@ -59,9 +59,9 @@ def _consume_up(A: gl.constexpr, B: gl.constexpr, tile, half: gl.constexpr, ring
     step, _, first, last, n = tile
     acc_a, acc_b = multiply(ring, step, half, (H + BLOCK_K - 1) // BLOCK_K, A, B, True)
     col = n + half * 32
-    _store_h(_swiglu(acc_a, h_ptr.dtype.element_ty), h_ptr, first, last, col, I)
+    _store_h(_swiglu(acc_a, h_ptr.dtype.element_ty), h_ptr, first, last, col, I, sizes[3])
     if B > 0:
-        _store_h(_swiglu(acc_b, h_ptr.dtype.element_ty), h_ptr, first + A, last, col, I)
+        _store_h(_swiglu(acc_b, h_ptr.dtype.element_ty), h_ptr, first + A, last, col, I, sizes[3])
 
 
 @gluon.jit
@@ -122,6 +122,7 @@ def streamed_up(
     E: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
+    EVICT: gl.constexpr,
 ):
     """h[row, n] = silu(gate[e, n] . x[token]) * (up[e, n] . x[token]); tokens are gathered by the producer."""
     let_next_kernel_start()
@@ -136,7 +137,7 @@ def streamed_up(
     total = gl.load(plan_ptr) * COL_TILES
     # A buffer is full after the producer's announcement of TMA's bytes and the copies of each of its 128 threads.
     ring = make_ring(gate_up_desc, STAGES, ROWS, 1 + 128)
-    sizes: gl.constexpr = (H, I, TOPK)
+    sizes: gl.constexpr = (H, I, TOPK, EVICT)
     walk: gl.constexpr = (ROWS, COL_TILES, 64, (H + BLOCK_K - 1) // BLOCK_K)
     consume: gl.constexpr = _consume_up
     produce: gl.constexpr = _produce_up
@@ -152,14 +153,14 @@ def streamed_up(
 
 
 @gluon.jit
-def _store_rows(out, rows_ptr, slots, row, last, col, H: gl.constexpr):
+def _store_rows(out, rows_ptr, slots, row, last, col, H: gl.constexpr, EVICT: gl.constexpr):
     """As `_store_h`, each token's row at its slot."""
     N: gl.constexpr = out.shape[1]
     if N > 64:
         left, right = halves(out)
         left_slots, right_slots = halves(slots)
-        _store_rows(left, rows_ptr, left_slots, row, last, col, H)
-        _store_rows(right, rows_ptr, right_slots, row + N // 2, last, col, H)
+        _store_rows(left, rows_ptr, left_slots, row, last, col, H, EVICT)
+        _store_rows(right, rows_ptr, right_slots, row + N // 2, last, col, H, EVICT)
     else:
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         rows = row + gl.arange(0, N, gl.SliceLayout(1, layout))
@@ -167,7 +168,7 @@ def _store_rows(out, rows_ptr, slots, row, last, col, H: gl.constexpr):
         out = gl.convert_layout(out.permute((1, 0)), layout)
         slots = gl.convert_layout(slots, gl.SliceLayout(1, layout))
         at = rows_ptr + (slots.to(gl.int64) * H)[:, None] + cols[None, :]
-        gl.store(at, out, mask=(rows < last)[:, None] & (cols < H)[None, :])
+        gl.store(at, out, mask=(rows < last)[:, None] & (cols < H)[None, :], eviction_policy=EVICT)
 
 
 @gluon.jit
@@ -181,9 +182,9 @@ def _consume_down(
     acc_a, acc_b = multiply(ring, step, half, (sizes[1] + BLOCK_K - 1) // BLOCK_K, A, B, False)
     col = n + half * 64
     dtype: gl.constexpr = rows_ptr.dtype.element_ty
-    _store_rows(acc_a.to(dtype), rows_ptr, slots_a, first, last, col, H)
+    _store_rows(acc_a.to(dtype), rows_ptr, slots_a, first, last, col, H, sizes[2])
     if B > 0:
-        _store_rows(acc_b.to(dtype), rows_ptr, slots_b, first + A, last, col, H)
+        _store_rows(acc_b.to(dtype), rows_ptr, slots_b, first + A, last, col, H, sizes[2])
 
 
 @gluon.jit
@@ -218,6 +219,7 @@ def streamed_down(
     E: gl.constexpr,
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
+    EVICT: gl.constexpr,
 ):
     """rows[slot, n] = down[e, n] . h[row]. Tiles may run into the next expert's rows; only the store is masked."""
     let_next_kernel_start()
@@ -230,7 +232,7 @@ def streamed_down(
     wait_for_previous_kernel()
     total = gl.load(plan_ptr + 1) * COL_TILES
     ring = make_ring(down_desc, STAGES, ROWS, 1)
-    sizes: gl.constexpr = (H, I)
+    sizes: gl.constexpr = (H, I, EVICT)
     walk: gl.constexpr = (ROWS, COL_TILES, WEIGHT_ROWS, (I + BLOCK_K - 1) // BLOCK_K)
     consume: gl.constexpr = _consume_down
     produce: gl.constexpr = _produce_down

@@ -36,6 +36,7 @@ def swap_up(
     COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FLATTEN: tl.constexpr,
+    EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """h[row, n] = silu(gate[e, n] . x[token]) * (up[e, n] . x[token])."""
@@ -64,7 +65,7 @@ def swap_up(
         h = silu_times(gate, up).to(h_ptr.dtype.element_ty).T
         cols = n + tl.arange(0, COLS)
         h_at = h_ptr + rows.to(tl.int64)[:, None] * I + cols[None, :]
-        tl.store(h_at, h, mask=inside[:, None] & (cols < I)[None, :])
+        tl.store(h_at, h, mask=inside[:, None] & (cols < I)[None, :], eviction_policy=EVICT)
 
 
 @triton.jit(do_not_specialize=["tiles_at"])
@@ -80,6 +81,7 @@ def swap_down(
     COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     FLATTEN: tl.constexpr,
+    EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """rows[slot, n] = down[e, n] . h[row]."""
@@ -104,4 +106,5 @@ def swap_down(
             acc = tl.dot(w, h.T, acc)
         cols = n + tl.arange(0, COLS)
         out_at = rows_ptr + slots.to(tl.int64)[:, None] * H + cols[None, :]
-        tl.store(out_at, acc.to(rows_ptr.dtype.element_ty).T, mask=inside[:, None] & (cols < H)[None, :])
+        out = acc.to(rows_ptr.dtype.element_ty).T
+        tl.store(out_at, out, mask=inside[:, None] & (cols < H)[None, :], eviction_policy=EVICT)

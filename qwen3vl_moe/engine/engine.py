@@ -170,6 +170,8 @@ class Engine:
                 metrics.stages["queue"] = now - metrics.arrival_time - metrics.stages["preprocess"]
         if chunks:
             self._launched.append(self.runner.launch(chunks, after))
+            if after is None:  # else their tokens are not known yet
+                self.scheduler.name_blocks(chunks)
 
     def _take(self, chunk: Chunk, of_chunk: ChunkResult, of_step: StepResult, model_seconds: float) -> None:
         """Give a sequence what a step has computed for it."""

@@ -68,15 +68,9 @@ class KVCache:
         """Blocks that no sequence holds, findable or not."""
         return len(self._free)
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
-        """Blocks with the content that ``keys`` name, from the first on, as far as they are here."""
-        found = []
-        for key in keys:
-            block = self._block_of.get(key)
-            if block is None:
-                break
-            found.append(block)
-        return found
+    def find(self, key: bytes) -> int | None:
+        """The block with the content that ``key`` names, if it is here."""
+        return self._block_of.get(key)
 
     def needed(self, table: Sequence[int], num_tokens: int, found: Sequence[int] = ()) -> int:
         """How many of the free blocks :meth:`grow` would take."""

@@ -7,6 +7,7 @@ import math
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -225,7 +226,9 @@ class Runner:
             token_ids.extend(sequence.token_ids[start:stop])
 
         return Batch(
-            input_ids_T=torch.tensor(token_ids) if after is None else _sampled_for(chunks, after),
+            input_ids_T=torch.from_numpy(np.array(token_ids, dtype=np.int64))
+            if after is None
+            else _sampled_for(chunks, after),
             positions_3T=torch.cat([c.sequence.positions(c.start, c.stop) for c in chunks], dim=1),
             segments=Segments.build([c.stop - c.start for c in chunks], [c.stop for c in chunks]),
             slots_T=torch.cat(slots),

@@ -131,6 +131,11 @@ class Scheduler:
             self.cache.grow(chunk.sequence.block_table, chunk.stop + 1)
         return [Chunk(chunk.sequence, chunk.stop, chunk.stop + 1, samples=True) for chunk in going]
 
+    def name_blocks(self, chunks: list[Chunk]) -> None:
+        """Make the keys that :meth:`computed` will need, while the device works on the chunks."""
+        for chunk in chunks:
+            self._filled(chunk)
+
     def computed(self, chunk: Chunk) -> None:
         """A chunk is in the cache: its sequence goes on, and the blocks that it has filled can be found."""
         chunk.sequence.advance(chunk.stop)
@@ -139,10 +144,9 @@ class Scheduler:
     def _admit(self, sequence: Sequence, coming: set[bytes]) -> bool:
         """Blocks for a waiting sequence, or False if it has to wait."""
         size = self.cache.block_size
-        keys = self._keys(sequence)
-        found = self.cache.find(keys)
+        found, missing = self._cached(sequence)
         # What it needs next is computed in this very step: reading it in the next one is cheaper than doing it twice.
-        if len(found) < len(keys) and keys[len(found)] in coming:
+        if missing in coming:
             return False
         if not self.cache.grow(sequence.block_table, len(sequence.token_ids), found):
             return False
@@ -153,14 +157,23 @@ class Scheduler:
 
     def _has_room_for(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence could be admitted."""
-        found = self.cache.find(self._keys(sequence))
+        found, _ = self._cached(sequence)
         needed = self.cache.needed(sequence.block_table, len(sequence.token_ids), found)
         return len(self.running) < self.max_num_seqs and needed <= self.cache.num_free
 
-    def _keys(self, sequence: Sequence) -> list[bytes]:
-        """Of the full blocks that a sequence may take from the cache."""
-        size = self.cache.block_size
-        return sequence.block_keys(0, sequence.reusable // size, size) if self.prefix_caching else []
+    def _cached(self, sequence: Sequence) -> tuple[list[int], bytes | None]:
+        """Full blocks that a sequence may take from the cache, and the key of the one after them that it lacks.
+
+        Keys are made one by one: most prompts find nothing, and the device waits for this.
+        """
+        size, found = self.cache.block_size, []
+        for number in range(sequence.reusable // size if self.prefix_caching else 0):
+            [key] = sequence.block_keys(number, number + 1, size)
+            block = self.cache.find(key)
+            if block is None:
+                return found, key
+            found.append(block)
+        return found, None
 
     def _filled(self, chunk: Chunk) -> tuple[list[int], list[bytes]]:
         """The blocks that are full when a chunk is computed and were not before, and their keys."""

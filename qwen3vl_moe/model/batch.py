@@ -7,6 +7,7 @@ in the vision tower P patches, C its hidden width, M merged (visual) tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -20,6 +21,26 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
         x = x.contiguous().pin_memory()
     return x.to(device, non_blocking=True)
+
+
+def all_to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Several tensors on a device, those of a CPU in one copy: each copy costs the host as much as a launch."""
+    device = torch.device(device)
+    moved = [x for x in tensors if x.device.type != device.type]
+    if device.type != "cuda":
+        return [x.to(device) for x in tensors]
+    # Sections begin at multiples of 16 bytes, which the kernels' wide loads like.
+    ends = list(itertools.accumulate(-(-x.nbytes // 16) * 16 for x in moved))
+    buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, pin_memory=True)
+    for x, section in zip(moved, _sections(buffer, moved, ends), strict=True):
+        section.copy_(x)
+    there = iter(_sections(buffer.to(device, non_blocking=True), moved, ends))
+    return [x if x.device.type == device.type else next(there) for x in tensors]
+
+
+def _sections(buffer: Tensor, like: Sequence[Tensor], ends: Sequence[int]) -> list[Tensor]:
+    begins = [0, *ends[:-1]]
+    return [buffer[at : at + x.nbytes].view(x.dtype).view(x.shape) for at, x in zip(begins, like, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -49,10 +70,6 @@ class Segments:
 
         q_starts = starts(q_lens)
         return cls(tuple(q_lens), tuple(kv_lens), q_starts, q_starts if kv_lens is q_lens else starts(kv_lens))
-
-    def to(self, device: torch.device | str) -> Segments:
-        """The same boundaries with their starts on a device."""
-        return Segments(self.q_lens, self.kv_lens, to_device(self.q_starts, device), to_device(self.kv_starts, device))
 
     @property
     def max_q(self) -> int:
@@ -117,8 +134,11 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same step with every tensor on a device (vision features stay where they are)."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: to_device(value, device) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, segments=self.segments.to(device), **moved)
+        names = [name for name, value in values.items() if isinstance(value, Tensor)]
+        starts = self.segments.q_starts, self.segments.kv_starts
+        q_starts, kv_starts, *moved = all_to_device([*starts, *(values[name] for name in names)], device)
+        segments = replace(self.segments, q_starts=q_starts, kv_starts=kv_starts)
+        return replace(self, segments=segments, **dict(zip(names, moved, strict=True)))
 
     @property
     def reads_cache(self) -> bool:

@@ -7,17 +7,57 @@ Nothing here depends on the host knowing a length, so all of it can be captured 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from tma_moe import Uncombined
+from tma_moe.combine import weighted_sum
+from tma_moe.kernel import Launch, current_stream, device_guard
+from tma_moe.support import interpreting
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@functools.cache
+def _kept(kernel, device: torch.device, dtypes: tuple[torch.dtype, ...], constants: tuple, warps: int) -> Launch:
+    # Device and dtypes are only part of the key: a compiled kernel belongs to both.
+    return Launch(kernel, constants, warps)
+
+
+def _run(kernel, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], eps: float, constants: tuple, warps: int):
+    """Launch a kernel of this file: tensors, eps, constants, and whether it may begin before the last one has ended."""
+    constants = (*constants, not interpreting())
+    if any(x.data_ptr() % 16 for x in tensors):
+        # A kept kernel relies on addresses that are multiples of 16 bytes, which the engine's are.
+        kernel[grid](*tensors, eps, *constants, num_warps=warps)
+        return
+    device = tensors[0].device
+    launch = _kept(kernel, device, tuple(x.dtype for x in tensors), constants, warps)
+    with device_guard(device):
+        launch(current_stream(device), grid, *tensors, eps)
 
 
 @triton.jit
 def _add_norm(
-    x_ptr, y_ptr, weight_ptr, bias_ptr, out_ptr, H, eps, HAS_Y: tl.constexpr, CENTRE: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    eps,
+    H: tl.constexpr,
+    HAS_Y: tl.constexpr,
+    CENTRE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * H
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    # The last rows first: they were written last, and are more likely to be in L2 still.
+    at = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * H
     i = tl.arange(0, BLOCK)
     inside = i < H
     x = tl.load(x_ptr + at + i, mask=inside, other=0.0)
@@ -48,9 +88,55 @@ def add_norm(
         width = x_TH.shape[1]
         block = triton.next_power_of_2(width)
         y, bias = x_TH if y_TH is None else y_TH, weight_H if bias_H is None else bias_H
-        flags = y_TH is not None, bias_H is not None, block
+        constants = width, y_TH is not None, bias_H is not None, block
         warps = min(max(block // 256, 1), 8)
-        _add_norm[(len(x_TH),)](x_TH, y, weight_H, bias, out_TH, width, eps, *flags, num_warps=warps)
+        _run(_add_norm, (len(x_TH), 1, 1), (x_TH, y, weight_H, bias, out_TH), eps, constants, warps)
+    return x_TH, out_TH
+
+
+@triton.jit
+def _combine_add_norm(
+    x_ptr,
+    rows_ptr,
+    ids_ptr,
+    weights_ptr,
+    norm_ptr,
+    out_ptr,
+    eps,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    TOPK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVICT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    t = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < H
+    x = tl.load(x_ptr + t * H + i, mask=inside, other=0.0).to(tl.float32)
+    norm = tl.load(norm_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    x += weighted_sum(rows_ptr, ids_ptr, weights_ptr, t, i, H, E, TOPK, BLOCK_K, EVICT)
+    stored = x.to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + t * H + i, stored, mask=inside)
+    x = stored.to(tl.float32)
+    out = x * tl.rsqrt(tl.sum(x * x) / H + eps) * norm
+    tl.store(out_ptr + t * H + i, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def combine_add_norm(x_TH: Tensor, y: Uncombined, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y and its RMSNorm, as :func:`add_norm`, where y is the weighted sum of experts that is still to be taken."""
+    out_TH = torch.empty_like(x_TH)
+    (T, H), K = x_TH.shape, y.ids_TK.shape[1]
+    if T:
+        block = triton.next_power_of_2(H)
+        sizes = H, y.num_experts, K, triton.next_power_of_2(K), block, "evict_first" if y.kept else ""
+        warps = min(max(block // 256, 1), 8)
+        operands = x_TH, y.rows_TKH, y.ids_TK, y.weights_TK, weight_H, out_TH
+        _run(_combine_add_norm, (T, 1, 1), operands, eps, sizes, warps)
     return x_TH, out_TH
 
 
@@ -74,8 +160,12 @@ def _norm_rotate_store(
     HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_CACHE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    t = tl.program_id(0).to(tl.int64)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # as above
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     i = tl.arange(0, HALF)[None, :]
     inside = (head < N + 2 * G) & (i < D // 2)
@@ -145,26 +235,9 @@ def norm_rotate_store(
         has_cache = layer_cache is not None
         q_weight, k_weight, eps = norms or (cos_TF, cos_TF, 0.0)
         k_rows, v_rows = layer_cache.unbind(0) if has_cache else (k_TGD, k_TGD)
+        slots = slots_T if has_cache else cos_TF
+        operands = qkv_TA, cos_TF, sin_TF, q_weight, k_weight, slots, q_TND, k_TGD, k_rows, v_rows
         block = 8
-        _norm_rotate_store[(T, triton.cdiv(N + 2 * G, block))](
-            qkv_TA,
-            cos_TF,
-            sin_TF,
-            q_weight,
-            k_weight,
-            slots_T if has_cache else cos_TF,
-            q_TND,
-            k_TGD,
-            k_rows,
-            v_rows,
-            eps,
-            N,
-            G,
-            D,
-            block,
-            triton.next_power_of_2(D // 2),
-            norms is not None,
-            has_cache,
-            num_warps=4,
-        )
+        constants = N, G, D, block, triton.next_power_of_2(D // 2), norms is not None, has_cache
+        _run(_norm_rotate_store, (T, triton.cdiv(N + 2 * G, block), 1), operands, eps, constants, 4)
     return q_TND, k_TGD, v_TGD

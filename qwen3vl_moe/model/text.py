@@ -26,11 +26,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def add_norm(x_TH: Tensor, y_TH: Tensor | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
-    """Add a layer's output to the residual stream (None: nothing yet), and norm the sum for the next layer."""
+def add_norm(x_TH: Tensor, y_TH: Tensor | tma_moe.Uncombined | None, norm: RMSNorm) -> tuple[Tensor, Tensor]:
+    """Add a layer's output to the residual stream (None: nothing left to add), and norm the sum for the next layer."""
     if runs_kernels(x_TH):
         from qwen3vl_moe.model import fused_ops  # needs triton, which a CPU may lack
 
+        if isinstance(y_TH, tma_moe.Uncombined):
+            return fused_ops.combine_add_norm(x_TH, y_TH, norm.weight, norm.eps)
         return fused_ops.add_norm(x_TH, y_TH, norm.weight, norm.eps)
     x_TH = x_TH if y_TH is None else x_TH + y_TH
     return x_TH, norm(x_TH)
@@ -48,10 +50,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer_cache: Tensor | None) -> Tensor:
+    def forward(
+        self, residual_TH: Tensor, x_TH: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer_cache: Tensor | None
+    ) -> Tensor:
+        """The residual stream, updated in place, with what the normed rows x attend to."""
         rotated = self._fused if runs_kernels(x_TH) else self._plain
         q_TND, k_TGD, v_TGD = rotated(self.qkv(x_TH), cos, sin, batch, layer_cache)
-        return self.out(cached_attention(q_TND, k_TGD, v_TGD, batch, layer_cache).flatten(1))
+        out_TA = cached_attention(q_TND, k_TGD, v_TGD, batch, layer_cache).flatten(1)
+        return residual_TH.addmm_(out_TA, self.out.weight.T)  # the product adds: nothing but it reads its result
 
     def _plain(self, qkv_TA: Tensor, cos: Tensor, sin: Tensor, batch: Batch, layer_cache: Tensor | None):
         q_TND, k_TGD, v_TGD = qkv_TA.view(len(qkv_TA), -1, self.head_dim).split(self.heads, dim=1)
@@ -78,11 +84,12 @@ class MoE(nn.Module):
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
         self.experts = tma_moe.ExpertWeights(config.num_experts, config.hidden_size, config.expert_width)
 
-    def forward(self, x_TH: Tensor, padding_T1: Tensor | None = None) -> Tensor:
+    def forward(self, x_TH: Tensor, padding_T1: Tensor | None = None) -> Tensor | tma_moe.Uncombined:
         topk_ids_TK, topk_weights_TK = tma_moe.route(self.router(x_TH), self.experts_per_token, backend=self.backend)
         if padding_T1 is not None:
             topk_ids_TK.masked_fill_(padding_T1, -1)  # no expert: padding must not make the layer read more weights
-        return tma_moe.fused_moe(x_TH, topk_ids_TK, topk_weights_TK, self.experts, backend=self.backend)
+        operands = x_TH, topk_ids_TK, topk_weights_TK, self.experts
+        return tma_moe.fused_moe(*operands, backend=self.backend, combine=False)
 
 
 class DecoderLayer(nn.Module):
@@ -94,12 +101,18 @@ class DecoderLayer(nn.Module):
         self.moe = MoE(config, moe_backend)
 
     def forward(
-        self, x_TH: Tensor, y_TH: Tensor | None, cos: Tensor, sin: Tensor, batch: Batch, layer_cache: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x_TH: Tensor,
+        y_TH: Tensor | tma_moe.Uncombined | None,
+        cos: Tensor,
+        sin: Tensor,
+        batch: Batch,
+        layer_cache: Tensor | None,
+    ) -> tuple[Tensor, Tensor | tma_moe.Uncombined]:
         """The residual stream, and what the layer before left to add to it; returns the same of this layer."""
         x_TH, normed_TH = add_norm(x_TH, y_TH, self.attn_norm)
-        y_TH = self.attn(normed_TH, cos, sin, batch, layer_cache)
-        x_TH, normed_TH = add_norm(x_TH, y_TH, self.moe_norm)
+        x_TH = self.attn(x_TH, normed_TH, cos, sin, batch, layer_cache)
+        x_TH, normed_TH = add_norm(x_TH, None, self.moe_norm)
         return x_TH, self.moe(normed_TH, batch.padding_T1)
 
 
@@ -131,7 +144,7 @@ class Decoder(nn.Module):
         for number, layer in enumerate(self.layers):
             x_TH, y_TH = layer(x_TH, y_TH, cos, sin, batch, None if kv_cache is None else kv_cache[number])
             if number < len(deepstack_LMH):
-                y_TH.index_add_(0, batch.visual_rows, deepstack_LMH[number])
+                x_TH.index_add_(0, batch.visual_rows, deepstack_LMH[number])
         if batch.logit_rows is not None:
             x_TH, y_TH = x_TH[batch.logit_rows], y_TH[batch.logit_rows]
         return add_norm(x_TH, y_TH, self.norm)[1]

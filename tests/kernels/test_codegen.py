@@ -79,7 +79,7 @@ def test_shipped_choice(name, monkeypatch, compiled):
     if choice.up.kernel != "decode":
         expected = {f"{choice.up.kernel}_up", f"{choice.down.kernel}_down", "combine"}
         few = T * shape[1] <= max(routing.FEW_BLOCKS)
-        expected |= {"group_few"} if few else {"count_pairs", "place_blocks", "rank_pairs"}
+        expected |= {"group_few"} if few else {"count_pairs", "group_many"}
     assert set(kernels) == expected
     for kernel_name, kernel in kernels.items():
         assert kernel.spilled == 0, f"{kernel_name} spills {kernel.spilled} bytes"

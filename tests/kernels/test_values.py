@@ -206,7 +206,7 @@ def test_plan(monkeypatch, few, kernels):
     from tma_moe.kernel import current_stream
 
     monkeypatch.setattr(routing, "FEW_BLOCKS", few)
-    monkeypatch.setattr(routing, "BLOCK", 32)
+    monkeypatch.setattr(routing, "MANY_BLOCKS", 8)
     monkeypatch.setattr(routing, "CHUNK", 4)
     problem = Problem(73, E=6, K=3)
     problem.ids[problem.ids == 2] = 1  # an empty expert
@@ -215,7 +215,7 @@ def test_plan(monkeypatch, few, kernels):
     made = {"swap": Tiles("swap", 16, 64, 16, 4, 2), "streamed": Tiles("streamed", 96, 64, 64, 4, 2)}
     up, down = (made[kernel] for kernel in kernels)
     recipe = object.__new__(launch.Recipe)  # only its grouping: Gluon kernels cannot be made everywhere
-    recipe.E, recipe.bins = 6, 8
+    recipe.E = 6
     recipe.make_grouping(up, down, pdl=not support.interpreting())
     pairs = problem.ids.numel()
     bounds = [launch._tiles_bound(pairs, 6, tiles.rows) for tiles in (up, down)]

@@ -18,13 +18,26 @@ BF16, FP32, INT32 = (torch.empty(16, dtype=dtype) for dtype in (torch.bfloat16, 
 def test_add_and_norm(width, has_bias):
     block = 2048
     made = compile_for_hopper(
-        fused_ops._add_norm, (BF16,) * 5 + (width, 1e-6), (True, has_bias, block), {"num_warps": 8}
+        fused_ops._add_norm, (BF16,) * 5 + (1e-6,), (width, True, has_bias, block, True), {"num_warps": 8}
     )
     assert made.spilled == 0
 
 
+@pytest.mark.parametrize("evict", ["", "evict_first"])
+def test_combine_add_and_norm(evict):
+    arguments = (BF16, BF16, INT32, FP32, BF16, BF16, 1e-6)
+    constants = (2048, 128, 8, 8, 2048, evict, True)
+    made = compile_for_hopper(fused_ops._combine_add_norm, arguments, constants, {"num_warps": 8})
+    assert made.spilled == 0
+    assert made.registers <= 128  # two programs of 256 threads a multiprocessor at the least
+    assert made.count("ld.global") >= 8
+    assert ".v4.b32" in made.ptx  # 16 bytes a thread
+
+
 @pytest.mark.parametrize(
-    "sizes", [(32, 4, 128, 8, 64, True, True), (16, 16, 72, 8, 64, False, False)], ids=["decoder", "vision tower"]
+    "sizes",
+    [(32, 4, 128, 8, 64, True, True, True), (16, 16, 72, 8, 64, False, False, True)],
+    ids=["decoder", "vision tower"],
 )
 def test_norm_rotate_and_store(sizes):
     arguments = (BF16, FP32, FP32, BF16, BF16, INT32, BF16, BF16, BF16, BF16, 1e-6)

@@ -5,12 +5,13 @@ fp32.
 """
 
 import pytest
+import tma_moe
 import torch
 import torch.nn.functional as F
 
 from qwen3vl_moe.model.attention import _per_segment as attention_per_segment
 from qwen3vl_moe.model.batch import Batch, Segments
-from qwen3vl_moe.model.fused_ops import add_norm, norm_rotate_store
+from qwen3vl_moe.model.fused_ops import add_norm, combine_add_norm, norm_rotate_store
 from qwen3vl_moe.model.packed_attention import TILE, packed_attention, paged_attention
 from qwen3vl_moe.model.paged_decode import paged_decode
 from qwen3vl_moe.model.rope import rotate
@@ -56,6 +57,34 @@ def test_add_and_norm(dtype, shape, with_y, with_bias):
     assert new_x is x
     assert torch.equal(x, total)
     within_rounding(out, expected(torch.float64), expected(dtype))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "K", "H"), [(1, 1, 32), (5, 3, 48), *([(300, 8, 2048)] if ON_GPU else [])])
+@pytest.mark.parametrize("kept", [False, True])
+def test_combine_add_and_norm(dtype, T, K, H, kept):
+    E = 6 if K < 6 else 20
+    x, weight = torch.randn(T, H, device=DEVICE, dtype=dtype), torch.rand(H, device=DEVICE, dtype=dtype) + 0.5
+    rows, weights = torch.randn(T, K, H, device=DEVICE, dtype=dtype), torch.rand(T, K, device=DEVICE)
+    ids = torch.randint(0, E, (T, K), device=DEVICE, dtype=torch.int32)
+    ids[-1, -1] = E  # no expert: nothing has written its row
+    rows[-1, -1] = torch.nan
+    real = torch.where((ids < E)[..., None], rows, 0)
+
+    def expected(kind):
+        total = x.to(kind) + (real.to(kind) * weights[..., None].to(kind)).sum(1)
+        return total, F.rms_norm(total, (H,), weight.to(kind), 1e-6)
+
+    exact, plain = expected(torch.float64), expected(dtype)
+    y, before = tma_moe.Uncombined(rows, ids, weights, E, kept), x.clone()
+    new_x, out = combine_add_norm(x, y, weight, 1e-6)
+    assert new_x is x
+    within_rounding(x, exact[0], plain[0])
+    within_rounding(out, exact[1], plain[1])
+    some = torch.tensor([T - 1, 0], device=DEVICE)
+    alone, _ = combine_add_norm(before[some], y[some], weight, 1e-6)
+    assert torch.equal(alone, x[some])
 
 
 @runs_kernels
