@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ from tma_moe import tuning
 from tma_moe.benchmarking import Candidate, CudaTimer, MoeShape, draw_routing, parse_tokens, relative_error, spread
 from tma_moe.launch import Recipe
 from tma_moe.search_space import ROLES, compile_or_reason, families, same_kernel
-from tma_moe.tuning import Choice, Tiles
+from tma_moe.tuning import KEEPING_KERNELS, Choice, Tiles
 
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 ROTATION = 4  # weight sets, so that L2 never holds them
@@ -124,6 +124,10 @@ class Search:
                 return None
         finalists = list(dict.fromkeys(Choice(None, choice.up, choice.down) for choice in finalists))
         medians = self._medians(finalists, num_tokens)
+        # Only for the fastest: what L2 keeps depends on the number of tokens more than on the tiles.
+        others = [choice for choice in keeping(min(medians, key=medians.__getitem__)) if choice not in medians]
+        if others:
+            medians |= self._medians(others, num_tokens)
         for choice in sorted(medians, key=medians.__getitem__):
             error = self.op.error(choice, num_tokens)
             if error <= 1:
@@ -167,6 +171,15 @@ class Search:
         return medians
 
 
+def keeping(choice: Choice) -> list[Choice]:
+    """The choice with and without the wish that L2 keeps what either product stores."""
+
+    def ways(tiles: Tiles) -> list[Tiles]:
+        return [replace(tiles, keep=keep) for keep in (False, True)] if tiles.kernel in KEEPING_KERNELS else [tiles]
+
+    return [Choice(choice.max_tokens, up, down) for up in ways(choice.up) for down in ways(choice.down)]
+
+
 def compile_all(shape: MoeShape, tokens: list[int], jobs: int) -> dict[tuple[str, Tiles], str]:
     """Compiles every candidate of every token count in worker processes; returns why the bad ones are bad."""
     wanted = {
@@ -192,11 +205,11 @@ def compile_all(shape: MoeShape, tokens: list[int], jobs: int) -> dict[tuple[str
 
 
 def show(choice: Choice) -> str:
-    """A choice in one line: kernel rows x cols x block_k, w warps, s stages, c programs per multiprocessor."""
+    """A choice in one line: kernel rows x cols x block_k, w warps, s stages, c programs per multiprocessor, keep."""
 
     def tiles(t: Tiles) -> str:
         persistent = f" c{t.ctas_per_sm}" if t.ctas_per_sm else ""
-        return f"{t.kernel} {t.rows}x{t.cols}x{t.block_k} w{t.warps} s{t.stages}{persistent}"
+        return f"{t.kernel} {t.rows}x{t.cols}x{t.block_k} w{t.warps} s{t.stages}{persistent}{' keep' * t.keep}"
 
     return f"up {tiles(choice.up)}, down {tiles(choice.down)}"
 

@@ -67,19 +67,18 @@ class Recipe:
 
     def make_grouping(self, up: Tiles, down: Tiles, pdl: bool) -> None:
         """The launches that write the plan for these tiles (routing.py)."""
-        self.bins = max(16, triton.next_power_of_2(self.E))  # of which tensor cores take no fewer
-        self.ranked = max(16, min(128, 16384 // self.bins))  # pairs ranked at a time, as far as registers allow
+        self.bins = triton.next_power_of_2(self.E)
         sizes = (self.E, self.bins, up.rows, up.step, down.rows, down.step)
         self.group_few = {
-            size: Launch(routing.group_few, (*sizes, size, self.ranked, pdl), warps=max(8, size // 256))
+            size: Launch(routing.group_few, (*sizes, size, routing.SUB, pdl), warps=max(8, size // 256))
             for size in routing.FEW_BLOCKS
         }
 
         @functools.cache
         def group_many(block: int) -> tuple[Launch, Launch]:
-            count = Launch(routing.count_pairs, (self.E, self.bins, block, pdl), warps=4)
-            constants = (*sizes, block, self.ranked, routing.CHUNK, pdl)
-            return count, Launch(routing.group_many, constants, warps=8)
+            count = Launch(routing.count_pairs, (self.E, self.bins, block, pdl), warps=8)
+            constants = (*sizes, block, routing.SUB, routing.CHUNK, pdl)
+            return count, Launch(routing.group_many, constants, warps=4)
 
         self.group_many = group_many
 
@@ -160,10 +159,10 @@ class Recipe:
     def _group_pairs(self, stream: int, ids_TK: Tensor, plan: Tensor, pairs: int, up_at: int, down_at: int) -> None:
         for size, group_few in self.group_few.items():
             if pairs <= size:
-                blocks = -(-pairs // self.ranked)
+                blocks = -(-pairs // routing.SUB)
                 group_few(stream, (blocks + 2, 1, 1), ids_TK, plan, pairs, up_at, down_at)
                 return
-        block = max(self.ranked, triton.next_power_of_2(-(-pairs // routing.MANY_BLOCKS)))
+        block = max(routing.SUB, triton.next_power_of_2(-(-pairs // routing.MANY_BLOCKS)))
         blocks = -(-pairs // block)
         counts = plan.new_empty(blocks * self.bins)
         count, group_many = self.group_many(block)

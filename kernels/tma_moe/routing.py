@@ -27,6 +27,7 @@ from tma_moe.support import interpreting
 HEADER = tl.constexpr(16)
 FEW_BLOCKS = (256, 2048, 4096)  # sizes of a block that holds all pairs of a call, which is then grouped in one launch
 MANY_BLOCKS = 128  # of more pairs: the most blocks that they are cut into
+SUB = 64  # pairs that are compared with each other at a time
 CHUNK = 32  # blocks whose counts a program adds up at a time
 
 
@@ -129,16 +130,14 @@ def _write_plan(
     if block < blocks:
         base = start + before
         i = tl.arange(0, SUB)
-        earlier = (i[None, :] < i[:, None]).to(tl.float16)
-        for at in range(0, BLOCK, SUB):
+        for at in tl.range(0, BLOCK, SUB, loop_unroll_factor=1):
             pair = block * BLOCK + at + i
             ids = _load_ids(ids_ptr, pair, pairs, E)
-            hits = ids[:, None] == tl.arange(0, BINS)[None, :]
-            # How many pairs before each one chose each expert: small whole numbers, which this product gives exactly.
-            ranks = tl.dot(earlier, hits.to(tl.float16)).to(tl.int32)
-            row = tl.sum(tl.where(hits, ranks + base[None, :], 0), axis=1)
+            earlier = (ids[:, None] == ids[None, :]) & (i[:, None] > i[None, :])
+            row = tl.gather(base, tl.maximum(ids, 0), 0) + tl.sum(earlier.to(tl.int32), axis=1)
             tl.store(plan_ptr + HEADER + row, pair, mask=ids >= 0)
-            base += tl.sum(hits.to(tl.int32), axis=0)
+            if at + SUB < BLOCK:
+                base += tl.histogram(ids, BINS, mask=ids >= 0)
     elif block == blocks:
         _write_tiles(plan_ptr, up_tiles_at, 0, total, start, BINS, UP_ROWS, UP_STEP)
     else:

@@ -36,6 +36,7 @@ from tma_moe.support import has_gluon
 CONFIG_DIR = Path(__file__).parent / "configs"
 KERNELS = ("decode", "swap", "grouped", "specialized", "streamed")
 GLUON_KERNELS = ("specialized", "streamed")
+KEEPING_KERNELS = ("swap", "streamed")
 STREAMED_ROWS = (96, 160, 288)  # the most rows of a tile: a power of two and 32 more
 
 
@@ -52,8 +53,8 @@ class Tiles:
         warps, stages: triton's num_warps and num_stages.
         ctas_per_sm: programs per multiprocessor of a persistent launch; 0 launches one program per tile.
         flatten: fuse the tile loop with the loop over K (persistent launches).
-        keep: ask L2 to keep what the product stores while weights stream past it, until the next kernel has read it
-            ("swap" and "streamed"); for calls whose rows fit.
+        keep: ask L2 to keep what the product stores, while weights stream past it, for the kernel that reads it
+            (KEEPING_KERNELS); for calls whose rows fit.
     """
 
     kernel: str
@@ -74,8 +75,8 @@ class Tiles:
             free = name == "stages" or (name == "rows" and self.kernel == "streamed")
             if not isinstance(value, int) or value < 1 or (not free and value & (value - 1)):
                 raise ValueError(f"tiles: {name} must be a power of two (stages: at least 1), got {value!r}")
-        if self.keep and self.kernel not in ("swap", "streamed"):
-            raise ValueError(f"tiles: {self.kernel!r} has no keep")
+        if self.keep and self.kernel not in KEEPING_KERNELS:
+            raise ValueError(f"tiles: only {' and '.join(KEEPING_KERNELS)} have keep, not {self.kernel!r}")
         if self.kernel == "specialized" and (self.warps != 4 or self.rows < 128 or self.block_k < 64):
             raise ValueError("tiles: 'specialized' takes 4 warps, at least 128 rows and a block_k of at least 64")
         if self.kernel == "streamed" and not (

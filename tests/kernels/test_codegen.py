@@ -87,6 +87,10 @@ def test_shipped_choice(name, monkeypatch, compiled):
         assert kernel.scratch == 0, f"{kernel_name} asks for global scratch memory, which needs an allocator"
         assert kernel.count("griddepcontrol.wait") == 1
         assert kernel.count("griddepcontrol.launch_dependents") == 1
+        if kernel_name.endswith(("_up", "_down")):
+            keep = (choice.up if kernel_name.endswith("_up") else choice.down).keep
+            stores = re.findall(r"st\.global\S*", kernel.ptx)
+            assert all(("evict_last" in store and "cache_hint" in store) == keep for store in stores), kernel_name
         if kernel_name in GLUON_PRODUCTS:
             assert kernel.count("wgmma.mma_async") > 0
             assert kernel.count("mma.sync") == 0

@@ -226,7 +226,7 @@ def test_streamed_tiles_of_every_width(rows):
     ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].to("cuda", torch.int32)[:, None]
     x = make_inputs(len(ids), sizes=(len(counts), 1, 264))[0]
     weights = torch.rand(len(ids), 1, device="cuda") + 0.5
-    choice = Choice(None, *(Tiles("streamed", rows, cols, 64, 4, 4, 1) for cols in (64, 128)))
+    choice = Choice(None, *(Tiles("streamed", rows, cols, 64, 4, 4, 1, keep=True) for cols in (64, 128)))
     recipe = launch.Recipe(x.device, len(counts), 1, 264, 136, choice)
     torch.full_like(x, float("nan"))  # what is never written shows as NaN
     y = recipe.run(x, ids, weights, experts)

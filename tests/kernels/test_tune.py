@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import tma_moe
@@ -40,7 +41,7 @@ class FakeOp:
         return Candidate(run, 4)
 
     def error(self, choice, num_tokens):
-        return 3.0 if {choice.up, choice.down} & self.wrong else 0.4
+        return 3.0 if {replace(tiles, keep=False) for tiles in (choice.up, choice.down)} & self.wrong else 0.4
 
 
 class FakeTimer:
@@ -117,6 +118,17 @@ def test_search_finds_the_fastest(num_tokens):
     row = search().best(num_tokens, tune_moe.in_use(CURRENT, num_tokens))
     assert row["choice"] == Choice(None, fastest(num_tokens, "up"), fastest(num_tokens, "down"))
     assert row["us"] == cost(row["choice"]) < row["current_us"]
+
+
+@pytest.mark.parametrize("gain", [1, -1])
+def test_whether_l2_keeps_what_is_stored_is_tried_for_the_fastest(monkeypatch, gain):
+    plain, current = cost, tune_moe.in_use(CURRENT, 8)
+    monkeypatch.setitem(globals(), "cost", lambda choice: plain(choice) - gain * (choice.up.keep - choice.down.keep))
+    found = search().best(8, current)["choice"]
+    assert (found.up.keep, found.down.keep) == (gain > 0, gain < 0)
+    assert "keep" in tune_moe.show(found)
+    both = tune_moe.keeping(Choice(None, tuning.GROUPED_UP, found.down))  # of which one alone can keep
+    assert [(choice.up.keep, choice.down.keep) for choice in both] == [(False, False), (False, True)]
 
 
 def test_rejected_and_unlaunchable_tiles_are_passed_over():

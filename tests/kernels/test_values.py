@@ -41,8 +41,8 @@ CHOICES = [
     pytest.param(SWAP, id="swap"),
     both(
         "swap-persistent",
-        Tiles("swap", 32, 64, 32, 4, 3, ctas_per_sm=1, flatten=True),
-        Tiles("swap", 16, 128, 16, 4, 3, ctas_per_sm=1, flatten=True),
+        Tiles("swap", 32, 64, 32, 4, 3, ctas_per_sm=1, flatten=True, keep=True),
+        Tiles("swap", 16, 128, 16, 4, 3, ctas_per_sm=1, flatten=True, keep=True),
     ),
     both("swap-then-grouped", Tiles("swap", 16, 64, 16, 4, 2), Tiles("grouped", 64, 16, 32, 4, 2, ctas_per_sm=1)),
     pytest.param(GROUPED, id="grouped"),
@@ -207,6 +207,7 @@ def test_plan(monkeypatch, few, kernels):
 
     monkeypatch.setattr(routing, "FEW_BLOCKS", few)
     monkeypatch.setattr(routing, "MANY_BLOCKS", 8)
+    monkeypatch.setattr(routing, "SUB", 16)
     monkeypatch.setattr(routing, "CHUNK", 4)
     problem = Problem(73, E=6, K=3)
     problem.ids[problem.ids == 2] = 1  # an empty expert
