@@ -226,9 +226,8 @@ class Runner:
             token_ids.extend(sequence.token_ids[start:stop])
 
         return Batch(
-            input_ids_T=torch.from_numpy(np.array(token_ids, dtype=np.int64))
-            if after is None
-            else _sampled_for(chunks, after),
+            # By way of NumPy, which reads a list of thousands in a quarter of torch's time.
+            input_ids_T=torch.from_numpy(np.array(token_ids)) if after is None else _sampled_for(chunks, after),
             positions_3T=torch.cat([c.sequence.positions(c.start, c.stop) for c in chunks], dim=1),
             segments=Segments.build([c.stop - c.start for c in chunks], [c.stop for c in chunks]),
             slots_T=torch.cat(slots),

@@ -26,17 +26,19 @@ def _kept(kernel, device: torch.device, dtypes: tuple[torch.dtype, ...], constan
     return Launch(kernel, constants, warps)
 
 
-def _run(kernel, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], eps: float, constants: tuple, warps: int):
-    """Launch a kernel of this file: tensors, eps, constants, and whether it may begin before the last one has ended."""
+def _run(
+    kernel, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple, constants: tuple, warps: int
+) -> None:
+    """Launch a kernel of this file; its last constant is whether it may begin before the kernel before has ended."""
     constants = (*constants, not interpreting())
     if any(x.data_ptr() % 16 for x in tensors):
         # A kept kernel relies on addresses that are multiples of 16 bytes, which the engine's are.
-        kernel[grid](*tensors, eps, *constants, num_warps=warps)
+        kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
         return
     device = tensors[0].device
     launch = _kept(kernel, device, tuple(x.dtype for x in tensors), constants, warps)
     with device_guard(device):
-        launch(current_stream(device), grid, *tensors, eps)
+        launch(current_stream(device), grid, *tensors, *numbers)
 
 
 @triton.jit
@@ -48,7 +50,7 @@ def _add_norm(
     out_ptr,
     eps,
     H: tl.constexpr,
-    HAS_Y: tl.constexpr,
+    Y_ROWS: tl.constexpr,  # 0: no y, 1: one row for all, 2: as many as x has
     CENTRE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -58,12 +60,13 @@ def _add_norm(
         gdc_wait()
     # The last rows first: they were written last, and are more likely to be in L2 still.
     at = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * H
+    y_at = at if Y_ROWS == 2 else 0
     i = tl.arange(0, BLOCK)
     inside = i < H
     x = tl.load(x_ptr + at + i, mask=inside, other=0.0)
-    if HAS_Y:
+    if Y_ROWS:
         # Rounded as the residual stream is stored, so that the norm sees what later layers will add to.
-        total = x.to(tl.float32) + tl.load(y_ptr + at + i, mask=inside, other=0.0).to(tl.float32)
+        total = x.to(tl.float32) + tl.load(y_ptr + y_at + i, mask=inside, other=0.0).to(tl.float32)
         x = total.to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + at + i, x, mask=inside)
     x = x.to(tl.float32)
@@ -81,16 +84,16 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """x + y and its norm, in one launch: RMSNorm, or LayerNorm where there is a bias.
 
-    x is updated in place and returned; y None means 0.
+    x is updated in place and returned; y may be one row [H] for all rows, and None means 0.
     """
     out_TH = torch.empty_like(x_TH)
     if len(x_TH):
         width = x_TH.shape[1]
         block = triton.next_power_of_2(width)
         y, bias = x_TH if y_TH is None else y_TH, weight_H if bias_H is None else bias_H
-        constants = width, y_TH is not None, bias_H is not None, block
+        constants = width, 0 if y_TH is None else y_TH.dim(), bias_H is not None, block
         warps = min(max(block // 256, 1), 8)
-        _run(_add_norm, (len(x_TH), 1, 1), (x_TH, y, weight_H, bias, out_TH), eps, constants, warps)
+        _run(_add_norm, (len(x_TH), 1, 1), (x_TH, y, weight_H, bias, out_TH), (eps,), constants, warps)
     return x_TH, out_TH
 
 
@@ -136,11 +139,11 @@ def combine_add_norm(x_TH: Tensor, y: Uncombined, weight_H: Tensor, eps: float) 
         sizes = H, y.num_experts, K, triton.next_power_of_2(K), block, "evict_first" if y.kept else ""
         warps = min(max(block // 256, 1), 8)
         operands = x_TH, y.rows_TKH, y.ids_TK, y.weights_TK, weight_H, out_TH
-        _run(_combine_add_norm, (T, 1, 1), operands, eps, sizes, warps)
+        _run(_combine_add_norm, (T, 1, 1), operands, (eps,), sizes, warps)
     return x_TH, out_TH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _norm_rotate_store(
     qkv_ptr,  # [T, N + 2G, D]
     cos_ptr,  # [T, D / 2] fp32
@@ -152,10 +155,12 @@ def _norm_rotate_store(
     k_ptr,  # [T, G, D]
     k_rows_ptr,  # [rows, G, D]
     v_rows_ptr,
+    T,
     eps,
     N: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
+    TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -165,16 +170,17 @@ def _norm_rotate_store(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # as above
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    row = tl.arange(0, TOKENS * HEADS)[:, None]
+    t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * TOKENS + row // HEADS  # the last first, as above
+    head = tl.program_id(1) * HEADS + row % HEADS
     i = tl.arange(0, HALF)[None, :]
-    inside = (head < N + 2 * G) & (i < D // 2)
+    half = i < D // 2
+    inside = (t < T) & (head < N + 2 * G) & half
     source = qkv_ptr + (t * (N + 2 * G) + head) * D + i
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + D // 2, mask=inside, other=0.0).to(tl.float32)
 
     is_q, is_v = head < N, head >= N + G
-    half = i < D // 2
     n1, n2 = first, second
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(first * first + second * second, axis=1)[:, None] / D + eps)
@@ -182,8 +188,8 @@ def _norm_rotate_store(
         k_w1, k_w2 = tl.load(k_weight_ptr + i, mask=half), tl.load(k_weight_ptr + D // 2 + i, mask=half)
         n1 = first * scale * tl.where(is_q, q_w1, k_w1).to(tl.float32)
         n2 = second * scale * tl.where(is_q, q_w2, k_w2).to(tl.float32)
-    cos = tl.load(cos_ptr + t * (D // 2) + i, mask=half)
-    sin = tl.load(sin_ptr + t * (D // 2) + i, mask=half)
+    cos = tl.load(cos_ptr + t * (D // 2) + i, mask=inside, other=0.0)
+    sin = tl.load(sin_ptr + t * (D // 2) + i, mask=inside, other=0.0)
     first = tl.where(is_v, first, n1 * cos - n2 * sin).to(q_ptr.dtype.element_ty)
     second = tl.where(is_v, second, n2 * cos + n1 * sin).to(q_ptr.dtype.element_ty)
 
@@ -195,14 +201,14 @@ def _norm_rotate_store(
     tl.store(k_at, first, mask=inside & is_k)
     tl.store(k_at + D // 2, second, mask=inside & is_k)
     if HAS_CACHE:
-        slot = tl.load(slots_ptr + t).to(tl.int64)
-        if slot >= 0:
-            k_row = k_rows_ptr + (slot * G + head - N) * D + i
-            v_row = v_rows_ptr + (slot * G + head - N - G) * D + i
-            tl.store(k_row, first, mask=inside & is_k)
-            tl.store(k_row + D // 2, second, mask=inside & is_k)
-            tl.store(v_row, first, mask=inside & is_v)
-            tl.store(v_row + D // 2, second, mask=inside & is_v)
+        slot = tl.load(slots_ptr + t, mask=t < T, other=-1).to(tl.int64)
+        inside &= slot >= 0
+        k_row = k_rows_ptr + (slot * G + head - N) * D + i
+        v_row = v_rows_ptr + (slot * G + head - N - G) * D + i
+        tl.store(k_row, first, mask=inside & is_k)
+        tl.store(k_row + D // 2, second, mask=inside & is_k)
+        tl.store(v_row, first, mask=inside & is_v)
+        tl.store(v_row + D // 2, second, mask=inside & is_v)
 
 
 def norm_rotate_store(
@@ -237,7 +243,9 @@ def norm_rotate_store(
         k_rows, v_rows = layer_cache.unbind(0) if has_cache else (k_TGD, k_TGD)
         slots = slots_T if has_cache else cos_TF
         operands = qkv_TA, cos_TF, sin_TF, q_weight, k_weight, slots, q_TND, k_TGD, k_rows, v_rows
-        block = 8
-        constants = N, G, D, block, triton.next_power_of_2(D // 2), norms is not None, has_cache
-        _run(_norm_rotate_store, (T, triton.cdiv(N + 2 * G, block), 1), operands, eps, constants, 4)
+        # Few tokens are spread over the multiprocessors; of many, each program gets enough to keep its loads under way.
+        tokens, block, warps = (1, 8, 4) if T <= 256 else (4, 8, 8)
+        constants = N, G, D, tokens, block, triton.next_power_of_2(D // 2), norms is not None, has_cache
+        grid = triton.cdiv(T, tokens), triton.cdiv(N + 2 * G, block), 1
+        _run(_norm_rotate_store, grid, operands, (T, eps), constants, warps)
     return q_TND, k_TGD, v_TGD

@@ -18,7 +18,7 @@ BF16, FP32, INT32 = (torch.empty(16, dtype=dtype) for dtype in (torch.bfloat16, 
 def test_add_and_norm(width, has_bias):
     block = 2048
     made = compile_for_hopper(
-        fused_ops._add_norm, (BF16,) * 5 + (1e-6,), (width, True, has_bias, block, True), {"num_warps": 8}
+        fused_ops._add_norm, (BF16,) * 5 + (1e-6,), (width, 1 + (not has_bias), has_bias, block, True), {"num_warps": 8}
     )
     assert made.spilled == 0
 
@@ -36,12 +36,12 @@ def test_combine_add_and_norm(evict):
 
 @pytest.mark.parametrize(
     "sizes",
-    [(32, 4, 128, 8, 64, True, True, True), (16, 16, 72, 8, 64, False, False, True)],
+    [(32, 4, 128, 4, 8, 64, True, True, True), (16, 16, 72, 4, 8, 64, False, False, True)],
     ids=["decoder", "vision tower"],
 )
 def test_norm_rotate_and_store(sizes):
-    arguments = (BF16, FP32, FP32, BF16, BF16, INT32, BF16, BF16, BF16, BF16, 1e-6)
-    made = compile_for_hopper(fused_ops._norm_rotate_store, arguments, sizes, {"num_warps": 4})
+    arguments = (BF16, FP32, FP32, BF16, BF16, INT32, BF16, BF16, BF16, BF16, 5, 1e-6)
+    made = compile_for_hopper(fused_ops._norm_rotate_store, arguments, sizes, {"num_warps": 8})
     assert made.spilled == 0
 
 

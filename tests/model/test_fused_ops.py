@@ -41,19 +41,20 @@ def within_rounding(ours, exact, plain):
 @runs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 32), (5, 48), *([(300, 2048)] if ON_GPU else [])])
-@pytest.mark.parametrize("with_y", [True, False])
+@pytest.mark.parametrize("y_rows", [0, 1, 2], ids=["no-y", "one-row", "rows"])
 @pytest.mark.parametrize("with_bias", [True, False], ids=["LayerNorm", "RMSNorm"])
-def test_add_and_norm(dtype, shape, with_y, with_bias):
+def test_add_and_norm(dtype, shape, y_rows, with_bias):
     x, y = (torch.randn(shape, device=DEVICE, dtype=dtype) + 0.5 for _ in range(2))
     weight, bias = (torch.rand(shape[1], device=DEVICE, dtype=dtype) + 0.5 for _ in range(2))
-    total = x + y if with_y else x.clone()
+    y = (None, y[0].clone(), y)[y_rows]
+    total = x.clone() if y is None else x + y
 
     def expected(kind):
         if with_bias:
             return F.layer_norm(total.to(kind), total.shape[1:], weight.to(kind), bias.to(kind), 1e-6)
         return F.rms_norm(total.to(kind), total.shape[1:], weight.to(kind), 1e-6)
 
-    new_x, out = add_norm(x, y if with_y else None, weight, 1e-6, bias if with_bias else None)
+    new_x, out = add_norm(x, y, weight, 1e-6, bias if with_bias else None)
     assert new_x is x
     assert torch.equal(x, total)
     within_rounding(out, expected(torch.float64), expected(dtype))
@@ -91,15 +92,16 @@ def test_combine_add_and_norm(dtype, T, K, H, kept):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "width"), [((4, 2), 16), ((6, 1), 12), *([((32, 4), 128)] if ON_GPU else [])])
 @pytest.mark.parametrize(("with_norm", "with_cache"), [(True, True), (True, False), (False, False)])
-def test_norm_rotate_and_store(dtype, heads, width, with_norm, with_cache):
+@pytest.mark.parametrize("T", [5, 259])  # one token a program, and several
+def test_norm_rotate_and_store(dtype, heads, width, with_norm, with_cache, T):
     N, G = heads
-    T = 5
     qkv = torch.randn(T, (N + 2 * G) * width, device=DEVICE, dtype=dtype)
     q_weight, k_weight = (torch.rand(width, device=DEVICE, dtype=dtype) + 0.5 for _ in range(2))
     angle = torch.rand(T, width // 2, device=DEVICE) * 6
     cos, sin = angle.cos(), angle.sin()
-    cache = torch.full((2, 3, 4, G, width), torch.nan, device=DEVICE, dtype=dtype)
-    slots = torch.tensor([7, 2, -1, 11, 0], device=DEVICE)
+    cache = torch.full((2, T, 4, G, width), torch.nan, device=DEVICE, dtype=dtype)
+    slots = torch.randperm(4 * T)[:T].to(DEVICE)
+    slots[[2, T - 1]] = -1
     norms = (q_weight, k_weight, 1e-6) if with_norm else None
     q, k, v = norm_rotate_store(
         qkv, heads, cos, sin, norms, slots if with_cache else None, cache if with_cache else None
@@ -119,12 +121,12 @@ def test_norm_rotate_and_store(dtype, heads, width, with_norm, with_cache):
     assert torch.equal(v, parts[2])
     if with_cache:
         k_rows, v_rows = cache.flatten(1, 2)
-        written = [7, 2, 11, 0]
-        assert torch.equal(k_rows[written], k[[0, 1, 3, 4]])
-        assert torch.equal(v_rows[written], v[[0, 1, 3, 4]])
-        others = [row for row in range(12) if row not in written]
-        assert k_rows[others].isnan().all()
-        assert v_rows[others].isnan().all()
+        kept = slots >= 0
+        others = torch.ones(4 * T, dtype=torch.bool, device=DEVICE)
+        others[slots[kept]] = False
+        for cached, given in ((k_rows, k), (v_rows, v)):
+            assert torch.equal(cached[slots[kept]], given[kept])
+            assert cached[others].isnan().all()
 
 
 def paged(q_lens, kv_lens, heads, width, dtype):
