@@ -10,7 +10,8 @@ anew at every launch from a small Python object; the policies differ in where th
               alive until it is evicted or `clear_descriptor_cache` is called;
     owned     the default: `ExpertWeights` holds one object per matrix and block shape. It refers to the live
               nn.Parameter, so it follows `.to()` and `param.data = ...`, is dropped when the parameter is re-bound and
-              pins nothing. No allocator: descriptors made on the host need no scratch memory.
+              pins nothing. With triton 3.6 its encoding is kept, too, until the address changes (kernel.py). No
+              allocator: descriptors made on the host need no scratch memory.
 
 Descriptors of activations are made for one call and never kept.
 """
@@ -175,10 +176,12 @@ def weight_descriptor(experts: ExpertWeights, name: str, block: tuple[int, ...],
     policy = current_descriptor_policy()
     if policy == "owned":
         descriptor = experts.descriptors.get((name, block, gluon))
-        # Identity is the whole check: the descriptor reads address and dtype from the parameter itself at each launch.
+        # Identity is the whole check: each launch reads the address from the parameter itself.
         if descriptor is None or descriptor.base is not weight:
             # Two threads may both get here; either object serves.
-            descriptor = experts.descriptors[name, block, gluon] = _build(weight, block, gluon)
+            descriptor = _build(weight, block, gluon)
+            descriptor.keeps_encoding = True  # kernel.py encodes it anew when the address has changed
+            experts.descriptors[name, block, gluon] = descriptor
         return descriptor
     if policy == "lru":
         return _from_lru(weight, block, gluon)

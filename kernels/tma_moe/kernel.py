@@ -1,8 +1,12 @@
 """How one kernel is launched with little work on the host."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import triton
 from triton.runtime import driver
 
 from tma_moe.support import interpreting
@@ -25,29 +29,73 @@ class Launch:
         if pdl and not interpreting():
             self.options["launch_pdl"] = True
         self.compiled = None
-        self.pointers: tuple[bool, ...] = ()  # which arguments are tensors
+        self.direct: Callable | None = None
+        self.kinds: tuple[str, ...] = ()  # of the arguments: "tensor", "descriptor", "number"
 
     def __call__(self, stream: int, grid: tuple[int, int, int], *args) -> None:
         compiled = self.compiled
         if compiled is None:
-            self.pointers = tuple(isinstance(arg, torch.Tensor) for arg in args)
             # None again under the interpreter, which always takes this path.
-            self.compiled = self.kernel[grid](*args, *self.constants, **self.options)
+            compiled = self.kernel[grid](*args, *self.constants, **self.options)
+            self.kinds = tuple(map(_kind, args))
+            self.direct = compiled and _direct_launcher(compiled)
+            self.compiled = compiled
             return
-        # Addresses rather than tensors, as triton asks the driver about every tensor, which costs most of a launch.
-        args = [arg.data_ptr() if is_tensor else arg for arg, is_tensor in zip(args, self.pointers, strict=True)]
-        # What `compiled[grid](...)` does, less its look-ups of device, stream and hooks.
-        compiled.run(
-            *grid,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *args,
-            *self.constants,
-        )
+        # Addresses rather than tensors: triton asks the driver about every tensor, which costs most of a launch.
+        if self.direct is None:
+            args = [arg.data_ptr() if kind == "tensor" else arg for arg, kind in zip(args, self.kinds, strict=True)]
+            # What `compiled[grid](...)` does, less its look-ups of device, stream and hooks.
+            scaffold = (compiled.function, compiled.packed_metadata, None, None, None)
+            compiled.run(*grid, stream, *scaffold, *args, *self.constants)
+        else:
+            self.direct(grid, stream, zip(args, self.kinds, strict=True), self.constants)
+
+
+def _kind(arg: object) -> str:
+    if isinstance(arg, torch.Tensor):
+        return "tensor"
+    return "descriptor" if hasattr(arg, "block_shape") else "number"
+
+
+def _direct_launcher(compiled) -> Callable | None:
+    """A call of triton 3.6's launcher in C, past its wrappers in Python; None for a triton with another launcher.
+
+    The wrappers encode a descriptor at every launch. Here one that says `keeps_encoding` is encoded once for an address
+    (policy "owned"), all others as they do it.
+    """
+    run = compiled.run
+    if not triton.__version__.startswith("3.6.") or run.global_scratch_size or run.profile_scratch_size:
+        return None  # another launcher, or one that has to allocate
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    launcher, metas = run.launch, getattr(compiled.metadata, "tensordesc_meta", None)
+    if inspect.isfunction(launcher):  # the wrapper for kernels with descriptors
+        launcher = inspect.getclosurevars(launcher).nonlocals["launcher"]
+    function, packed = compiled.function, compiled.packed_metadata
+    cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
+
+    def encoded(descriptor, meta) -> list:
+        if not getattr(descriptor, "keeps_encoding", False):
+            return make_tensordesc_arg(descriptor, meta)
+        address = descriptor.base.data_ptr()
+        kept = descriptor.__dict__.get("encoding")
+        if kept is None or kept[0] != address or kept[1] is not meta:
+            kept = descriptor.__dict__["encoding"] = address, meta, make_tensordesc_arg(descriptor, meta)
+        return kept[2]
+
+    def launch(grid, stream, args, constants) -> None:
+        flat, number = [], 0
+        for arg, kind in args:
+            if kind == "tensor":
+                flat.append(arg.data_ptr())
+            elif kind == "number":
+                flat.append(arg)
+            else:
+                flat += encoded(arg, metas[number] if metas else None)
+                number += 1
+        launcher(*grid, stream, function, cooperative, pdl, None, None, packed, None, None, None, *flat, *constants)
+
+    return launch
 
 
 def device_guard(device: torch.device) -> AbstractContextManager:
@@ -57,6 +105,11 @@ def device_guard(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
+@functools.cache
+def _stream_of_index() -> Callable[[int], int]:
+    return driver.active.get_current_stream
+
+
 def current_stream(device: torch.device) -> int:
     """The handle of the stream that torch currently uses on `device`; 0 for the CPU, in the interpreter."""
-    return driver.active.get_current_stream(device.index) if device.type == "cuda" else 0
+    return _stream_of_index()(device.index) if device.type == "cuda" else 0

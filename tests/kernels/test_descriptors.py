@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import tma_moe
@@ -194,3 +195,55 @@ def test_threads_get_descriptors_of_their_own_weights(policy):
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+def test_an_owned_encoding_is_kept_until_the_address_changes(monkeypatch):
+    """What triton 3.6's launcher in C is given: addresses, and of a descriptor what triton makes of it."""
+    from tma_moe import kernel
+    from triton.backends.nvidia import driver
+
+    encoded, seen = [], []
+
+    class Launcher:  # as the builtin function is, no function in Python
+        def __call__(self, *args):
+            seen.append(args)
+
+    def encode(descriptor, meta):
+        encoded.append(descriptor.base.data_ptr())
+        return [f"map of {meta}", descriptor.base.data_ptr()]
+
+    monkeypatch.setattr(kernel.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(driver, "make_tensordesc_arg", encode)
+    run = SimpleNamespace(
+        launch=Launcher(),
+        global_scratch_size=0,
+        profile_scratch_size=0,
+        launch_cooperative_grid=False,
+        launch_pdl=True,
+    )
+    compiled = SimpleNamespace(
+        run=run, function=7, packed_metadata="packed", metadata=SimpleNamespace(tensordesc_meta=["up"])
+    )
+    launch, layer, x = kernel._direct_launcher(compiled), experts(), torch.zeros(8)
+
+    def launched(policy):
+        with tma_moe.descriptor_policy(policy):
+            args = (x, weight_descriptor(layer, "gate_up", UP_BLOCK), 3)
+        launch((1, 2, 1), 5, zip(args, map(kernel._kind, args), strict=True), (64, "const"))
+        return seen[-1][-6:]
+
+    for policy, times in (("owned", 1), ("per_call", 3), ("lru", 3)):
+        encoded.clear()
+        for _ in range(3):
+            end = launched(policy)
+            assert end == (x.data_ptr(), "map of up", layer.gate_up.data_ptr(), 3, 64, "const")
+        assert len(encoded) == times, policy
+    assert seen[-1][:13] == (1, 2, 1, 5, 7, False, True, None, None, "packed", None, None, None)
+    layer.gate_up.data = layer.gate_up.data.clone()
+    encoded.clear()
+    assert launched("owned")[2] == layer.gate_up.data_ptr() == encoded[0]
+    run.profile_scratch_size = 16
+    assert kernel._direct_launcher(compiled) is None
+    monkeypatch.setattr(kernel.triton, "__version__", "3.7.0")
+    run.profile_scratch_size = 0
+    assert kernel._direct_launcher(compiled) is None
