@@ -50,7 +50,7 @@ def _add_norm(
     out_ptr,
     eps,
     H: tl.constexpr,
-    Y_ROWS: tl.constexpr,  # 0: no y, 1: one row for all, 2: as many as x has
+    HAS_Y: tl.constexpr,
     CENTRE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -60,13 +60,12 @@ def _add_norm(
         gdc_wait()
     # The last rows first: they were written last, and are more likely to be in L2 still.
     at = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * H
-    y_at = at if Y_ROWS == 2 else 0
     i = tl.arange(0, BLOCK)
     inside = i < H
     x = tl.load(x_ptr + at + i, mask=inside, other=0.0)
-    if Y_ROWS:
+    if HAS_Y:
         # Rounded as the residual stream is stored, so that the norm sees what later layers will add to.
-        total = x.to(tl.float32) + tl.load(y_ptr + y_at + i, mask=inside, other=0.0).to(tl.float32)
+        total = x.to(tl.float32) + tl.load(y_ptr + at + i, mask=inside, other=0.0).to(tl.float32)
         x = total.to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + at + i, x, mask=inside)
     x = x.to(tl.float32)
@@ -84,14 +83,14 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """x + y and its norm, in one launch: RMSNorm, or LayerNorm where there is a bias.
 
-    x is updated in place and returned; y may be one row [H] for all rows, and None means 0.
+    x is updated in place and returned; y None means 0.
     """
     out_TH = torch.empty_like(x_TH)
     if len(x_TH):
         width = x_TH.shape[1]
         block = triton.next_power_of_2(width)
         y, bias = x_TH if y_TH is None else y_TH, weight_H if bias_H is None else bias_H
-        constants = width, 0 if y_TH is None else y_TH.dim(), bias_H is not None, block
+        constants = width, y_TH is not None, bias_H is not None, block
         warps = min(max(block // 256, 1), 8)
         _run(_add_norm, (len(x_TH), 1, 1), (x_TH, y, weight_H, bias, out_TH), (eps,), constants, warps)
     return x_TH, out_TH

@@ -212,6 +212,7 @@ class VisionGraphs:
         config, device = model.config.vision, model.device
         self._pixels_PC = torch.zeros(_PATCHES[-1], config.patch_dim, dtype=model.dtype, device=device)
         self._graphs: dict[int, tuple[PatchPlan, VisionFeatures, torch.cuda.CUDAGraph]] = {}
+        self._grids: dict[int, list[Grid]] = {}  # whose plan a graph's buffers hold
         self._pool = torch.cuda.graph_pool_handle()
         square = config.merge_size**2
         self._buckets = tuple(size for size in _PATCHES if size % square == 0)
@@ -233,13 +234,15 @@ class VisionGraphs:
         if size is None or frames > _IMAGES:
             return None
         static, features, graph = self._graph(size)
-        plan = PatchPlan.build(grids, config, self.model.device)
         self._pixels_PC[:P].copy_(pixel_values_PC)
-        for name in ("index_P4", "weight_P4", "positions_P2"):
-            getattr(static, name)[:P].copy_(getattr(plan, name))
-        # Patches that fill the bucket are one more image, which sees only itself; what they hold does not matter.
-        static.segments.q_starts.fill_(size)
-        static.segments.q_starts[: frames + 1].copy_(plan.segments.q_starts)
+        if self._grids.get(size) != grids:
+            plan = PatchPlan.build(grids, config, self.model.device)
+            for name in ("index_P4", "weight_P4", "positions_P2"):
+                getattr(static, name)[:P].copy_(getattr(plan, name))
+            # Patches that fill the bucket are one more image, which sees only itself; what they hold does not matter.
+            static.segments.q_starts.fill_(size)
+            static.segments.q_starts[: frames + 1].copy_(plan.segments.q_starts)
+            self._grids[size] = list(grids)
         graph.replay()
         made = features.rows(0, P // config.merge_size**2)
         return VisionFeatures(made.embeds_MH.clone(), made.deepstack_LMH.clone())

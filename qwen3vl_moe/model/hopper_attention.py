@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from tma_moe.gluon_parts import let_next_kernel_start, make_barriers, tma_load, wait_for_previous_kernel
+from tma_moe.gluon_parts import make_barriers, tma_load
 from tma_moe.kernel import Launch, current_stream, device_guard
 from torch import Tensor
 from triton.experimental import gluon
@@ -319,8 +319,6 @@ def attend_packed(
     STAGES: gl.constexpr,
 ):
     """out[t, n] = softmax over the keys of t's sequence that it may see. With one part, q2, k2 and v2 are None."""
-    let_next_kernel_start()
-    wait_for_previous_kernel()
     buffers = _rings((q1, q2), 1, PARTS), _rings((k1, k2), STAGES, PARTS), _rings((v1, v2), STAGES, PARTS)
     q_full, q_empty = make_barriers(1, 1)
     k_full, k_empty = make_barriers(STAGES, 1)
@@ -362,7 +360,7 @@ def _launch(device: torch.device, dtype: torch.dtype, N: int, G: int, D: int, ca
     """The widths of a head's parts, the launch, and how many programs run at once: one per multiprocessor."""
     # Device and dtype are only part of the key: a compiled kernel belongs to both.
     widths, stages = ((128,), 2) if D > 80 else ((64, 16), 3)
-    launch = Launch(attend_packed, (N, G, D, len(widths), causal, stages), warps=4)
+    launch = Launch(attend_packed, (N, G, D, len(widths), causal, stages), warps=4, pdl=False)
     on_gpu = device.type == "cuda"  # elsewhere it is compiled only
     return widths, launch, torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
 

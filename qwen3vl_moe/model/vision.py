@@ -82,8 +82,7 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, residual_PC: Tensor, x_PC: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        """The residual stream, updated in place, with what the normed rows x attend to, less the last bias."""
+    def forward(self, x_PC: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         qkv = self.qkv(x_PC)
         if runs_kernels(x_PC):
             from qwen3vl_moe.model.fused_ops import norm_rotate_store  # needs triton, which a CPU may lack
@@ -93,7 +92,7 @@ class VisionAttention(nn.Module):
             q, k, v = qkv.view(len(x_PC), 3, self.num_heads, -1).unbind(1)
             # The rotation is done in fp32: its angles are large and bf16 would round them away.
             q, k = (rotate(x.float(), cos, sin).to(x_PC.dtype) for x in (q, k))
-        return residual_PC.addmm_(attention(q, k, v, segments, causal=False).flatten(1), self.out.weight.T)
+        return self.out(attention(q, k, v, segments, causal=False).flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -102,29 +101,24 @@ class VisionMLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, residual_PC: Tensor, x_PC: Tensor) -> Tensor:
-        """The residual stream, updated in place, with what is made of the normed rows x, less the last bias."""
+    def forward(self, x_PC: Tensor) -> Tensor:
         if runs_kernels(x_PC):
             # cuBLAS applies the (tanh) GELU while the product is still in registers.
-            inner = torch._addmm_activation(self.fc1.bias, x_PC, self.fc1.weight.T, use_gelu=True)
-        else:
-            inner = F.gelu(self.fc1(x_PC), approximate="tanh")
-        return residual_PC.addmm_(inner, self.fc2.weight.T)
+            return self.fc2(torch._addmm_activation(self.fc1.bias, x_PC, self.fc1.weight.T, use_gelu=True))
+        return self.fc2(F.gelu(self.fc1(x_PC), approximate="tanh"))
 
 
-def add_norm(x_PC: Tensor, bias_C: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Add a product's bias to the residual stream (None: it has none), and norm the sum for the next product."""
+def add_norm(x_PC: Tensor, y_PC: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """Add a block's output to the residual stream (None: nothing yet), and norm the sum for the next one."""
     if runs_kernels(x_PC):
         from qwen3vl_moe.model import fused_ops  # needs triton, which a CPU may lack
 
-        return fused_ops.add_norm(x_PC, bias_C, norm.weight, norm.eps, norm.bias)
-    x_PC = x_PC if bias_C is None else x_PC + bias_C
+        return fused_ops.add_norm(x_PC, y_PC, norm.weight, norm.eps, norm.bias)
+    x_PC = x_PC if y_PC is None else x_PC + y_PC
     return x_PC, norm(x_PC)
 
 
 class VisionBlock(nn.Module):
-    """Both products into the residual stream add to it themselves, and the norm after each adds its bias."""
-
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=_NORM_EPS)
@@ -133,13 +127,12 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(config)
 
     def forward(
-        self, x_PC: Tensor, bias_C: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
+        self, x_PC: Tensor, y_PC: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream, and the bias that the block before left to add to it; returns the same of this block."""
-        x_PC, normed_PC = add_norm(x_PC, bias_C, self.norm1)
-        x_PC = self.attn(x_PC, normed_PC, cos, sin, segments)
-        x_PC, normed_PC = add_norm(x_PC, self.attn.out.bias, self.norm2)
-        return self.mlp(x_PC, normed_PC), self.mlp.fc2.bias
+        """The residual stream, and what the block before left to add to it; returns the same of this block."""
+        x_PC, normed_PC = add_norm(x_PC, y_PC, self.norm1)
+        x_PC, normed_PC = add_norm(x_PC, self.attn(normed_PC, cos, sin, segments), self.norm2)
+        return x_PC, self.mlp(normed_PC)
 
 
 class Merger(nn.Module):
@@ -200,11 +193,11 @@ class VisionTower(nn.Module):
         frequencies = inverse_frequencies(config.head_dim // 2, config.rope_theta, device=x_PC.device)
         cos, sin = vision_angles(plan.positions_P2, frequencies)
 
-        deepstack, bias_C = [], None
+        deepstack, y_PC = [], None
         for number, block in enumerate(self.blocks):
-            x_PC, bias_C = block(x_PC, bias_C, cos, sin, plan.segments)
+            x_PC, y_PC = block(x_PC, y_PC, cos, sin, plan.segments)
             if number in config.deepstack_indexes:
-                deepstack.append(self.deepstack_mergers[config.deepstack_indexes.index(number)](x_PC + bias_C))
-        embeds_MH = self.merger(x_PC + bias_C)
+                deepstack.append(self.deepstack_mergers[config.deepstack_indexes.index(number)](x_PC + y_PC))
+        embeds_MH = self.merger(x_PC + y_PC)
         none = embeds_MH.new_empty(0, *embeds_MH.shape)
         return VisionFeatures(embeds_MH, torch.stack(deepstack) if deepstack else none)

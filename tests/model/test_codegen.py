@@ -18,7 +18,7 @@ BF16, FP32, INT32 = (torch.empty(16, dtype=dtype) for dtype in (torch.bfloat16, 
 def test_add_and_norm(width, has_bias):
     block = 2048
     made = compile_for_hopper(
-        fused_ops._add_norm, (BF16,) * 5 + (1e-6,), (width, 1 + (not has_bias), has_bias, block, True), {"num_warps": 8}
+        fused_ops._add_norm, (BF16,) * 5 + (1e-6,), (width, True, has_bias, block, True), {"num_warps": 8}
     )
     assert made.spilled == 0
 

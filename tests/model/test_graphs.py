@@ -127,7 +127,9 @@ def test_a_step_that_fits_no_bucket_is_left_to_eager_launches(model):
 @torch.inference_mode()
 def test_replayed_images_equal_eager_ones(model):
     graphs = VisionGraphs(model)
-    for grids in ([(1, 12, 20)], [(1, 4, 4), (1, 36, 36), (1, 2, 30)], [(1, 2, 2)]):
+    small, several = [(1, 12, 20)], [(1, 4, 4), (1, 36, 36), (1, 2, 30)]
+    # Of one bucket: the same grids again, others of as many patches, and the first once more.
+    for grids in (small, small, [(1, 20, 12)], small, several, [(1, 2, 2)]):
         pixels = torch.randn(sum(t * h * w for t, h, w in grids), 1536)
         ours, eager = graphs.run(pixels, grids), model.encode_images(pixels, grids)
         for a, b in ((ours.embeds_MH, eager.embeds_MH), (ours.deepstack_LMH, eager.deepstack_LMH)):
