@@ -201,9 +201,12 @@ def profiles(llm: LLM, rng: np.random.Generator) -> dict[str, StepProfile]:
             engine.abort(sequence)
     add_request(llm, 8192, rng)
     found["prefill of 8192 tokens"] = profile_steps(engine.step)
-    pictures = random_pictures(llm, 32, rng)
-    with torch.inference_mode():
-        found["vision tower, 32 images"] = profile_steps(lambda: engine.runner.encode(pictures))
+    for images in (1, 32):
+        pictures = random_pictures(llm, images, rng)
+        with torch.inference_mode():
+            engine.runner.encode(pictures)
+            name = f"vision tower, {images} image{'s' if images > 1 else ''}"
+            found[name] = profile_steps(lambda pictures=pictures: engine.runner.encode(pictures))
     return found
 
 
