@@ -2,8 +2,8 @@
 patches on the model's device.
 
 The rules are those of transformers 5.17's ``Qwen2VLImageProcessorPil`` (bicubic resize by Pillow, values scaled by
-1/255, then ``(x - mean) / std`` in fp32). The patches are equal bit for bit on a CPU; a GPU rounds the division by 255
-differently, by one unit in the last place of fp32. There is one resize: nowhere else in the package is an image scaled.
+1/255, then ``(x - mean) / std`` in fp32). The patches are equal bit for bit. There is one resize: nowhere else in the
+package is an image scaled.
 """
 
 from __future__ import annotations
@@ -206,6 +206,8 @@ def cut_patches(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype 
     """
     settings = pictures[0].settings
     patch, merge = settings.patch_size, settings.merge_size
+    if pixels.is_cuda:
+        return _cut_in_kernels(pixels, pictures, dtype)
     values_P3S = pixels.new_empty(len(pixels) // (3 * patch**2), 3, patch**2, dtype=torch.float32)
     counts = [math.prod(picture.grid) for picture in pictures]
     sizes = [picture.pixels_3HW.numel() for picture in pictures]
@@ -219,6 +221,21 @@ def cut_patches(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype 
     values_P3S.div_(255).sub_(mean_31).div_(std_31)
     frames = values_P3S.to(dtype)[:, :, None].expand(-1, -1, settings.temporal_patch_size, -1)
     return frames.reshape(len(values_P3S), -1)
+
+
+def _cut_in_kernels(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype) -> Tensor:
+    """The same in one launch a picture."""
+    from qwen3vl_moe.model.vision_ops import cut_patches as cut_picture  # needs triton, which a CPU may lack
+
+    settings = pictures[0].settings
+    sides = settings.patch_size, settings.merge_size, settings.temporal_patch_size
+    counts = [math.prod(picture.grid) for picture in pictures]
+    width = 3 * settings.temporal_patch_size * settings.patch_size**2
+    patches_PC = torch.empty(sum(counts), width, dtype=dtype, device=pixels.device)
+    parts = pixels.split([picture.pixels_3HW.numel() for picture in pictures])
+    for picture, part, patches in zip(pictures, parts, patches_PC.split(counts), strict=True):
+        cut_picture(part, patches, picture.grid, sides, settings.mean, settings.std)
+    return patches_PC
 
 
 @cache

@@ -21,22 +21,34 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @functools.cache
-def _kept(kernel, device: torch.device, dtypes: tuple[torch.dtype, ...], constants: tuple, warps: int) -> Launch:
+def _kept(
+    kernel, device: torch.device, dtypes: tuple[torch.dtype, ...], constants: tuple, warps: int, early: bool
+) -> Launch:
     # Device and dtypes are only part of the key: a compiled kernel belongs to both.
-    return Launch(kernel, constants, warps)
+    return Launch(kernel, constants, warps, pdl=early)
 
 
-def _run(
-    kernel, grid: tuple[int, int, int], tensors: tuple[Tensor, ...], numbers: tuple, constants: tuple, warps: int
+def run_kept(
+    kernel,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    numbers: tuple,
+    constants: tuple,
+    warps: int,
+    early: bool = True,
 ) -> None:
-    """Launch a kernel of this file; its last constant is whether it may begin before the kernel before has ended."""
-    constants = (*constants, not interpreting())
+    """Launch a small kernel with little work on the host.
+
+    Its arguments are tensors, numbers, constants, and as the last of these whether it may begin before the kernel
+    before it has ended (``early``; not behind a copy). It does not specialise on its numbers.
+    """
+    constants = (*constants, early and not interpreting())
     if any(x.data_ptr() % 16 for x in tensors):
         # A kept kernel relies on addresses that are multiples of 16 bytes, which the engine's are.
         kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
         return
     device = tensors[0].device
-    launch = _kept(kernel, device, tuple(x.dtype for x in tensors), constants, warps)
+    launch = _kept(kernel, device, tuple(x.dtype for x in tensors), constants, warps, early)
     with device_guard(device):
         launch(current_stream(device), grid, *tensors, *numbers)
 
@@ -92,7 +104,7 @@ def add_norm(
         y, bias = x_TH if y_TH is None else y_TH, weight_H if bias_H is None else bias_H
         constants = width, y_TH is not None, bias_H is not None, block
         warps = min(max(block // 256, 1), 8)
-        _run(_add_norm, (len(x_TH), 1, 1), (x_TH, y, weight_H, bias, out_TH), (eps,), constants, warps)
+        run_kept(_add_norm, (len(x_TH), 1, 1), (x_TH, y, weight_H, bias, out_TH), (eps,), constants, warps)
     return x_TH, out_TH
 
 
@@ -138,7 +150,7 @@ def combine_add_norm(x_TH: Tensor, y: Uncombined, weight_H: Tensor, eps: float) 
         sizes = H, y.num_experts, K, triton.next_power_of_2(K), block, "evict_first" if y.kept else ""
         warps = min(max(block // 256, 1), 8)
         operands = x_TH, y.rows_TKH, y.ids_TK, y.weights_TK, weight_H, out_TH
-        _run(_combine_add_norm, (T, 1, 1), operands, (eps,), sizes, warps)
+        run_kept(_combine_add_norm, (T, 1, 1), operands, (eps,), sizes, warps)
     return x_TH, out_TH
 
 
@@ -246,5 +258,5 @@ def norm_rotate_store(
         tokens, block, warps = (1, 8, 4) if T <= 256 else (4, 8, 8)
         constants = N, G, D, tokens, block, triton.next_power_of_2(D // 2), norms is not None, has_cache
         grid = triton.cdiv(T, tokens), triton.cdiv(N + 2 * G, block), 1
-        _run(_norm_rotate_store, grid, operands, (T, eps), constants, warps)
+        run_kept(_norm_rotate_store, grid, operands, (T, eps), constants, warps)
     return q_TND, k_TGD, v_TGD

@@ -75,6 +75,15 @@ def mix_positions(table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tens
     return out_PC
 
 
+def add_positions(x_PC: Tensor, table_SC: Tensor, plan: PatchPlan) -> Tensor:
+    """Patches with their learned positions."""
+    if runs_kernels(x_PC):
+        from qwen3vl_moe.model import vision_ops  # needs triton, which a CPU may lack
+
+        return vision_ops.add_positions(x_PC, table_SC, plan.index_P4, plan.weight_P4)
+    return x_PC + mix_positions(table_SC, plan.index_P4, plan.weight_P4).to(x_PC.dtype)
+
+
 class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -189,7 +198,7 @@ class VisionTower(nn.Module):
         """The same with the grid arithmetic done: launches only, in the tower's dtype and on its device."""
         config = self.config
         x_PC = self.patch_embed(pixel_values_PC)
-        x_PC = x_PC + mix_positions(self.pos_embed.weight, plan.index_P4, plan.weight_P4).to(x_PC.dtype)
+        x_PC = add_positions(x_PC, self.pos_embed.weight, plan)
         frequencies = inverse_frequencies(config.head_dim // 2, config.rope_theta, device=x_PC.device)
         cos, sin = vision_angles(plan.positions_P2, frequencies)
 

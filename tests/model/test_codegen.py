@@ -8,7 +8,7 @@ from tests.interpreted import INTERPRETED
 if INTERPRETED:
     pytest.skip("compiles, so not in the interpreter", allow_module_level=True)
 
-from qwen3vl_moe.model import fused_ops, hopper_attention, packed_attention, paged_decode
+from qwen3vl_moe.model import fused_ops, hopper_attention, packed_attention, paged_decode, vision_ops
 from tests.kernels.codegen import compile_for_hopper
 
 BF16, FP32, INT32 = (torch.empty(16, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.int32))
@@ -42,6 +42,17 @@ def test_combine_add_and_norm(evict):
 def test_norm_rotate_and_store(sizes):
     arguments = (BF16, FP32, FP32, BF16, BF16, INT32, BF16, BF16, BF16, BF16, 5, 1e-6)
     made = compile_for_hopper(fused_ops._norm_rotate_store, arguments, sizes, {"num_warps": 8})
+    assert made.spilled == 0
+
+
+def test_patches_and_positions():
+    arguments = (torch.empty(16, dtype=torch.uint8), BF16, 36, 36)
+    mean = std = (0.5, 0.25, 0.125)
+    made = compile_for_hopper(vision_ops._cut_patches, arguments, (16, 2, 2, *mean, *std, 256, False), {"num_warps": 2})
+    assert made.spilled == 0
+    assert made.count("div.rn.f32") >= 2  # as the host divides
+    arguments = (BF16, BF16, torch.empty(16, dtype=torch.int64), FP32)
+    made = compile_for_hopper(vision_ops._add_positions, arguments, (1152, 2048, True), {"num_warps": 8})
     assert made.spilled == 0
 
 
