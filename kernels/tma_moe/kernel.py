@@ -41,14 +41,14 @@ class Launch:
             self.direct = compiled and _direct_launcher(compiled)
             self.compiled = compiled
             return
+        if self.direct is not None:
+            self.direct(grid, stream, args, self.kinds, self.constants)
+            return
         # Addresses rather than tensors: triton asks the driver about every tensor, which costs most of a launch.
-        if self.direct is None:
-            args = [arg.data_ptr() if kind == "tensor" else arg for arg, kind in zip(args, self.kinds, strict=True)]
-            # What `compiled[grid](...)` does, less its look-ups of device, stream and hooks.
-            scaffold = (compiled.function, compiled.packed_metadata, None, None, None)
-            compiled.run(*grid, stream, *scaffold, *args, *self.constants)
-        else:
-            self.direct(grid, stream, zip(args, self.kinds, strict=True), self.constants)
+        args = [arg.data_ptr() if kind == "tensor" else arg for arg, kind in zip(args, self.kinds, strict=True)]
+        # What `compiled[grid](...)` does, less its look-ups of device, stream and hooks.
+        scaffold = (compiled.function, compiled.packed_metadata, None, None, None)
+        compiled.run(*grid, stream, *scaffold, *args, *self.constants)
 
 
 def _kind(arg: object) -> str:
@@ -83,9 +83,9 @@ def _direct_launcher(compiled) -> Callable | None:
             kept = descriptor.__dict__["encoding"] = address, meta, make_tensordesc_arg(descriptor, meta)
         return kept[2]
 
-    def launch(grid, stream, args, constants) -> None:
+    def launch(grid, stream, args, kinds, constants) -> None:
         flat, number = [], 0
-        for arg, kind in args:
+        for arg, kind in zip(args, kinds, strict=True):
             if kind == "tensor":
                 flat.append(arg.data_ptr())
             elif kind == "number":

@@ -229,7 +229,7 @@ def test_an_owned_encoding_is_kept_until_the_address_changes(monkeypatch):
     def launched(policy):
         with tma_moe.descriptor_policy(policy):
             args = (x, weight_descriptor(layer, "gate_up", UP_BLOCK), 3)
-        launch((1, 2, 1), 5, zip(args, map(kernel._kind, args), strict=True), (64, "const"))
+        launch((1, 2, 1), 5, args, tuple(map(kernel._kind, args)), (64, "const"))
         return seen[-1][-6:]
 
     for policy, times in (("owned", 1), ("per_call", 3), ("lru", 3)):
