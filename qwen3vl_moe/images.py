@@ -31,6 +31,9 @@ MAX_ASPECT_RATIO = 200
 # Pillow and numpy release the interpreter lock where they work. These threads run single channels of an image, which
 # wait for nothing, so any number of callers may share them; they start when first needed.
 _WORKERS = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="resize")
+_SERIAL_BYTES = (
+    4 << 20
+)  # fewer are copied faster than torch wakes its threads, which a busy host takes milliseconds for
 _PARALLEL_PIXELS = 2**17  # about 2 ms of work; below that, handing it over costs more than it saves
 
 _PROCESSOR_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
@@ -189,7 +192,11 @@ def copy_pixels(pictures: Sequence[Picture], device: torch.device | str) -> Tens
     flat = [picture.pixels_3HW.flatten() for picture in pictures]
     pinned = torch.device(device).type == "cuda"
     staged = torch.empty(sum(map(len, flat)), dtype=torch.uint8, pin_memory=pinned)
-    return torch.cat(flat, out=staged).to(device, non_blocking=True)
+    if len(staged) < _SERIAL_BYTES:
+        np.concatenate([pixels.numpy() for pixels in flat], out=staged.numpy())
+    else:
+        torch.cat(flat, out=staged)
+    return staged.to(device, non_blocking=True)
 
 
 def cut_patches(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype = torch.float32) -> Tensor:

@@ -160,7 +160,7 @@ class Runner:
             for row, count, entry in zip(asked, num_top, entries, strict=True):
                 sampled[row][1].logprobs = entry[: 1 + count]
         seconds = {
-            stage: _seconds(step.marks[start], step.marks[stop]) if start in step.marks else 0.0
+            stage: seconds_between(step.marks[start], step.marks[stop]) if start in step.marks else 0.0
             for stage, start, stop in (
                 ("host_to_device", "begun", "copied"),
                 ("vision", "copied", "encoded"),
@@ -267,7 +267,7 @@ def _now(device: torch.device) -> Mark:
     return event
 
 
-def _seconds(start: Mark, stop: Mark) -> float:
+def seconds_between(start: Mark, stop: Mark) -> float:
     """Between two marks that the device has reached."""
     return stop - start if isinstance(start, float) else start.elapsed_time(stop) / 1000
 
