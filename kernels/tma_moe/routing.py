@@ -170,22 +170,9 @@ def group_few(
     total = tl.histogram(ids, BINS, mask=ids >= 0)
     before = tl.histogram(ids, BINS, mask=(ids >= 0) & (pair < tl.program_id(0) * SUB))
     _write_plan(
-        ids_ptr,
-        plan_ptr,
-        pairs,
-        total,
-        before,
-        up_tiles_at,
-        down_tiles_at,
-        E,
-        BINS,
-        UP_ROWS,
-        UP_STEP,
-        DOWN_ROWS,
-        DOWN_STEP,
-        SUB,
-        SUB,
-    )
+        ids_ptr, plan_ptr, pairs, total, before, up_tiles_at, down_tiles_at,
+        E, BINS, UP_ROWS, UP_STEP, DOWN_ROWS, DOWN_STEP, SUB, SUB,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -237,22 +224,9 @@ def group_many(
     total = tl.sum(total, axis=0)
     before = tl.sum(before, axis=0)
     _write_plan(
-        ids_ptr,
-        plan_ptr,
-        pairs,
-        total,
-        before,
-        up_tiles_at,
-        down_tiles_at,
-        E,
-        BINS,
-        UP_ROWS,
-        UP_STEP,
-        DOWN_ROWS,
-        DOWN_STEP,
-        BLOCK,
-        SUB,
-    )
+        ids_ptr, plan_ptr, pairs, total, before, up_tiles_at, down_tiles_at,
+        E, BINS, UP_ROWS, UP_STEP, DOWN_ROWS, DOWN_STEP, BLOCK, SUB,
+    )  # fmt: skip
 
 
 @functools.cache
