@@ -1,0 +1,76 @@
+"""A step's tensors on their way to the device: all in one buffer."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from qwen3vl_moe.model.batch import Batch, Segments, _sections, all_to_device
+
+TENSORS = (
+    torch.arange(7),
+    torch.arange(5, dtype=torch.int32),
+    torch.empty(0, dtype=torch.int64),
+    torch.rand(3, 4),
+    torch.tensor([[True], [False], [True]]),
+    torch.rand(2, 1, 3, dtype=torch.float64).transpose(0, 2),
+)
+
+
+def test_sections_of_a_buffer_hold_their_tensors_apart():
+    ends = [64, 96, 96, 144, 160, 208]  # each begins at a multiple of 16 bytes, and has room
+    buffer = torch.zeros(ends[-1], dtype=torch.uint8)
+    sections = _sections(buffer, TENSORS, ends)
+    for x, section in zip(TENSORS, sections, strict=True):
+        section.copy_(x)
+    for x, section in zip(TENSORS, sections, strict=True):
+        assert torch.equal(x, section)
+        assert section.is_contiguous()
+        assert (section.data_ptr() - buffer.data_ptr()) % 16 == 0
+
+
+def batch(**more) -> Batch:
+    return Batch(
+        input_ids_T=torch.arange(6),
+        positions_3T=torch.arange(6).expand(3, -1),
+        segments=Segments.build([2, 4], [2, 9]),
+        slots_T=torch.arange(6) + 40,
+        block_tables=torch.arange(4, dtype=torch.int32).view(2, 2),
+        block_size=16,
+        logit_rows=torch.tensor([1, 5]),
+        **more,
+    )
+
+
+def assert_same(ours: Batch, expected: Batch, device: str) -> None:
+    for field in fields(Batch):
+        a, b = getattr(ours, field.name), getattr(expected, field.name)
+        if isinstance(b, torch.Tensor):
+            assert a.device.type == device
+            assert a.dtype == b.dtype
+            assert torch.equal(a.cpu(), b.cpu()), field.name
+        elif field.name != "segments":
+            assert a == b
+    for name in ("q_starts", "kv_starts"):
+        assert torch.equal(getattr(ours.segments, name).cpu(), getattr(expected.segments, name))
+        assert getattr(ours.segments, name).device.type == device
+    assert (ours.segments.q_lens, ours.segments.kv_lens) == (expected.segments.q_lens, expected.segments.kv_lens)
+
+
+def test_to_the_cpu_changes_nothing():
+    assert_same(batch().to("cpu"), batch(), "cpu")
+
+
+@pytest.mark.gpu
+def test_to_a_gpu_in_one_copy():
+    from torch.profiler import ProfilerActivity, profile
+
+    for x, there in zip(TENSORS, all_to_device(TENSORS, "cuda"), strict=True):
+        assert torch.equal(x, there.cpu())
+    step = batch(padding_T1=torch.zeros(6, 1, dtype=torch.bool, device="cuda"))  # one tensor that is there already
+    step.to("cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        moved = step.to("cuda")
+        torch.cuda.synchronize()
+    assert sum("HtoD" in event.name for event in trace.events()) == 1
+    assert_same(moved, step, "cuda")
