@@ -15,7 +15,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,9 @@ MAX_ASPECT_RATIO = 200
 # Pillow and numpy release the interpreter lock where they work. These threads run single channels of an image, which
 # wait for nothing, so any number of callers may share them; they start when first needed.
 _WORKERS = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="resize")
-_SERIAL_BYTES = (
-    4 << 20
-)  # fewer are copied faster than torch wakes its threads, which a busy host takes milliseconds for
 _PARALLEL_PIXELS = 2**17  # about 2 ms of work; below that, handing it over costs more than it saves
+# Fewer are copied faster than torch wakes its threads, for which a busy host takes milliseconds.
+_SERIAL_BYTES = 4 << 20
 
 _PROCESSOR_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 # Settings that would change the pixels, with the only value that is implemented.
@@ -200,7 +198,7 @@ def copy_pixels(pictures: Sequence[Picture], device: torch.device | str) -> Tens
 
 
 def cut_patches(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normalised patches [P, patch_dim] of all pictures, on the device of their pixels: one launch each and a few more.
+    """Normalised patches [P, patch_dim] of all pictures, on the device of their pixels: on a GPU in one launch each.
 
     Patches come in the order of the vision tower: merge_size x merge_size neighbours in a row, so that the merger only
     has to join consecutive rows. Within a patch: channel, frame, row, column. A still image fills all
@@ -212,43 +210,26 @@ def cut_patches(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype 
         dtype: of the result; the arithmetic is fp32.
     """
     settings = pictures[0].settings
-    patch, merge = settings.patch_size, settings.merge_size
+    patch, merge, frames = settings.patch_size, settings.merge_size, settings.temporal_patch_size
+    grids = [picture.grid for picture in pictures]
+    counts = [math.prod(grid) for grid in grids]
+    parts = pixels.split([picture.pixels_3HW.numel() for picture in pictures])
     if pixels.is_cuda:
-        return _cut_in_kernels(pixels, pictures, dtype)
-    values_P3S = pixels.new_empty(len(pixels) // (3 * patch**2), 3, patch**2, dtype=torch.float32)
-    counts = [math.prod(picture.grid) for picture in pictures]
-    sizes = [picture.pixels_3HW.numel() for picture in pictures]
-    for picture, part, values in zip(pictures, pixels.split(sizes), values_P3S.split(counts), strict=True):
-        _, rows, columns = picture.grid
+        from qwen3vl_moe.model.vision_ops import cut_patches as cut_picture  # needs triton, which a CPU may lack
+
+        patches_PC = pixels.new_empty(sum(counts), 3 * frames * patch**2, dtype=dtype)
+        for grid, part, patches in zip(grids, parts, patches_PC.split(counts), strict=True):
+            cut_picture(part, patches, grid, (patch, merge, frames), settings.mean, settings.std)
+        return patches_PC
+    values_P3S = pixels.new_empty(sum(counts), 3, patch**2, dtype=torch.float32)
+    for (_, rows, columns), part, values in zip(grids, parts, values_P3S.split(counts), strict=True):
         blocks = part.view(3, rows // merge, merge, patch, columns // merge, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
         values.view(blocks.shape).copy_(blocks)
-    mean_31, std_31 = _normalisation(settings, pixels.device)
+    mean_31, std_31 = (torch.tensor(values)[:, None] for values in (settings.mean, settings.std))
     # Division by 255 rounds as transformers' fp64 product with 1/255 does, for all 256 values, and the other two steps
     # are its own. A fused scale and shift would be a pass less, and one unit in the last place off.
     values_P3S.div_(255).sub_(mean_31).div_(std_31)
-    frames = values_P3S.to(dtype)[:, :, None].expand(-1, -1, settings.temporal_patch_size, -1)
-    return frames.reshape(len(values_P3S), -1)
-
-
-def _cut_in_kernels(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype) -> Tensor:
-    """The same in one launch a picture."""
-    from qwen3vl_moe.model.vision_ops import cut_patches as cut_picture  # needs triton, which a CPU may lack
-
-    settings = pictures[0].settings
-    sides = settings.patch_size, settings.merge_size, settings.temporal_patch_size
-    counts = [math.prod(picture.grid) for picture in pictures]
-    width = 3 * settings.temporal_patch_size * settings.patch_size**2
-    patches_PC = torch.empty(sum(counts), width, dtype=dtype, device=pixels.device)
-    parts = pixels.split([picture.pixels_3HW.numel() for picture in pictures])
-    for picture, part, patches in zip(pictures, parts, patches_PC.split(counts), strict=True):
-        cut_picture(part, patches, picture.grid, sides, settings.mean, settings.std)
-    return patches_PC
-
-
-@cache
-def _normalisation(settings: ImageSettings, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per channel, [3, 1], copied to a device once."""
-    return tuple(torch.tensor(values, device=device)[:, None] for values in (settings.mean, settings.std))
+    return values_P3S.to(dtype)[:, :, None].expand(-1, -1, frames, -1).reshape(sum(counts), -1)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -171,6 +171,10 @@ def random_pictures(llm: LLM, count: int, rng: np.random.Generator) -> list[Pict
     return [exact.resize(Image.fromarray(pixels)) for pixels in noise]
 
 
+def tower_of(images: int) -> str:
+    return f"vision tower, {images} image{'s' if images > 1 else ''}"
+
+
 def vision_call(llm: LLM, images: int, rate: float, rng: np.random.Generator, times: int) -> dict:
     """The tower on 560x560 images (36 x 36 patches), from resized pictures on the host to features."""
     model, vision = llm.engine.model, llm.engine.model.config.vision
@@ -185,7 +189,7 @@ def vision_call(llm: LLM, images: int, rate: float, rng: np.random.Generator, ti
     mergers = (1 + len(vision.deepstack_indexes)) * P // vision.merge_size**2
     flop = 2 * vision.depth * block + 2 * mergers * vision.merged_width * (vision.merged_width + vision.out_hidden_size)
     return {
-        "what": f"vision tower, {images} image{'s' if images > 1 else ''} in one call",
+        "what": f"{tower_of(images)} in one call",
         "ms": 1e3 * seconds,
         "floor_ms": 1e3 * images * flop / rate,
         "note": f"{1e3 * tower:.2f} from pixels on the device",
@@ -208,8 +212,7 @@ def profiles(llm: LLM, rng: np.random.Generator) -> dict[str, StepProfile]:
         pictures = random_pictures(llm, images, rng)
         with torch.inference_mode():
             engine.runner.encode(pictures)
-            name = f"vision tower, {images} image{'s' if images > 1 else ''}"
-            found[name] = profile_steps(lambda pictures=pictures: engine.runner.encode(pictures))
+            found[tower_of(images)] = profile_steps(lambda pictures=pictures: engine.runner.encode(pictures))
     return found
 
 
@@ -254,7 +257,7 @@ def main(
             "device": name,
             "torch": torch.__version__,
             "rows": rows,
-            "profiles": {name: asdict(step) for name, step in found.items()},
+            "profiles": {what: asdict(step) for what, step in found.items()},
         }
         json_file.write_text(json.dumps(results, indent=2))
 

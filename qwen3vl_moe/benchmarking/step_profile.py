@@ -1,13 +1,15 @@
-"""Where the time of a step goes: kernels in the trace of torch's profiler, summed by kind."""
+"""torch's profiler around one piece of work, and where the time of a step goes: its kernels, summed by kind."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 # Kernel names by kind, the first that matches; ours are those of kernels/tma_moe and qwen3vl_moe/model.
@@ -40,21 +42,39 @@ class StepProfile:
     kernels: dict[str, float]
 
 
+def traced(
+    run: Callable[[], Any], warm: Callable[[], object], on_gpu: bool
+) -> tuple[Any, FunctionEvent, list[FunctionEvent]]:
+    """What ``run()`` returned, its event on the host, and what a GPU did from then on, in the order in which it began.
+
+    ``warm()`` goes before, as the profiler starts slowly.
+    """
+    label = "what is measured"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as trace:
+        warm()
+        with record_function(label):
+            result = run()
+    events = trace.events()
+    [whole] = [event for event in events if event.name == label and event.device_type == DeviceType.CPU]
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA and event.name != label]
+    began = whole.time_range.start
+    device = [event for event in on_device if event.time_range.start >= began]
+    return result, whole, sorted(device, key=lambda event: event.time_range.start)
+
+
 def profile_steps(run: Callable[[], object], steps: int = 1) -> StepProfile:
     """Profile ``run()``, which makes that many steps on a CUDA device; figures are per step."""
+
+    def warm() -> None:
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+
+    def whole_steps() -> None:
+        run()
+        torch.cuda.synchronize()
+
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
-        with record_function("warm"):  # the profiler starts slowly
-            torch.zeros(1, device="cuda").add_(1)
-            torch.cuda.synchronize()
-        with record_function("steps"):
-            run()
-            torch.cuda.synchronize()
-    events = trace.events()
-    [whole] = [event for event in events if event.name == "steps" and event.device_type == DeviceType.CPU]
-    began = whole.time_range.start
-    device = [event for event in events if event.device_type == DeviceType.CUDA and event.name not in ("warm", "steps")]
-    device = sorted((e for e in device if e.time_range.start >= began), key=lambda event: event.time_range.start)
+    _, whole, device = traced(whole_steps, warm, on_gpu=True)
     kinds, kernels = dict.fromkeys(KINDS, 0.0), {}
     gaps, end = 0.0, device[0].time_range.start
     for event in device:
@@ -66,7 +86,7 @@ def profile_steps(run: Callable[[], object], steps: int = 1) -> StepProfile:
         end = max(end, event.time_range.end)
     return StepProfile(
         total=whole.time_range.elapsed_us() / 1e3 / steps,
-        before=(device[0].time_range.start - began) / 1e3,
+        before=(device[0].time_range.start - whole.time_range.start) / 1e3,
         kinds=kinds,
         gaps=gaps / 1e3 / steps,
         kernels=dict(sorted(kernels.items(), key=lambda item: -item[1])),

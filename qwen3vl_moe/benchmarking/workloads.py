@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
 
 from qwen3vl_moe.benchmarking.inputs import Images, Request, make_request, parse_resolution, random_lengths
 from qwen3vl_moe.benchmarking.report import STAGE_COLUMNS, median_stages
 from qwen3vl_moe.benchmarking.serving import closed_loop, single_stream
 from qwen3vl_moe.benchmarking.statistics import Record, serving_metrics, speed_up, summary
+from qwen3vl_moe.benchmarking.step_profile import traced
 from qwen3vl_moe.benchmarking.variants import (
     TRANSFORMERS,
     TransformersPeer,
@@ -38,18 +37,13 @@ def profiler_check(llm: LLM, images: Images, load: Load) -> dict[str, float | No
     from the start of the first copy or kernel to the end of the last, is to compare with ``device_stages_ms``, what our
     stages say of the same; ``device_busy_ms`` is how long kernels and copies ran in it.
     """
-    on_gpu = llm.engine.model.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     warm, request = (Request(r.messages, 1) for r in load.requests(llm, images, 2, turn=10**6 + 3))
-    with profile(activities=activities) as trace:
-        single_stream(llm, warm)  # the profiler starts slowly
-        with record_function("first token"):
-            record = single_stream(llm, request)
-    events = trace.events()
-    [whole] = [e for e in events if e.name == "first token" and e.device_type == DeviceType.CPU]
-    began = whole.time_range.start
-    on_device = [e for e in events if e.device_type == DeviceType.CUDA and e.name != "first token"]
-    device = [e.time_range for e in on_device if e.time_range.start >= began]
+    record, whole, events = traced(
+        lambda: single_stream(llm, request),
+        lambda: single_stream(llm, warm),
+        on_gpu=llm.engine.model.device.type == "cuda",
+    )
+    device = [event.time_range for event in events]
     stages = sum(record.stages[name] for name in ("host_to_device", "vision", "prefill", "sample"))
     return {
         "ttft_ms": 1e3 * record.ttft,

@@ -10,6 +10,7 @@ import importlib
 
 import torch
 import torch.nn.functional as F
+from tma_moe.support import CAPABILITY
 from torch import Tensor
 
 from qwen3vl_moe.model.batch import Batch, Segments
@@ -33,7 +34,7 @@ def attends_in_kernels(q_TND: Tensor) -> bool:
 @functools.cache
 def _has_hopper_kernel(device: torch.device) -> bool:
     """Whether the kernel for Hopper runs: Gluon, in which it is written, may change with any triton release."""
-    if torch.cuda.get_device_capability(device) != (9, 0):
+    if torch.cuda.get_device_capability(device) != CAPABILITY:
         return False
     try:
         importlib.import_module("qwen3vl_moe.model.hopper_attention")

@@ -26,16 +26,16 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
 def all_to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list[Tensor]:
     """Several tensors on a device, those of a CPU in one copy: each copy costs the host as much as a launch."""
     device = torch.device(device)
-    moved = [x for x in tensors if x.device.type != device.type]
     if device.type != "cuda":
         return [x.to(device) for x in tensors]
+    moved = [x for x in tensors if not x.is_cuda]
     # Sections begin at multiples of 16 bytes, which the kernels' wide loads like.
     ends = list(itertools.accumulate(-(-x.nbytes // 16) * 16 for x in moved))
     buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, pin_memory=True)
     for x, section in zip(moved, _sections(buffer, moved, ends), strict=True):
         section.copy_(x)
     there = iter(_sections(buffer.to(device, non_blocking=True), moved, ends))
-    return [x if x.device.type == device.type else next(there) for x in tensors]
+    return [x if x.is_cuda else next(there) for x in tensors]
 
 
 def _sections(buffer: Tensor, like: Sequence[Tensor], ends: Sequence[int]) -> list[Tensor]:

@@ -39,10 +39,11 @@ def run_kept(
 ) -> None:
     """Launch a small kernel with little work on the host.
 
-    Its arguments are tensors, numbers, constants, and as the last of these whether it may begin before the kernel
-    before it has ended (``early``; not behind a copy). It does not specialise on its numbers.
+    Its arguments are tensors, numbers and constants; it does not specialise on its numbers. One that may begin before
+    the kernel before it has ended (``early``; not behind a copy) has a last constant that says whether it does.
     """
-    constants = (*constants, early and not interpreting())
+    if early:
+        constants = (*constants, not interpreting())
     if any(x.data_ptr() % 16 for x in tensors):
         # A kept kernel relies on addresses that are multiples of 16 bytes, which the engine's are.
         kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
@@ -51,6 +52,12 @@ def run_kept(
     launch = _kept(kernel, device, tuple(x.dtype for x in tensors), constants, warps, early)
     with device_guard(device):
         launch(current_stream(device), grid, *tensors, *numbers)
+
+
+def row_block(width: int) -> tuple[int, int]:
+    """Block and warps of a program that holds a row of this width."""
+    block = triton.next_power_of_2(width)
+    return block, min(max(block // 256, 1), 8)
 
 
 @triton.jit
@@ -100,10 +107,9 @@ def add_norm(
     out_TH = torch.empty_like(x_TH)
     if len(x_TH):
         width = x_TH.shape[1]
-        block = triton.next_power_of_2(width)
+        block, warps = row_block(width)
         y, bias = x_TH if y_TH is None else y_TH, weight_H if bias_H is None else bias_H
         constants = width, y_TH is not None, bias_H is not None, block
-        warps = min(max(block // 256, 1), 8)
         run_kept(_add_norm, (len(x_TH), 1, 1), (x_TH, y, weight_H, bias, out_TH), (eps,), constants, warps)
     return x_TH, out_TH
 
@@ -146,9 +152,8 @@ def combine_add_norm(x_TH: Tensor, y: Uncombined, weight_H: Tensor, eps: float) 
     out_TH = torch.empty_like(x_TH)
     (T, H), K = x_TH.shape, y.ids_TK.shape[1]
     if T:
-        block = triton.next_power_of_2(H)
+        block, warps = row_block(H)
         sizes = H, y.num_experts, K, triton.next_power_of_2(K), block, "evict_first" if y.kept else ""
-        warps = min(max(block // 256, 1), 8)
         operands = x_TH, y.rows_TKH, y.ids_TK, y.weights_TK, weight_H, out_TH
         run_kept(_combine_add_norm, (T, 1, 1), operands, (eps,), sizes, warps)
     return x_TH, out_TH

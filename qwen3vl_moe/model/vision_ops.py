@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwen3vl_moe.model.fused_ops import run_kept
+from qwen3vl_moe.model.fused_ops import row_block, run_kept
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -30,11 +30,7 @@ def _cut_patches(
     STD_1: tl.constexpr,
     STD_2: tl.constexpr,
     BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     p, c = tl.program_id(0), tl.program_id(1)
     square, corner = p // (MERGE * MERGE), p % (MERGE * MERGE)
     row = square // (columns // MERGE) * MERGE + corner // MERGE
@@ -104,7 +100,6 @@ def _add_positions(
 def add_positions(x_PC: Tensor, table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tensor:
     """x, updated in place, plus the weighted sum of four learned positions per patch (``vision.mix_positions``)."""
     P, C = x_PC.shape
-    block = triton.next_power_of_2(C)
-    warps = min(max(block // 256, 1), 8)
+    block, warps = row_block(C)
     run_kept(_add_positions, (P, 1, 1), (x_PC, table_SC, index_P4, weight_P4), (), (C, block), warps)
     return x_PC

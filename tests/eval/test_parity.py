@@ -125,7 +125,7 @@ def test_a_rounding_bug_of_growing_size(plain, demo, monkeypatch):
 
     answers = [Answer(tuple(row[:90].tolist()), tuple(row[90:].tolist()), "", False, 0, (0.0,) * 10) for row in ids]
     errors, verdicts = [], []
-    for bits in (8, 6, 5, 4, 3):  # one bit fewer drowns in noise
+    for bits in (8, 7, 6, 5, 4, 3):
         with monkeypatch.context() as patched:
             plant(patched, bits, backend="tma")
             rows = {row["variant"]: row for row in parity.token_report(model, {"tma": answers})["logits"]}
@@ -135,7 +135,8 @@ def test_a_rounding_bug_of_growing_size(plain, demo, monkeypatch):
     assert errors[0] == 1, "so nothing is rounded that was not"
     assert verdicts[-2:] == ["WRONG", "WRONG"]
     assert verdicts == sorted(verdicts, reverse=True), "once wrong, always wrong"
-    assert errors == sorted(errors)
+    assert min(errors[1:]) > errors[0]
+    assert errors[2:] == sorted(errors[2:]), "7 and 6 bits differ by less than these few tokens can tell"
 
 
 def test_a_fault_of_the_engine_alone(run, monkeypatch, tmp_path):

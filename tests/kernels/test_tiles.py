@@ -28,8 +28,8 @@ def config(**changes) -> dict:
     return {"devices": ["Some GPU"], "triton": "3.6.0", "shapes": [shape], **changes}
 
 
-@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
-def test_the_models_shape_is_measured_for_hopper(device):
+@pytest.mark.parametrize(("device", "many_rows"), [("NVIDIA H200", "grouped"), ("NVIDIA H100 80GB HBM3", "streamed")])
+def test_the_models_shape_is_measured_for_hopper(device, many_rows):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         choices = tuning.choices_for(device, "3.6.0", **QWEN3_VL_30B)
@@ -37,7 +37,7 @@ def test_the_models_shape_is_measured_for_hopper(device):
         assert tuning.choices_for(device, "9.9.9", **QWEN3_VL_30B) == choices
     assert choices != tuning.default_choices(**QWEN3_VL_30B)
     assert choices[0].up.kernel == "decode"
-    assert {choice.up.kernel for choice in choices} > {"decode", "swap"}
+    assert {choice.up.kernel for choice in choices} >= {"swap", many_rows}
 
 
 def test_an_unlisted_gpu_gets_defaults_and_one_warning():

@@ -48,7 +48,7 @@ def test_norm_rotate_and_store(sizes):
 def test_patches_and_positions():
     arguments = (torch.empty(16, dtype=torch.uint8), BF16, 36, 36)
     mean = std = (0.5, 0.25, 0.125)
-    made = compile_for_hopper(vision_ops._cut_patches, arguments, (16, 2, 2, *mean, *std, 256, False), {"num_warps": 2})
+    made = compile_for_hopper(vision_ops._cut_patches, arguments, (16, 2, 2, *mean, *std, 256), {"num_warps": 2})
     assert made.spilled == 0
     assert made.count("div.rn.f32") >= 2  # as the host divides
     arguments = (BF16, BF16, torch.empty(16, dtype=torch.int64), FP32)

@@ -15,14 +15,9 @@ from qwen3vl_moe.model.fused_ops import add_norm, combine_add_norm, norm_rotate_
 from qwen3vl_moe.model.packed_attention import TILE, packed_attention, paged_attention
 from qwen3vl_moe.model.paged_decode import paged_decode
 from qwen3vl_moe.model.rope import rotate
-from tests.interpreted import INTERPRETED, run_in_interpreter
+from tests.interpreted import DEVICE, DTYPES, INTERPRETED, ON_GPU, run_in_interpreter, runs_kernels
 
-ON_GPU = torch.cuda.is_available()
 ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
-DEVICE = "cuda" if ON_GPU else "cpu"
-DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
-
-runs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs in the interpreter's own process")
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run here directly")

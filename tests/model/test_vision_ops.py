@@ -8,12 +8,7 @@ from PIL import Image
 from qwen3vl_moe.images import ImageSettings, copy_pixels, cut_patches
 from qwen3vl_moe.model import vision_ops
 from qwen3vl_moe.model.vision import mix_positions
-from tests.interpreted import INTERPRETED, run_in_interpreter
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-DTYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
-runs_kernels = pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs in the interpreter's own process")
+from tests.interpreted import DEVICE, DTYPES, INTERPRETED, ON_GPU, run_in_interpreter, runs_kernels
 
 
 @pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run here directly")
