@@ -2,7 +2,8 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tma_moe.pdl import take_turn
 
 
 @triton.jit
@@ -46,8 +47,6 @@ def combine(
 ):
     t = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     y = weighted_sum(rows_ptr, ids_ptr, weights_ptr, t, cols, H, E, TOPK, BLOCK_K, EVICT)
     tl.store(y_ptr + t * H + cols, y.to(y_ptr.dtype.element_ty), mask=cols < H)

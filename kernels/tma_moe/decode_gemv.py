@@ -8,7 +8,8 @@ launches do the whole operation.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tma_moe.pdl import take_turn
 
 
 @triton.jit
@@ -26,9 +27,7 @@ def decode_up(
     PDL: tl.constexpr,
 ):
     """h[slot, n] = silu(gate[e, n] . x[t]) * (up[e, n] . x[t]) for COLS values of n."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     slot = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * COLS + tl.arange(0, COLS)
     e = tl.load(ids_ptr + slot).to(tl.int64)
@@ -71,9 +70,8 @@ def decode_down(
     t = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * COLS + tl.arange(0, COLS)
     slot = tl.arange(0, SLOTS)
-    if PDL:
-        gdc_launch_dependents()
-    # Read before the wait: ids come from before `decode_up`, which waited for them itself, and weights are constant.
+    # Read before this kernel's turn: nothing writes weights, and `decode_up` let this kernel start only after it had
+    # waited for whoever wrote the ids (rule 4 of pdl.py).
     e = tl.load(ids_ptr + t * TOPK + slot, mask=slot < TOPK, other=-1).to(tl.int64)
     real = (e >= 0) & (e < E)
     rows = down_ptr + (e[:, None] * H + n[None, :])[:, :, None] * I
@@ -82,8 +80,8 @@ def decode_down(
         i = at + tl.arange(0, BLOCK_K)
         read = real[:, None, None] & (n < H)[None, :, None] & (i < I)[None, None, :]
         w = tl.load(rows + i[None, None, :], mask=read, other=0.0, eviction_policy="evict_first")
-        if PDL and at == 0:
-            gdc_wait()
+        if at == 0:
+            take_turn(PDL)
         h_at = h_ptr + (t * TOPK + slot)[:, None] * I + i[None, :]
         h = tl.load(h_at, mask=real[:, None] & (i < I)[None, :], other=0.0)
         partial += w.to(tl.float32) * h.to(tl.float32)[:, None, :]

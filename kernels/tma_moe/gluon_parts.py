@@ -15,15 +15,12 @@ AHEAD = gl.constexpr(512)  # values of each row of weights that are prefetched
 
 
 @gluon.jit
-def let_next_kernel_start():
+def take_turn():
+    """Waits for the kernel before, then lets the next one start: `pdl.take_turn`, which Gluon cannot call."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
-
-
-@gluon.jit
-def wait_for_previous_kernel():
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -7,8 +7,8 @@ run together share its tokens, and an expert's weights stay in L2.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tma_moe.pdl import take_turn
 from tma_moe.routing import HEADER
 from tma_moe.swap_gemm import silu_times
 
@@ -34,9 +34,7 @@ def grouped_up(
     One 4-D block brings COLS gate rows and the COLS up rows that belong to them, so that a single MMA stream computes
     both and the activation finds the two halves of a value in one thread.
     """
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     col_tiles: tl.constexpr = (I + COLS - 1) // COLS
     total = tl.load(plan_ptr) * col_tiles
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
@@ -76,9 +74,7 @@ def grouped_down(
     PDL: tl.constexpr,
 ):
     """rows[slot, n] = down[e, n] . h[row]. Tiles may run into the next expert's rows; only the store is masked."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     col_tiles: tl.constexpr = (H + COLS - 1) // COLS
     total = tl.load(plan_ptr + 1) * col_tiles
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):

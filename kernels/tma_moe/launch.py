@@ -5,8 +5,8 @@ once per device, shape, dtype and bucket of token counts. A call then allocates 
 (decode), four, or five (above 4096 pairs, where grouping takes two). Buffers come from torch's caching
 allocator at every call, so streams, threads and CUDA graphs each have their own, and nothing outlives the call.
 
-All kernels use programmatic dependent launch: each waits for the one before it before its first write, so a chain of
-them, and the next call's first, may start early but never run ahead.
+All kernels use programmatic dependent launch, under the contract of pdl.py: a chain of them, and the next call's first,
+may start early but never run ahead.
 """
 
 import bisect

@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tma_moe.kernel import Launch, current_stream, device_guard
+from tma_moe.pdl import take_turn
 from tma_moe.support import interpreting
 
 HEADER = tl.constexpr(16)
@@ -44,9 +44,7 @@ def route_topk(
     BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     k = tl.arange(0, BLOCK_K)
@@ -162,9 +160,7 @@ def group_few(
     PDL: tl.constexpr,
 ):
     """The whole plan in one launch, for at most BLOCK pairs (one of FEW_BLOCKS): each program counts them all."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     pair = tl.arange(0, BLOCK)
     ids = _load_ids(ids_ptr, pair, pairs, E)
     total = tl.histogram(ids, BINS, mask=ids >= 0)
@@ -180,9 +176,7 @@ def count_pairs(
     ids_ptr, counts_ptr, pairs, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     """First of two launches for many pairs: counts[block, e], the pairs of each expert in each block of BLOCK."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     block = tl.program_id(0)
     ids = _load_ids(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), pairs, E)
     counts = tl.histogram(ids, BINS, mask=ids >= 0)
@@ -209,9 +203,7 @@ def group_many(
     PDL: tl.constexpr,
 ):
     """Second: the plan. Each program adds up the counts of all blocks, and of those before its own."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     blocks = tl.num_programs(0) - 2
     total = tl.zeros([CHUNK, BINS], tl.int32)
     before = tl.zeros([CHUNK, BINS], tl.int32)

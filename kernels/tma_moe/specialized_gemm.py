@@ -21,11 +21,10 @@ from tma_moe.gluon_parts import (
     PLAN_HEADER,
     gather_load,
     halves,
-    let_next_kernel_start,
     make_barriers,
     silu_times,
+    take_turn,
     tma_load,
-    wait_for_previous_kernel,
 )
 
 
@@ -174,8 +173,7 @@ def specialized_up(
     STAGES: gl.constexpr,
 ):
     """h[row, n] = silu(gate[e, n] . x[token]) * (up[e, n] . x[token]); tokens are gathered by the producer."""
-    let_next_kernel_start()
-    wait_for_previous_kernel()
+    take_turn()
     total = gl.load(plan_ptr) * ((I + COLS - 1) // COLS)
     swizzled: gl.constexpr = gate_up_desc.layout
     dtype: gl.constexpr = gate_up_desc.dtype
@@ -246,8 +244,7 @@ def specialized_down(
     STAGES: gl.constexpr,
 ):
     """rows[slot, n] = down[e, n] . h[row]. Tiles may run into the next expert's rows; only the store is masked."""
-    let_next_kernel_start()
-    wait_for_previous_kernel()
+    take_turn()
     total = gl.load(plan_ptr + 1) * ((H + COLS - 1) // COLS)
     swizzled: gl.constexpr = down_desc.layout
     dtype: gl.constexpr = down_desc.dtype

@@ -18,11 +18,10 @@ from tma_moe.gluon_parts import (
     PLAN_HEADER,
     gather_load,
     halves,
-    let_next_kernel_start,
     prefetch_rows,
     silu_times,
+    take_turn,
     tma_load,
-    wait_for_previous_kernel,
 )
 from tma_moe.streamed_parts import BLOCK_K, TAIL, WEIGHT_ROWS, each_tile, make_ring, multiply, token_buffers
 
@@ -125,7 +124,6 @@ def streamed_up(
     EVICT: gl.constexpr,
 ):
     """h[row, n] = silu(gate[e, n] . x[token]) * (up[e, n] . x[token]); tokens are gathered by the producer."""
-    let_next_kernel_start()
     COL_TILES: gl.constexpr = (I + 63) // 64
     # Experts are not grouped yet. If each needs one tile, this program's first is most likely this one.
     e = gl.program_id(0) // COL_TILES
@@ -133,7 +131,7 @@ def streamed_up(
     if (e < E) & (n + 64 <= I) & (tiles_at <= PLAN_HEADER + E * ROWS):
         prefetch_rows(gate_up_ptr, e * 2 * I + n, 64, H)
         prefetch_rows(gate_up_ptr, e * 2 * I + I + n, 64, H)
-    wait_for_previous_kernel()
+    take_turn()
     total = gl.load(plan_ptr) * COL_TILES
     # A buffer is full after the producer's announcement of TMA's bytes and the copies of each of its 128 threads.
     ring = make_ring(gate_up_desc, STAGES, ROWS, 1 + 128)
@@ -222,14 +220,13 @@ def streamed_down(
     EVICT: gl.constexpr,
 ):
     """rows[slot, n] = down[e, n] . h[row]. Tiles may run into the next expert's rows; only the store is masked."""
-    let_next_kernel_start()
     COL_TILES: gl.constexpr = (H + WEIGHT_ROWS - 1) // WEIGHT_ROWS
-    # The plan is there once programs of the up product have ended; were it not, this were a wrong guess.
+    # Read before this kernel's turn: grouping wrote the plan, and the up product has waited for it (rule 4 of pdl.py).
     e = gl.load(plan_ptr + tiles_at + 4 * (gl.program_id(0) // COL_TILES))
     n = gl.program_id(0) % COL_TILES * WEIGHT_ROWS
     if (e >= 0) & (e < E) & (n + WEIGHT_ROWS <= H):
         prefetch_rows(down_ptr, e * H + n, WEIGHT_ROWS, I)
-    wait_for_previous_kernel()
+    take_turn()
     total = gl.load(plan_ptr + 1) * COL_TILES
     ring = make_ring(down_desc, STAGES, ROWS, 1)
     sizes: gl.constexpr = (H, I, EVICT)

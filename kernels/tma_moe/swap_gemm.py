@@ -11,8 +11,8 @@ weights are under way while this one is stored.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from tma_moe.pdl import take_turn
 from tma_moe.routing import HEADER
 
 
@@ -40,9 +40,7 @@ def swap_up(
     PDL: tl.constexpr,
 ):
     """h[row, n] = silu(gate[e, n] . x[token]) * (up[e, n] . x[token])."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     col_tiles: tl.constexpr = (I + COLS - 1) // COLS
     total = tl.load(plan_ptr) * col_tiles
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
@@ -85,9 +83,7 @@ def swap_down(
     PDL: tl.constexpr,
 ):
     """rows[slot, n] = down[e, n] . h[row]."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     col_tiles: tl.constexpr = (H + COLS - 1) // COLS
     total = tl.load(plan_ptr + 1) * col_tiles
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):

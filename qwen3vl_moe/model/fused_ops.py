@@ -15,9 +15,9 @@ import triton.language as tl
 from tma_moe import Uncombined
 from tma_moe.combine import weighted_sum
 from tma_moe.kernel import Launch, current_stream, device_guard
+from tma_moe.pdl import take_turn
 from tma_moe.support import interpreting
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @functools.cache
@@ -74,9 +74,7 @@ def _add_norm(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     # The last rows first: they were written last, and are more likely to be in L2 still.
     at = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * H
     i = tl.arange(0, BLOCK)
@@ -131,9 +129,7 @@ def _combine_add_norm(
     EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     t = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < H
@@ -183,9 +179,7 @@ def _norm_rotate_store(
     HAS_CACHE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     row = tl.arange(0, TOKENS * HEADS)[:, None]
     t = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * TOKENS + row // HEADS  # the last first, as above
     head = tl.program_id(1) * HEADS + row % HEADS

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from tma_moe.pdl import take_turn
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwen3vl_moe.model.fused_ops import row_block, run_kept
 
@@ -80,9 +80,7 @@ def _add_positions(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+    take_turn(PDL)
     p = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < C

@@ -29,10 +29,12 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas made of one kernel: PTX text, bytes of shared memory, threads, registers and spilled bytes."""
+    """What ptxas made of one kernel: PTX text, machine code as text, bytes of shared memory, threads, registers and
+    spilled bytes."""
 
     name: str
     ptx: str
+    sass: str
     ttgir: str
     shared: int
     warps: int
@@ -42,6 +44,20 @@ class Compiled:
 
     def count(self, instruction: str) -> int:
         return self.ptx.count(instruction)
+
+    def assert_takes_turn(self, *, reads_early: bool) -> None:
+        """The contract of tma_moe.pdl, in the machine code: the kernel waits once, and triggers once, after it.
+
+        Unless it `reads_early`, it also loads nothing before. That cannot be read off a warp-specialised kernel, whose
+        other warps' code may stand in front of the wait, though they begin behind it.
+        """
+        assert self.sass.count("ACQBULK") == 1, f"{self.name} has to wait for the kernel before it, once"
+        assert self.sass.count("PREEXIT") == 1, f"{self.name} has to let the next kernel start, once"
+        before, _ = self.sass.split("ACQBULK")
+        assert "PREEXIT" not in before, f"{self.name} lets the next kernel start before it has waited"
+        if not reads_early:
+            assert not re.search(r"\bU?LD(G|GSTS)\b|UTMALDG", before), f"{self.name} loads before it has waited"
+            assert not re.search(r"\bSTG\b|\bRED", before), f"{self.name} stores before it has waited"
 
 
 def _type(argument: object) -> str:
@@ -73,6 +89,7 @@ def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict) -> 
     return Compiled(
         name=made.metadata.name,
         ptx=made.asm["ptx"],
+        sass=_cuobjdump(made.asm["cubin"], "-sass"),
         ttgir=made.asm["ttgir"],
         shared=made.metadata.shared,
         warps=made.metadata.num_warps,
@@ -84,14 +101,16 @@ def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict) -> 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of stack (where spills go), as cuobjdump reports them."""
+    text = _cuobjdump(cubin, "--dump-resource-usage")
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def kernels_of(choice: Choice, T: int, E: int, K: int, H: int, I: int, dtype: torch.dtype, patch) -> dict[str, tuple]:  # noqa: E741

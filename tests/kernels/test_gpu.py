@@ -113,6 +113,44 @@ def test_captured_graph_replays_with_other_routing(T, experts):
         assert torch.equal(y, tma_moe.fused_moe(*static, experts))
 
 
+@pytest.mark.parametrize("T", [1, 2, 4, 30, 200])
+@pytest.mark.parametrize("shape", [(16, 4, 256, 80), (32, 4, 512, 128), (8, 2, 1024, 256), (E, K, H, I)], ids=str)
+def test_a_chain_in_a_graph_is_never_out_of_turn(shape, T):
+    """Routing and experts, step after step in one graph: each launch may begin before the one before it has ended.
+
+    Every step has experts of its own choice, and other ones in every replay, so whatever is read too early is another
+    step's. The right answer is bitwise what the same launches give one at a time.
+    """
+    E, K, H, I = shape  # noqa: E741
+    steps, replays = (200, 10) if E < 128 else (40, 10)
+    experts = make_experts(sizes=(E, H, I))
+    x = torch.randn(steps, T, H, device="cuda", dtype=torch.bfloat16)
+    static = torch.empty(steps, T, E, device="cuda", dtype=torch.bfloat16)
+
+    def step(i: int, wait: bool) -> torch.Tensor:
+        ids, weights = tma_moe.route(static[i], K)
+        if wait:
+            torch.cuda.synchronize()
+        y = tma_moe.fused_moe(x[i], ids, weights, experts)
+        if wait:
+            torch.cuda.synchronize()
+        return y
+
+    static.normal_()
+    for i in range(2):
+        step(i, wait=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [step(i, wait=False) for i in range(steps)]
+    for _ in range(replays):
+        static.normal_(std=3.0)
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        wrong = [i for i in range(steps) if not torch.equal(outs[i], step(i, wait=True))]
+        assert not wrong, f"{len(wrong)} of {steps} steps, the first is number {wrong[0]}"
+
+
 @pytest.mark.parametrize("T", [4, 64, 1024])
 def test_no_host_synchronisation(T, experts):
     inputs = make_inputs(T)

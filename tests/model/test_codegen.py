@@ -21,6 +21,7 @@ def test_add_and_norm(width, has_bias):
         fused_ops._add_norm, (BF16,) * 5 + (1e-6,), (width, True, has_bias, block, True), {"num_warps": 8}
     )
     assert made.spilled == 0
+    made.assert_takes_turn(reads_early=False)
 
 
 @pytest.mark.parametrize("evict", ["", "evict_first"])
@@ -32,6 +33,7 @@ def test_combine_add_and_norm(evict):
     assert made.registers <= 128  # two programs of 256 threads a multiprocessor at the least
     assert made.count("ld.global") >= 8
     assert ".v4.b32" in made.ptx  # 16 bytes a thread
+    made.assert_takes_turn(reads_early=False)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,7 @@ def test_norm_rotate_and_store(sizes):
     arguments = (BF16, FP32, FP32, BF16, BF16, INT32, BF16, BF16, BF16, BF16, 5, 1e-6)
     made = compile_for_hopper(fused_ops._norm_rotate_store, arguments, sizes, {"num_warps": 8})
     assert made.spilled == 0
+    made.assert_takes_turn(reads_early=False)
 
 
 def test_patches_and_positions():
@@ -54,6 +57,7 @@ def test_patches_and_positions():
     arguments = (BF16, BF16, torch.empty(16, dtype=torch.int64), FP32)
     made = compile_for_hopper(vision_ops._add_positions, arguments, (1152, 2048, True), {"num_warps": 8})
     assert made.spilled == 0
+    made.assert_takes_turn(reads_early=False)
 
 
 def test_paged_decode():
