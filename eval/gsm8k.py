@@ -1,8 +1,8 @@
 """How many of gsm8k's problems does the model solve? lm-eval's own task and filters, on our engine.
 
     python eval/gsm8k.py --model Qwen/Qwen3-VL-30B-A3B-Instruct
-    python eval/gsm8k.py --model DIR --data ../shared/gsm8k --output results     # no network needed
-    python eval/gsm8k.py --model demo --data ../shared/gsm8k --limit 20
+    python eval/gsm8k.py --model DIR --data FOLDER --output results     # no network needed
+    python eval/gsm8k.py --model demo --data FOLDER --limit 20
 
 The speed of the whole run, with answers of one length, on random weights of any size, and transformers' beside it:
 
@@ -58,6 +58,9 @@ def main(
         float, typer.Option(help="Part of the GPU's memory to use: more of it holds more problems at a time.")
     ] = 0.9,
     load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
+    routing: Annotated[
+        str | None, typer.Option(help="With dummy: balanced or skewed choice of experts. [the random router's]")
+    ] = None,
     through: Annotated[
         str, typer.Option(help="engine, or transformers: its generate, --max-num-seqs problems at a time, to compare.")
     ] = "engine",
@@ -71,8 +74,9 @@ def main(
         asked = problems.Gsm8k(split, num_fewshot, limit, data, chat, fixed_examples)
         problems.require_lm_eval()
         task_check(asked, output, max_gen_toks, temperature, cache)
+        import beside_scripts  # noqa: F401
+        from benchmarking.loading import load_llm
         from lm import EngineLM
-        from loading import load
 
         sizes = {
             "max_model_len": max_model_len,
@@ -82,9 +86,9 @@ def main(
         if through == "transformers":
             # The engine only lends its weights: it gets a cache for one sequence, and no graphs.
             sizes |= {"max_num_seqs": 1, "enforce_eager": True}
-        llm = load(model, load_format=load_format, device=device, dtype=dtype, moe=moe, **sizes)
+        llm = load_llm(model, load_format=load_format, device=device, dtype=dtype, moe=moe, routing=routing, **sizes)
         if through == "transformers":
-            from variants import TransformersLM
+            from peers import TransformersLM
 
             lm = TransformersLM(llm, max_num_seqs)
         else:
@@ -164,7 +168,7 @@ def speed(lm: Any, num_problems: int) -> dict[str, Any]:
 
 def experts_read(llm: Any, answers: list[Any], temperature: float) -> dict[str, Any]:
     """What a decoding step in the middle of the answers reads, counted after the run and not part of its time."""
-    from qwen3vl_moe.benchmarking.experts import experts_while_decoding
+    from benchmarking.experts_read import experts_while_decoding
 
     texts = [(*answer.prompt_ids, *answer.token_ids[: len(answer.token_ids) // 2]) for answer in answers]
     sequences, touched = experts_while_decoding(llm, texts, temperature)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from qwen3vl_moe import LLM, SamplingParams
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
-from qwen3vl_moe.processor import IMAGE_PLACEHOLDER
+from qwen3vl_moe.inputs.processor import IMAGE_PLACEHOLDER
 
 _TASK_PLACEHOLDER = "<image>"  # how lm-eval's tasks mark the place of an image
 # What a task may say about sampling, and what holds where it says nothing: not the checkpoint's own defaults, so that

@@ -1,7 +1,7 @@
 """Does the fast path answer as well as the plain one, on these weights?
 
     python eval/parity.py --model DIR --variants tma,reference
-    python eval/parity.py --model demo --variants reference,transformers --data ../shared/gsm8k --limit 20
+    python eval/parity.py --model demo --variants reference,transformers --data FOLDER --limit 20
     python eval/parity.py --model DIR --load-format dummy --limit 64 --max-gen-toks 32
 
 The same gsm8k problems go through each variant, over one copy of the weights. Parity holds if
@@ -74,15 +74,16 @@ def main(
         asked = problems.Gsm8k(split, num_fewshot, limit, data, chat)
         problems.require_lm_eval()
         task_check(asked, output, max_gen_toks)
-        from loading import load
-        from variants import VARIANTS
+        import beside_scripts  # noqa: F401
+        from benchmarking.loading import load_llm
+        from peers import VARIANTS
 
         if not names or len(set(names)) < len(names) or set(names) - set(VARIANTS) or names[0] == "transformers":
             raise OptionError(f"--variants {variants}: choose from {', '.join(VARIANTS)}, each once, one of ours first")
         if logprob_problems < 1:
             raise OptionError(f"--logprob-problems {logprob_problems}: 1 or more is needed")
         sizes = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
-        llm = load(model, load_format=load_format, device=device, dtype=dtype, moe=names[0], **sizes)
+        llm = load_llm(model, load_format=load_format, device=device, dtype=dtype, moe=names[0], **sizes)
         report = compare(llm, names, asked, max_gen_toks, logprob_problems, output)
         show(report)
         if output is not None:
@@ -113,16 +114,16 @@ def compare(llm: Any, names: list[str], asked: Any, max_gen_toks: int, count: in
         OptionError: the working dtype is fp32, or a variant cannot run here.
     """
     import torch
-    from variants import OURS, release
 
-    from qwen3vl_moe.model import resolve_moe
+    from peers import OURS, release
+    from qwen3vl_moe.weights.placement import resolve_moe
 
     model = llm.engine.model
     if model.dtype not in (torch.bfloat16, torch.float16):
         raise OptionError("--dtype must be bfloat16 or float16: the yardstick is an fp32 evaluation")
     ours = [name for name in names if name in OURS]
     for name in ours:
-        resolve_moe(name, model.device, model.dtype)
+        resolve_moe(name, model.device, model.dtype, model.config.text)
     settings = llm.settings
     counts = not settings["random_weights"]
     runs = {name: run(llm, name, asked, max_gen_toks, output) for name in (names if counts else ours)}
@@ -149,7 +150,7 @@ def run(llm: Any, name: str, asked: Any, max_gen_toks: int, output: Path | None)
     """All problems through one variant."""
     import problems
     from gsm8k import generation
-    from variants import variant_lm
+    from peers import variant_lm
 
     stderr.print(f"{name}:", style="bold")
     lm = variant_lm(llm, name)
@@ -200,8 +201,9 @@ def token_report(model: Any, answers: dict[str, list[Any]]) -> dict[str, Any]:
         answers: per variant of ours, its answers; the first variant's are the text on which all are compared.
     """
     import torch
+
     from logprobs import Distance, of_tokens
-    from variants import PEERS, Evaluations
+    from peers import PEERS, Evaluations
 
     evaluations, (first, *others) = Evaluations(model), answers
     everybody = list(dict.fromkeys([*answers, *(peer for name in answers for peer in PEERS[name])]))

@@ -8,7 +8,6 @@ name, so that a checkpoint either runs exactly or not at all.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from qwen3vl_moe.errors import ConfigError
+from qwen3vl_moe.json_files import read_json_object
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -100,12 +100,9 @@ class Qwen3VLMoeConfig:
             ConfigError: the file is missing, is no JSON object, or names something that is not supported.
         """
         path = Path(directory) / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path} is missing: a checkpoint directory needs its config.json") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+        if not path.exists():
+            raise ConfigError(f"{path} is missing: a checkpoint directory needs its config.json")
+        raw = read_json_object(path, ConfigError)
         return cls.from_dict(raw, source=str(path))
 
     @classmethod

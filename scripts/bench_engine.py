@@ -1,16 +1,17 @@
 """How fast is the engine on this card? Time to first token, decode steps, prefill, vision, beside their floors.
 
-    python scripts/bench_engine.py                       # the 30B sizes with random weights: needs an 80 GB card
-    python scripts/bench_engine.py --model demo --quick  # anywhere; tries the program out
-    python scripts/bench_engine.py --profile             # and where the time of each step goes
+    python scripts/bench_engine.py --load-format dummy             # the 30B sizes, random weights: needs an 80 GB card
+    python scripts/bench_engine.py --load-format dummy --profile   # and where the time of each step goes
+    python scripts/bench_engine.py --model demo --quick            # anywhere; tries the program out
 
 Everything goes through the engine as a user's request does: a step's time includes scheduling, packing, sampling and
-detokenising. Medians of warm runs. Tokens are drawn at temperature 1, because random weights collapse greedily onto a
-few experts; how many experts a layer reads is printed beside each decode figure.
+detokenising. Medians of warm runs. Random weights choose their experts by a balanced draw (--routing), since a random
+router crowds tokens onto a few, which flatters every figure; how many experts a layer reads in the timed steps is
+printed beside each decode figure.
 
-Floors: a decode step reads the touched experts, the other weights and the cache once, at the bandwidth of a
-device-to-device copy measured in the same run; prefill and vision need their matrix products, at the rate of a large
-bf16 product measured likewise.
+Floors: a step reads the touched experts, the other weights and the cache once, at the bandwidth of a device-to-device
+copy measured in the same run; prefill and vision need their matrix products, at the rate of a large bf16 product
+measured likewise. Prefill gets the larger of the two.
 """
 
 from __future__ import annotations
@@ -30,51 +31,21 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from benchmarking.card import card, ceilings
+from benchmarking.experts_read import experts_in_next_step
+from benchmarking.inputs import plain_token_ids
+from benchmarking.loading import load_llm
+from benchmarking.step_profile import KINDS, StepProfile, profile_steps
 from qwen3vl_moe import LLM, SamplingParams
-from qwen3vl_moe.benchmarking.dummy import dummy_llm
-from qwen3vl_moe.benchmarking.experts import experts_in_next_step
-from qwen3vl_moe.benchmarking.inputs import plain_token_ids
-from qwen3vl_moe.benchmarking.step_profile import KINDS, StepProfile, profile_steps
 from qwen3vl_moe.engine.runner import seconds_between
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, UserError
-from qwen3vl_moe.images import Picture
+from qwen3vl_moe.inputs.images import Picture
+from qwen3vl_moe.weights.placement import parse_device
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-DECODE = ((1, 450), (32, 512), (128, 1024))
-
-
-def load(model: str, device: str, moe: str, eager: bool) -> LLM:
-    """A checkpoint's LLM, or the 30B sizes with random weights and the tokenizer made on the spot."""
-    options = {"max_model_len": 16384 if model == "random" else None, "enforce_eager": eager}
-    if model != "random":
-        return LLM(model, device=device, moe=moe, **options)
-    if device == "cpu":
-        raise OptionError("--model random has the size of the 30B model and needs a GPU; try --model demo")
-    return dummy_llm(device=device, moe=moe, **options)
-
-
-def ceilings(device: torch.device) -> tuple[float, float]:
-    """Bytes per second of a copy (read + write), and bf16 FLOP per second of a large product, measured now."""
-    size = (1 << 30, 8192) if device.type == "cuda" else (1 << 24, 512)
-    a, b = (torch.randn(size[0] // 2, dtype=torch.float32, device=device).to(torch.bfloat16) for _ in range(2))
-    x, y = (torch.randn(size[1], size[1], device=device).to(torch.bfloat16) for _ in range(2))
-    copy, product = (median(lambda: b.copy_(a), device), median(lambda: x @ y, device))
-    return 2 * a.numel() * a.element_size() / copy, 2 * size[1] ** 3 / product
-
-
-def median(run, device: torch.device, times: int = 7) -> float:
-    """Median seconds of a warm call, device work included."""
-    seconds = []
-    for _ in range(times + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[2:])
+# Sequences and their context. Beside the 30B weights, an 80 GB card has room for some 95,000 tokens.
+DECODE = ((1, 450), (32, 512), (128, 512))
 
 
 def photo(side: int, rng: np.random.Generator) -> bytes:
@@ -103,33 +74,44 @@ def first_token(llm: LLM, rng: np.random.Generator, times: int) -> dict:
     }
 
 
-def decode_step(llm: LLM, S: int, context: int, bandwidth: float, rng: np.random.Generator, steps: int) -> dict:
-    """Steps in which S sequences decode around a context length."""
+def decode_step(llm: LLM, S: int, context: int, bandwidth: float, rng: np.random.Generator, steps: int) -> dict | None:
+    """Steps in which S sequences decode around a context length; None if the cache does not hold so many."""
     engine = llm.engine
+    if S * (context + steps) > llm.settings["kv_cache_tokens"]:
+        return None
     sequences = [add_request(llm, context - steps // 2, rng, steps) for _ in range(S)]
     seconds, experts = [], 0.0
     while not all(sequence.finished for sequence in sequences):
-        decoding = all(sequence.pending == 1 for sequence in sequences)
+        # All of them: the first ones decode while the last are still read, and end before them.
+        decoding = [sequence.pending for sequence in engine.scheduler.running] == [1] * S
         if decoding and not experts:
+            # Drawn routing depends on the row alone, so every timed step reads just these. Real routers are asked in
+            # the step before the timed ones.
             experts = experts_in_next_step(llm)
             continue
         started = time.perf_counter()
         engine.step()
         if decoding:
             seconds.append(time.perf_counter() - started)
-    text = engine.model.config.text
-    size = engine.model.dtype.itemsize
-    expert_bytes = 3 * text.hidden_size * text.expert_width * size
-    rest = sum(p.numel() for n, p in engine.model.named_parameters() if n.startswith(("text.", "lm_head")))
-    rest -= sum(p.numel() for n, p in engine.model.named_parameters() if ".experts." in n or n == "text.embed.weight")
-    cached = 2 * text.num_layers * text.num_kv_heads * text.head_dim * size * context * S
-    moved = text.num_layers * experts * expert_bytes + rest * size + cached
     return {
         "what": f"decode step, batch {S}, context {context}",
         "ms": 1e3 * statistics.median(seconds),
-        "floor_ms": 1e3 * moved / bandwidth,
-        "note": f"{experts:.0f} of {text.num_experts} experts a layer",
+        "p20_ms": 1e3 * float(np.percentile(seconds, 20)),
+        "p80_ms": 1e3 * float(np.percentile(seconds, 80)),
+        "floor_ms": 1e3 * bytes_of_step(llm, experts, context * S) / bandwidth,
+        "note": f"{experts:.0f} of {engine.model.config.text.num_experts} experts a layer",
     }
+
+
+def bytes_of_step(llm: LLM, experts: float, cached: int) -> float:
+    """What a step of the decoder has to read: so many experts a layer, the other weights, so many cached tokens."""
+    model, text = llm.engine.model, llm.engine.model.config.text
+    size = model.dtype.itemsize
+    weights = {n: p.numel() for n, p in model.named_parameters() if n.startswith(("text.", "lm_head"))}
+    always = sum(count for n, count in weights.items() if ".experts." not in n and n != "text.embed.weight")
+    expert = 3 * text.hidden_size * text.expert_width
+    token = 2 * text.num_kv_heads * text.head_dim
+    return size * (text.num_layers * (experts * expert + cached * token) + always)
 
 
 def add_request(llm: LLM, T: int, rng: np.random.Generator, max_tokens: int = 1) -> Sequence:
@@ -140,10 +122,11 @@ def add_request(llm: LLM, T: int, rng: np.random.Generator, max_tokens: int = 1)
     return sequence
 
 
-def prefill_step(llm: LLM, T: int, rate: float, rng: np.random.Generator, times: int) -> dict:
+def prefill_step(llm: LLM, T: int, bandwidth: float, rate: float, rng: np.random.Generator, times: int) -> dict:
     """One step over a prompt of T tokens."""
     engine, text = llm.engine, llm.engine.model.config.text
-    seconds = []
+    add_request(llm, T, rng)
+    experts, seconds = experts_in_next_step(llm), []
     for _ in range(times + 2):
         sequence = add_request(llm, T, rng)
         started = time.perf_counter()
@@ -157,9 +140,23 @@ def prefill_step(llm: LLM, T: int, rate: float, rng: np.random.Generator, times:
     return {
         "what": f"prefill of {T} text tokens in one step",
         "ms": 1e3 * statistics.median(seconds[2:]),
-        "floor_ms": 1e3 * flop / rate,
-        "note": "",
+        "floor_ms": 1e3 * max(flop / rate, bytes_of_step(llm, experts, 0) / bandwidth),
+        "note": f"{experts:.0f} of {text.num_experts} experts a layer",
     }
+
+
+def wall_seconds(run, device: torch.device, times: int) -> float:
+    """Median seconds of a warm call on the host's clock, until the device is done with it."""
+    seconds = []
+    for _ in range(times + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:])
 
 
 def random_pictures(llm: LLM, count: int, rng: np.random.Generator) -> list[Picture]:
@@ -182,7 +179,7 @@ def vision_call(llm: LLM, images: int, rate: float, rng: np.random.Generator, ti
     P = math.prod(pictures[0].grid)
     marks = []
     with torch.inference_mode():
-        seconds = median(lambda: marks.append(llm.engine.runner.encode(pictures)[1]), model.device, times)
+        seconds = wall_seconds(lambda: marks.append(llm.engine.runner.encode(pictures)[1]), model.device, times)
     tower = statistics.median(seconds_between(each["copied"], each["encoded"]) for each in marks[2:])
     width = vision.hidden_size
     block = P * width * (4 * width + 2 * vision.intermediate_size) + 2 * P * P * width
@@ -200,8 +197,10 @@ def profiles(llm: LLM, rng: np.random.Generator) -> dict[str, StepProfile]:
     """Profiles of a decode step of each batch, of a prefill step, and of the tower."""
     engine, found = llm.engine, {}
     for S, context in DECODE:
+        if S * (context + 20) > llm.settings["kv_cache_tokens"]:
+            continue  # `measure` has said so
         sequences = [add_request(llm, context, rng, 20) for _ in range(S)]
-        while not all(sequence.pending == 1 for sequence in sequences):
+        while [sequence.pending for sequence in engine.scheduler.running] != [1] * S:
             engine.step()
         found[f"decode, batch {S}"] = profile_steps(lambda: [engine.step() for _ in range(8)], 8)
         for sequence in sequences:
@@ -224,8 +223,10 @@ def profile_table(found: dict[str, StepProfile]) -> Table:
 
 
 def main(
-    model: str = typer.Option("random", help="'random' (30B sizes), a checkpoint directory, a hub id, or 'demo'."),
-    device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
+    model: str | None = typer.Option(None, help="A checkpoint directory, a hub id, or 'demo'."),
+    load_format: str = typer.Option("auto", help="auto, or dummy: random weights; no --model then: the 30B sizes."),
+    routing: str = typer.Option("balanced", help="With dummy: balanced or skewed choice of experts."),
+    device: str = typer.Option("auto", help="auto, cuda, cuda:1, cpu."),
     moe: str = typer.Option("auto", help="tma, reference, auto."),
     eager: bool = typer.Option(False, help="Launch every kernel instead of replaying CUDA graphs."),
     quick: bool = typer.Option(False, help="Small sizes and few repetitions."),
@@ -234,17 +235,20 @@ def main(
 ) -> None:
     """Measure the engine on this machine."""
     try:
-        if profile and not device.startswith("cuda"):
+        if profile and parse_device(device).type != "cuda":
             raise OptionError(f"--profile looks at a GPU's kernels; --device {device} has none")
         started = time.perf_counter()
-        llm = load(model, device, moe, eager)
+        length = 16384 if model is None else None
+        drawn = routing if load_format == "dummy" else None
+        options = {"device": device, "moe": moe, "enforce_eager": eager, "max_model_len": length}
+        llm = load_llm(model, load_format=load_format, routing=drawn, **options)
         console.print(f"ready after {time.perf_counter() - started:.1f} s: {llm.settings}", markup=False)
         rows = measure(llm, quick)
     except UserError as error:
         console.print(f"error: {error}", markup=False)
         raise typer.Exit(2) from None
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
-    table = Table("what", "ms", "floor ms", "note", title=f"{name}, torch {torch.__version__}, weights: {model}")
+    name, weights = card(llm.engine.model.device)["name"], llm.settings["model"]
+    table = Table("what", "ms", "floor ms", "note", title=f"{name}, torch {torch.__version__}, weights: {weights}")
     for row in rows:
         floor = f"{row['floor_ms']:.2f}" if "floor_ms" in row else ""
         table.add_row(row["what"], f"{row['ms']:.2f}", floor, row["note"])
@@ -264,14 +268,19 @@ def main(
 
 def measure(llm: LLM, quick: bool) -> list[dict]:
     rng = np.random.default_rng(0)
-    bandwidth, rate = ceilings(llm.engine.model.device)
+    most = ceilings(llm.engine.model.device)
+    bandwidth, rate = most.bytes_per_second, most.flops_per_second
     console.print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
     times = 2 if quick else 10
     rows = [first_token(llm, rng, times)]
     for S, context in ((1, 40), (3, 40)) if quick else DECODE:
-        rows.append(decode_step(llm, S, context, bandwidth, rng, 8 if quick else 40))
+        if row := decode_step(llm, S, context, bandwidth, rng, 8 if quick else 40):
+            rows.append(row)
+        else:
+            room = llm.settings["kv_cache_tokens"]
+            console.print(f"left out: batch {S} at context {context}, for which a cache of {room} tokens is too small")
     for T in (100,) if quick else (450, 8192):
-        rows.append(prefill_step(llm, T, rate, rng, times))
+        rows.append(prefill_step(llm, T, bandwidth, rate, rng, times))
     for images in (1,) if quick else (1, 32):
         rows.append(vision_call(llm, images, rate, rng, times))
     return rows

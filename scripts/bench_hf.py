@@ -14,14 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tma_moe
-import tma_moe.hf
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from tma_moe.benchmarking import Candidate, CudaTimer, parse_tokens, relative_error, spread
 from torch import Tensor, nn
+
+import tma_moe
+import tma_moe.hf
+from benchmarking.moe import Candidate, CudaTimer, parse_tokens, relative_error, spread
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "tma_moe")
 EAGER_TOKENS = 450  # eager loops over the experts in Python; one token count shows it

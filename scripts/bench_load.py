@@ -36,12 +36,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from qwen3vl_moe.checkpoint import expand_table, find_expert_layout, load_model
+from benchmarking.transformers_twin import transformers_config
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, OptionError, UserError
-from qwen3vl_moe.placement import parse_device
-from qwen3vl_moe.shards import INDEX, read_headers
-from qwen3vl_moe.transformers_twin import transformers_config
+from qwen3vl_moe.weights.checkpoint import expand_table, find_expert_layout, load_model
+from qwen3vl_moe.weights.placement import parse_device
+from qwen3vl_moe.weights.shards import INDEX, read_headers
 
 GB = 1e9
 console = Console(stderr=True, highlight=False, soft_wrap=True)

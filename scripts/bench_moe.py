@@ -18,12 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tma_moe
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from tma_moe.benchmarking import (
+from torch import Tensor
+
+import tma_moe
+from benchmarking.moe import (
     Candidate,
     CudaTimer,
     MoeShape,
@@ -34,8 +36,7 @@ from tma_moe.benchmarking import (
     relative_error,
     spread,
 )
-from tma_moe.descriptors import POLICIES, clear_descriptor_cache
-from torch import Tensor
+from tma_moe.descriptor_policies import POLICIES, clear_descriptor_cache
 
 DEFAULT_TOKENS = "1,8,32,128,450,1024,2048,4096,8192,16384"
 QUICK_TOKENS = "1,32,450,4096"

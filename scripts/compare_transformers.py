@@ -1,7 +1,7 @@
 """Are our logits right in bf16? Ours and transformers' beside an fp32 evaluation of the same weights.
 
     python scripts/compare_transformers.py --model DIR --image cat.jpg --prompt "What is this?"
-    python scripts/compare_transformers.py --model random          # full size, random weights: needs 80 GB
+    python scripts/compare_transformers.py --load-format dummy     # 30B sizes, random weights: needs 80 GB
 
 Both models share one copy of the weights. An answer counts as right if its error against the fp32 evaluation is at most
 twice that of transformers in the same dtype. Exit status 1 if one is not.
@@ -19,11 +19,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarking.loading import LOAD_FORMATS, random_model
+from benchmarking.transformers_twin import in_float32, transformers_twin
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import OptionError, UserError
-from qwen3vl_moe.model import Qwen3VLMoe, resolve_moe
-from qwen3vl_moe.placement import parse_device
-from qwen3vl_moe.transformers_twin import in_float32, transformers_twin
+from qwen3vl_moe.weights import load_model
+from qwen3vl_moe.weights.placement import parse_device, resolve_moe
 
 console = Console(stderr=True, soft_wrap=True)
 
@@ -48,8 +49,8 @@ def random_prompts(config: Qwen3VLMoeConfig) -> dict[str, tuple]:
 
 
 def real_prompts(model: str, config: Qwen3VLMoeConfig, prompt: str, image: Path | None) -> dict[str, tuple]:
-    from qwen3vl_moe.checkpoint import resolve
-    from qwen3vl_moe.processor import Processor
+    from qwen3vl_moe.inputs.processor import Processor
+    from qwen3vl_moe.weights import resolve
 
     processor = Processor.from_pretrained(resolve(model), config)
     content = [{"type": "text", "text": prompt}]
@@ -88,19 +89,24 @@ def errors(logits: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
 
 
 def main(
-    model: str = typer.Option("random", help="Checkpoint directory, hub id, or 'random': N(0, 0.02) at full size."),
+    model: str | None = typer.Option(None, help="Checkpoint directory, hub id, or 'demo'."),
+    load_format: str = typer.Option("auto", help="auto, or dummy: random weights at the 30B sizes."),
     prompt: str = typer.Option("Describe what you see, and count from one to twenty.", help="Text of the prompt."),
     image: Path | None = typer.Option(None, help="An image for the second prompt (with a real checkpoint)."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
     dtype: str = typer.Option("bfloat16", help="bfloat16 or float16: what is judged."),
     moe: str = typer.Option("auto", help="Comma-separated: tma, reference, auto."),
-    layers: int | None = typer.Option(None, help="Fewer decoder layers (random weights only)."),
+    layers: int | None = typer.Option(None, help="Fewer decoder layers (with dummy)."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the figures here."),
 ) -> None:
     """Compare our logits and transformers' with an fp32 evaluation of the same weights."""
     try:
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise OptionError(f"--json {json_file}: there is no directory {json_file.parent}")
+        if load_format not in LOAD_FORMATS:
+            raise OptionError(f"--load-format {load_format!r} is unknown; choose from {', '.join(LOAD_FORMATS)}")
+        if (model is None) == (load_format == "auto"):
+            raise OptionError("give --model a checkpoint, or take random weights at the 30B sizes: --load-format dummy")
         rows = compare(model, prompt, image, parse_device(device), getattr(torch, dtype, None), moe, layers)
     except (UserError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False, highlight=False)
@@ -121,22 +127,19 @@ def compare(model, prompt, image, device, dtype, moe, layers) -> list[dict]:
         raise OptionError("--dtype must be bfloat16 or float16: the yardstick is an fp32 evaluation")
     # Products in full fp32: TF32 would make the yardstick as coarse as what it measures.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    backends = list(dict.fromkeys(resolve_moe(name, device, dtype) for name in moe.split(",")))
-    if model == "random":
+    if model is None:
         config = Qwen3VLMoeConfig.qwen3_vl_30b_a3b()
         if layers:
             config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=layers))
-        ours = Qwen3VLMoe.random(config, device, dtype, moe=backends[0])
-        prompts = random_prompts(config)
+        ours, prompts = random_model(config, device, dtype, moe="reference"), random_prompts(config)
     else:
-        ours = Qwen3VLMoe.from_pretrained(model, device, dtype, moe=backends[0])
-        config = ours.config
-        prompts = real_prompts(model, config, prompt, image)
+        ours = load_model(model, device, dtype, "reference")
+        config, prompts = ours.config, real_prompts(model, ours.config, prompt, image)
+    backends = list(dict.fromkeys(resolve_moe(name, device, dtype, config.text) for name in moe.split(",")))
 
     logits: dict[str, dict[str, torch.Tensor]] = {name: {} for name in prompts}
     for backend in backends:
-        for layer in ours.text.layers:
-            layer.moe.backend = backend
+        ours.set_moe(backend)
         for name, (ids, pixels, grids) in prompts.items():
             logits[name][f"ours, moe={backend}"] = ours.logits(ids, pixels, grids)
     twin = transformers_twin(ours)

@@ -71,7 +71,6 @@ def _evaluate(
 
     from demo_training.evaluation import evaluate, heldout_examples, our_answers, transformers_answers
     from demo_training.texts import read_problems
-
     from qwen3vl_moe.engine import LLM  # slow to import: not before the options have been checked
 
     examples = heldout_examples(questions)

@@ -6,7 +6,7 @@
 The answer goes to stdout while it is being written, and nothing else does; settings, progress and errors go to stderr.
 
 With --input, each line of the file is a request, {"prompt": ..., "image": ...} or {"messages": ...}, and each line of
---output is an answer, or says what is wrong with the request; qwen3vl_moe/batch_file.py has all keys of both. The same
+--output is an answer, or says what is wrong with the request; scripts/batch_file.py has all keys of both. The same
 command goes on after an interruption of any kind, and does nothing when all is done. Answers are written as they finish
 and are in the order of the requests when all are there.
 
@@ -86,7 +86,7 @@ def main(
         if as_json and prompt is None:
             raise UserError("--json needs --prompt: a chat is not one JSON object")
         from qwen3vl_moe.engine import LLM, SamplingParams  # slow to import: not before --help has been answered
-        from qwen3vl_moe.image_source import decode_rgb, open_image
+        from qwen3vl_moe.inputs.image_source import decode_rgb, open_image
 
         for number, source in enumerate(image or []):
             if "://" not in source:
@@ -202,7 +202,7 @@ def _answer(llm: Any, images: list[dict], prompt: str, params: Any) -> dict:
 
 def _answer_file(load: Callable, source: Path, target: Path, params: Any, settings: dict) -> int:
     """Answer what is left of a file of requests; the exit status."""
-    from qwen3vl_moe.batch_file import AnswerFile, read_requests
+    from batch_file import AnswerFile, read_requests
 
     requests = read_requests(source, params, settings)
     with AnswerFile(target, requests, source) as answers:

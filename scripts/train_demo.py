@@ -1,6 +1,6 @@
 """Make a demo checkpoint from nothing: the architecture at 29 MB, trained on drawn pictures and word problems.
 
-    python scripts/train_demo.py --data ../shared/gsm8k/train.jsonl --out qwen3vl_moe/demo
+    python scripts/train_demo.py --data FOLDER/train.jsonl --out qwen3vl_moe/demo
 
 First the vision tower learns alone what stands where (demo_training/tower.py), then all of the model learns to answer.
 One H100 takes ten minutes for both, and a minute more for the questions at the end.
@@ -77,13 +77,14 @@ def main(
 
 def train(options: dict[str, Any]) -> None:
     import torch
+
     from demo_training.batches import Budget, TrainingBatches
     from demo_training.model import MEDIUM, SMALL, Sizes, build_model, published_config, token_ids
     from demo_training.publish import write_json, write_weights
     from demo_training.texts import read_problems
     from demo_training.tokenizer import write_processor
     from demo_training.tower import TowerBatches, TowerHeads, train_tower
-    from demo_training.trainer import Recipe, Trainer
+    from demo_training.trainer import Trainer, TrainingRecipe
 
     device = _device(options["device"])
     out, seed = options["out"], options["seed"]
@@ -96,7 +97,7 @@ def train(options: dict[str, Any]) -> None:
     write_json(out / "config.json", raw)
     write_json(out / "generation_config.json", {"do_sample": False, "eos_token_id": [ids.im_end, ids.endoftext]})
 
-    recipe = Recipe(options["minutes"], options["steps"], options["learning_rate"])
+    recipe = TrainingRecipe(options["minutes"], options["steps"], options["learning_rate"])
     if not options["tower_steps"]:
         recipe = dataclasses.replace(recipe, tower=1.0)
     dtype = options["dtype"]
@@ -213,7 +214,6 @@ def _evaluate(out: Path, device: Any, options: dict[str, Any], problems: list) -
     from functools import partial
 
     from demo_training.evaluation import evaluate, heldout_examples, our_answers
-
     from qwen3vl_moe.engine import LLM
 
     started = time.monotonic()

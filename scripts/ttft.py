@@ -9,7 +9,7 @@ The single stream covers a grid of image sizes and text lengths, from encoded by
 host, split by stage. The first request of the process is reported apart, with the time from the start of the process
 to its token: run the program twice to see what Triton's cache on disk saves. The closed loop takes its options, their
 meaning and its table from sglang's bench_serving, in process instead of over HTTP. Definitions stand in
-qwen3vl_moe/benchmarking/statistics.py, and what the variants of --compare are in qwen3vl_moe/benchmarking/variants.py.
+scripts/benchmarking/statistics.py, and what the variants of --compare are in scripts/benchmarking/variants.py.
 No prompt is taken from the cache. Exit status: 0, or 2 if something in the call has to be mended.
 """
 
@@ -87,9 +87,10 @@ def main(
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
     """Check the options, load, measure; see the module for what is measured."""
-    from qwen3vl_moe.benchmarking import report, workloads
-    from qwen3vl_moe.benchmarking.inputs import Images, parse_resolution
-    from qwen3vl_moe.benchmarking.variants import TRANSFORMERS, check_names, check_variants, has_graphs
+    from benchmarking import report, workloads
+    from benchmarking.card import card
+    from benchmarking.inputs import Images, parse_resolution
+    from benchmarking.variants import TRANSFORMERS, check_names, check_variants, has_graphs
 
     # All that can be wrong is found before the weights are loaded, as far as it can be known.
     kinds = _kinds(options)
@@ -137,32 +138,29 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
                 results["closed_loop"] = workloads.run_closed_loop(llm, sources, load, warmups, temperature, step)
     if options["profile"]:
         results["profiler"] = workloads.profiler_check(llm, sources, load)
-    results["environment"]["card_after"] = report.card(llm)  # the clocks under load, not those of an idle card
+    results["environment"]["card_after"] = card(
+        llm.engine.model.device
+    )  # the clocks under load, not those of an idle card
     return results
 
 
 def load_llm(options: dict[str, Any]) -> Any:
     """The model that the options ask for."""
-    from qwen3vl_moe.benchmarking.dummy import dummy_llm
-    from qwen3vl_moe.engine import LLM
+    from benchmarking.loading import load_llm as load
 
     # Every prompt is computed whole, also where the files of --images come round again.
     engine = {"enforce_eager": options["eager"], "enable_prefix_caching": False}
-    common = {"device": options["device"], "moe": options["moe"], **engine}
-    if options["load_format"] == "dummy":
-        length = (
-            None if options["model"] else 16384
-        )  # the stand-in's memory is for weights and requests, not for length
-        return dummy_llm(options["model"], routing=options["routing"], max_model_len=length, **common)
-    return LLM(options["model"], **common)
+    if options["model"] is None:
+        engine["max_model_len"] = 16384  # beside weights of the 30B sizes, memory is for requests, not for length
+    same = {name: options[name] for name in ("load_format", "device", "moe")}
+    routing = options["routing"] if options["load_format"] == "dummy" else None
+    return load(options["model"], routing=routing, **same, **engine)
 
 
 def _kinds(options: dict[str, Any]) -> tuple[str, ...]:
     """The workloads; raises OptionError for options that do not fit together."""
     if options["workload"] not in WORKLOADS:
         raise OptionError(f"--workload {options['workload']!r} is unknown; choose from {', '.join(WORKLOADS)}")
-    if options["load_format"] not in ("auto", "dummy"):
-        raise OptionError(f"--load-format {options['load_format']!r} is unknown; choose auto or dummy")
     if options["load_format"] == "auto" and options["model"] is None:
         raise OptionError("give --model a checkpoint, or measure random weights at the 30B sizes: --load-format dummy")
     if options["against"] not in (None, "transformers"):
@@ -203,8 +201,8 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
 
 def show(results: dict[str, Any]) -> None:
     """The tables, on stdout."""
-    from qwen3vl_moe.benchmarking import report
-    from qwen3vl_moe.benchmarking.statistics import serving_table
+    from benchmarking import report
+    from benchmarking.statistics import serving_table
 
     wide = None if sys.stdout.isatty() else 170  # tables whole in a log file
     out = Console(highlight=False, markup=False, soft_wrap=True, width=wide)
@@ -227,7 +225,7 @@ def write(results: dict[str, Any], json_file: Path | None, plot_file: Path | Non
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
     if plot_file is not None:
-        from qwen3vl_moe.benchmarking.report import plot
+        from benchmarking.report import plot
 
         plot(results, plot_file)
 

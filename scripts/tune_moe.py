@@ -3,7 +3,7 @@
     python scripts/tune_moe.py                          # Qwen3-VL-30B-A3B
     python scripts/tune_moe.py --shape 8,2,4096,14336   # Mixtral
 
-For every token count: the candidates of search_space.py, compiled in parallel before anything is timed; the whole op
+For every token count: the candidates of tile_search.py, compiled in parallel before anything is timed; the whole op
 replayed from a CUDA graph over rotating weights; first the best tiles of the up product, then of the down product
 beside it; then a run-off of the winners against the tiles in use. A winner must give the right result. Finished token
 counts are kept in OUTPUT.partial: a run that was out of time (--max-seconds) goes on when it is started again.
@@ -22,20 +22,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import tma_moe
 import torch
 import triton
 import typer
 from rich.console import Console
 from rich.table import Table
-from tma_moe import tuning
-from tma_moe.benchmarking import Candidate, CudaTimer, MoeShape, draw_routing, parse_tokens, relative_error, spread
-from tma_moe.launch import Recipe
-from tma_moe.search_space import ROLES, compile_or_reason, families, same_kernel
-from tma_moe.tuning import KEEPING_KERNELS, Choice, Tiles
+
+import tma_moe
+from benchmarking.moe import Candidate, CudaTimer, MoeShape, draw_routing, parse_tokens, relative_error, spread
+from benchmarking.tile_search import ROLES, compile_or_reason, families, same_kernel
+from tma_moe import tiles as tile_files
+from tma_moe.recipe import make_recipe
+from tma_moe.tiles import Choice, Tiles
 
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 ROTATION = 4  # weight sets, so that L2 never holds them
+KEEPING = ("weights_m", "weights_m_ws")  # kernels that can ask L2 to keep what they store
 AT_ONCE = 8  # candidates timed in turns; each holds a captured graph with its buffers
 console = Console(width=150 if not sys.stdout.isatty() else None)  # tables whole in a log file
 
@@ -78,7 +80,7 @@ class GpuOp:
 
     def candidate(self, choice: Choice, num_tokens: int) -> Candidate:
         x_TH, routes = self._inputs(num_tokens)
-        recipe = Recipe(x_TH.device, *self.sizes, choice)
+        recipe = make_recipe(x_TH.device, *self.sizes, choice)
 
         def run() -> None:
             for route, experts in zip(routes, self.experts, strict=True):
@@ -94,7 +96,7 @@ class GpuOp:
         )
         exact = tma_moe.fused_moe(x_TH.float(), *routes[0], exact_experts, backend="reference")
         working = tma_moe.fused_moe(x_TH, *routes[0], first, backend="reference")
-        ours = Recipe(x_TH.device, *self.sizes, choice).run(x_TH, *routes[0], first)
+        ours = make_recipe(x_TH.device, *self.sizes, choice).run(x_TH, *routes[0], first)
         return relative_error(ours, exact) / (2 * relative_error(working, exact))
 
 
@@ -142,8 +144,8 @@ class Search:
     @staticmethod
     def _seed(role: str, candidates: list[Tiles], current: Choice) -> Tiles:
         in_use = getattr(current, role)
-        decode = candidates[0].kernel == "decode"
-        return in_use if (in_use.kernel == "decode") == decode else candidates[0]
+        gemv = candidates[0].kernel == "gemv"
+        return in_use if (in_use.kernel == "gemv") == gemv else candidates[0]
 
     def _fastest(self, choices: list[Choice], num_tokens: int) -> Choice:
         medians = self._medians(choices, num_tokens)
@@ -175,7 +177,7 @@ def keeping(choice: Choice) -> list[Choice]:
     """The choice with and without the wish that L2 keeps what either product stores."""
 
     def ways(tiles: Tiles) -> list[Tiles]:
-        return [replace(tiles, keep=keep) for keep in (False, True)] if tiles.kernel in KEEPING_KERNELS else [tiles]
+        return [replace(tiles, keep=keep) for keep in (False, True)] if tiles.kernel in KEEPING else [tiles]
 
     return [Choice(choice.max_tokens, up, down) for up in ways(choice.up) for down in ways(choice.down)]
 
@@ -244,19 +246,19 @@ def with_buckets(current: tuple[Choice, ...], tuned: dict[int, Choice]) -> tuple
 
 def config_path(device: str) -> Path:
     """The file that was measured on this device with this triton; a new one, named after both, if there is none."""
-    for path in sorted(tuning.CONFIG_DIR.glob("*.json")):
+    for path in sorted(tile_files.CONFIG_DIR.glob("*.json")):
         document = json.loads(path.read_text())
         if (document.get("measured_on"), document.get("triton")) == (device, triton.__version__):
             return path
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{device}-triton-{triton.__version__}".lower())
-    return tuning.CONFIG_DIR / f"{slug}.json"
+    return tile_files.CONFIG_DIR / f"{slug}.json"
 
 
 def check_output(path: Path) -> None:
     """Raises ValueError unless results can be written to `path`."""
     if not path.resolve().parent.is_dir():
         raise ValueError(f"cannot write {path}: the folder {path.resolve().parent} does not exist")
-    if path.exists() and (version := tuning.load(path)["triton"]) != triton.__version__:
+    if path.exists() and (version := tile_files.load(path)["triton"]) != triton.__version__:
         raise ValueError(
             f"{path} was measured with triton {version}, this is {triton.__version__}: give another --output"
         )
@@ -271,7 +273,7 @@ def write_config(path: Path, device: str, shape: MoeShape, choices: tuple[Choice
     key = {"experts": shape.num_experts, "topk": shape.experts_per_token}
     key |= {"hidden": shape.hidden_size, "width": shape.expert_width}
     others = [entry for entry in document["shapes"] if any(entry[name] != value for name, value in key.items())]
-    document["shapes"] = [*others, {**key, "buckets": tuning.dump_buckets(choices)}]
+    document["shapes"] = [*others, {**key, "buckets": tile_files.dump_buckets(choices)}]
     text = json.dumps(document, indent=1)
     tiles_in_one_line = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text)
     replace_file(path, tiles_in_one_line + "\n")
@@ -370,7 +372,7 @@ def main(
     with torch.inference_mode():
         torch.manual_seed(0)
         op = GpuOp(moe_shape)
-        current = tuning.choices_for(device, triton.__version__, *op.sizes)
+        current = tile_files.choices_for(device, triton.__version__, *op.sizes)
         search = Search(moe_shape, op, CudaTimer(samples=7, sample_us=1000.0), rejected, deadline)
         try:
             rows, complete = tune(search, counts, current, output, device)

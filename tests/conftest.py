@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 
-from qwen3vl_moe.tiny import write_processor_dir
+from benchmarking.tiny import write_processor_dir
 
 torch.set_num_threads(1)  # the shapes are tiny: a second thread costs more than it computes
 # How long an example takes says something of the machine and of what else it does, not of the code.

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qwen3vl_moe.image_source import decode_rgb, open_image
-from qwen3vl_moe.images import ImageSettings
+from qwen3vl_moe.inputs.image_source import decode_rgb, open_image
+from qwen3vl_moe.inputs.images import ImageSettings
 
 
 def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:

@@ -5,12 +5,16 @@
 
 Shape letters, here and in every file: T tokens, H hidden, E experts, K chosen experts, I expert width.
 Importing this package needs neither a GPU nor triton; `unavailable` says what backend "tma" is missing.
+
+To read it: op.py (what is asked), reference.py (what is right), recipe.py (what is launched), routing.py (who goes
+where), then gemm/ (the products, named by one grammar), combine.py, and pdl.py (how launches overlap).
 """
 
-from tma_moe.descriptors import descriptor_policy, descriptor_stats, set_descriptor_policy
-from tma_moe.experts import ExpertWeights
-from tma_moe.fused_moe import Uncombined, fused_moe, route
-from tma_moe.support import unavailable
+from tma_moe.descriptor_policies import descriptor_policy, descriptor_stats, set_descriptor_policy
+from tma_moe.expert_weights import ExpertWeights
+from tma_moe.op import fused_moe, route
+from tma_moe.support import gluon_problem, unavailable
+from tma_moe.uncombined import Uncombined
 
 __all__ = [
     "ExpertWeights",
@@ -18,6 +22,7 @@ __all__ = [
     "descriptor_policy",
     "descriptor_stats",
     "fused_moe",
+    "gluon_problem",
     "route",
     "set_descriptor_policy",
     "unavailable",

@@ -14,6 +14,7 @@ The parameters are shared with the model, not copied. The module contract and th
 
 import functools
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,23 +40,24 @@ _weights_of: weakref.WeakKeyDictionary[nn.Module, tma_moe.ExpertWeights] = weakr
 
 def register() -> None:
     """Adds both names to transformers' experts implementations. Done on import; doing it again changes nothing."""
-    hf_moe.ALL_EXPERTS_FUNCTIONS.register("tma_moe", tma_experts_forward)
-    hf_moe.ALL_EXPERTS_FUNCTIONS.register("tma_moe_reference", reference_experts_forward)
+    registry: Any = hf_moe.ALL_EXPERTS_FUNCTIONS
+    registry.register("tma_moe", tma_experts_forward)
+    registry.register("tma_moe_reference", reference_experts_forward)
 
 
 def tma_experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of one experts module by the Hopper kernels; see `experts_forward`."""
-    return experts_forward(module, hidden_states, top_k_index, top_k_weights, "tma_moe")
+    return experts_forward(module, hidden_states, top_k_index, top_k_weights, "tma_moe")  # pyright: ignore
 
 
 def reference_experts_forward(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """The forward of one experts module in plain torch, on any device; see `experts_forward`."""
-    return experts_forward(module, hidden_states, top_k_index, top_k_weights, "tma_moe_reference")
+    return experts_forward(module, hidden_states, top_k_index, top_k_weights, "tma_moe_reference")  # pyright: ignore
 
 
-# The op launches its own kernels and keeps host-side state (descriptors, workspaces): nothing that dynamo could trace.
+# The op launches its own kernels and keeps host-side state (descriptors): nothing that dynamo could trace.
 @torch.compiler.disable
 def experts_forward(
     module: nn.Module, hidden_TH: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor, implementation: str
@@ -85,9 +87,9 @@ def experts_forward(
     x_TH = hidden_TH.to(experts.gate_up.dtype).contiguous()
     if topk_weights_TK.dtype != x_TH.dtype:  # the op reads both dtypes: no conversion where the router gives either
         topk_weights_TK = topk_weights_TK.to(torch.float32)
-    y_TH = tma_moe.fused_moe(
-        x_TH, topk_ids_TK.contiguous(), topk_weights_TK.contiguous(), experts, backend=BACKENDS[implementation]
-    )
+    operands = x_TH, topk_ids_TK.contiguous(), topk_weights_TK.contiguous(), experts
+    y_TH = tma_moe.fused_moe(*operands, backend=BACKENDS[implementation])
+    assert isinstance(y_TH, Tensor)  # the sum over experts was not left open
     return y_TH.to(hidden_TH.dtype)
 
 
@@ -149,7 +151,9 @@ def _expert_weights(module: nn.Module, implementation: str) -> tma_moe.ExpertWei
                 f"experts implementation {implementation!r} cannot run {type(module).__name__}: {reason}. "
                 "Use model.set_experts_implementation('grouped_mm') for this model"
             )
-        gate_up, down = module.gate_up_proj, module.down_proj
+        gate_up, down = bound["gate_up_proj"], bound["down_proj"]
+        assert gate_up is not None
+        assert down is not None
         num_experts, hidden_size, expert_width = down.shape
         experts = tma_moe.ExpertWeights(num_experts, hidden_size, expert_width, device="meta", dtype=down.dtype)
         experts.gate_up, experts.down = gate_up, down  # the very same Parameter objects: no copy, no second storage

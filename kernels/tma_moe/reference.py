@@ -10,11 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def route_reference(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def route_reference(logits_TE: Tensor, k: int, skip_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Softmax in float32, the k largest, renormalised. Returns ids [T, K] int32 and weights [T, K] float32."""
     probs_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
     weights_TK, ids_TK = torch.topk(probs_TE, k, dim=-1)
-    return ids_TK.to(torch.int32), weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    ids_TK = ids_TK.to(torch.int32)
+    if skip_T is not None:
+        ids_TK.masked_fill_(skip_T[:, None], -1)
+    return ids_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True)
 
 
 def fused_moe_reference(

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tma_moe.kernel import Launch, current_stream, device_guard
+from tma_moe.launcher import Launch, current_stream, device_guard
 from tma_moe.pdl import take_turn
 from tma_moe.support import interpreting
 
@@ -33,17 +33,20 @@ CHUNK = 32  # blocks whose counts a program adds up at a time
 
 @triton.jit(do_not_specialize=["T"])
 def route_topk(
-    logits_ptr,
-    ids_ptr,
-    weights_ptr,
+    logits_ptr,  # [T, E]
+    skip_ptr,  # [T] uint8, not 0: to no expert; read with SKIPS
+    ids_ptr,  # [T, K]
+    weights_ptr,  # [T, K]
     T,
     E: tl.constexpr,
     TOPK: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    SKIPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """The TOPK most likely experts of BLOCK_T tokens, by falling probability, and their renormalised weights."""
     take_turn(PDL)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
@@ -66,6 +69,9 @@ def route_topk(
         best_probs = tl.where((k == i)[None, :], prob[:, None], best_probs)
         keys = tl.where(e[None, :] == chosen[:, None], -1, keys)
     weights = best_probs / tl.sum(best_probs, axis=1)[:, None]
+    if SKIPS:
+        skip = tl.load(skip_ptr + t, mask=t < T, other=0) != 0
+        best_ids = tl.where(skip[:, None], -1, best_ids)
     at = t.to(tl.int64)[:, None] * TOPK + k[None, :]
     keep = (t < T)[:, None] & (k < TOPK)[None, :]
     tl.store(ids_ptr + at, best_ids, mask=keep)
@@ -100,7 +106,14 @@ def _write_tiles(plan_ptr, tiles_at, role, counts, start, BINS: tl.constexpr, RO
         tl.store(entry + 2, tl.minimum(row + height, (start + counts)[:, None]), mask=mine)
         number = tile % 4
         tl.store(entry + 3, 8 * number + tl.minimum(tiles[:, None] - tile + number, 4), mask=mine)
-    tl.store(plan_ptr + role, tl.sum(tiles, axis=0))
+    total = tl.sum(tiles, axis=0)
+    tl.store(plan_ptr + role, total)
+    # weights_m_ws looks for a program's first tile before it asks whether there is one. Of none at all it takes number
+    # 0, or -1 where one tile spans all columns. The fourth words of both become 1 (alone), for no address may come from
+    # what was never written. They are free, as then no row has a slot, and the other product's table is empty, too.
+    if total == 0:
+        tl.store(plan_ptr + tiles_at - 1, 1)
+        tl.store(plan_ptr + tiles_at + 3, 1)
 
 
 @triton.jit
@@ -221,14 +234,59 @@ def group_many(
     )  # fmt: skip
 
 
+class Grouping:
+    """The launches that write the plan, for E experts and given row tiles.
+
+    Args:
+        E: experts.
+        tiles: for the up and then the down product, the most rows of a tile and the step of its height.
+    """
+
+    def __init__(self, E: int, tiles: tuple[int, int, int, int]) -> None:
+        self.E, self.bins = E, triton.next_power_of_2(E)
+        self.sizes, self.pdl = (E, self.bins, *tiles), not interpreting()
+        self.few = {
+            size: Launch(group_few, (*self.sizes, size, SUB, self.pdl), warps=max(8, size // 256))
+            for size in FEW_BLOCKS
+        }
+        self.many: dict[int, tuple[Launch, Launch]] = {}
+
+    def __call__(self, stream: int, ids_TK: Tensor, up_tiles: int, down_tiles: int) -> tuple[Tensor, int, int]:
+        """The plan of one call, and where its tables of row tiles begin (room for so many of up and down)."""
+        pairs = ids_TK.numel()
+        up_at = HEADER.value + pairs
+        down_at = up_at + 4 * up_tiles
+        plan = ids_TK.new_empty(down_at + 4 * down_tiles, dtype=torch.int32)
+        for size, few in self.few.items():
+            if pairs <= size:
+                few(stream, (-(-pairs // SUB) + 2, 1, 1), ids_TK, plan, pairs, up_at, down_at)
+                return plan, up_at, down_at
+        block = max(SUB, triton.next_power_of_2(-(-pairs // MANY_BLOCKS)))
+        blocks = -(-pairs // block)
+        counts = plan.new_empty(blocks * self.bins)
+        count, rank = self._many(block)
+        count(stream, (blocks, 1, 1), ids_TK, counts, pairs)
+        rank(stream, (blocks + 2, 1, 1), ids_TK, counts, plan, pairs, up_at, down_at)
+        return plan, up_at, down_at
+
+    def _many(self, block: int) -> tuple[Launch, Launch]:
+        """The two launches for many pairs, in blocks of this size."""
+        if block not in self.many:
+            self.many[block] = (
+                Launch(count_pairs, (self.E, self.bins, block, self.pdl), warps=8),
+                Launch(group_many, (*self.sizes, block, SUB, CHUNK, self.pdl), warps=4),
+            )
+        return self.many[block]
+
+
 @functools.cache
-def _route_launch(device: torch.device, dtype: torch.dtype, E: int, k: int, tokens: int) -> Launch:
+def _route_launch(device: torch.device, dtype: torch.dtype, E: int, k: int, tokens: int, skips: bool) -> Launch:
     # Device and dtype are only part of the key: a compiled kernel belongs to both.
-    sizes = (E, k, triton.next_power_of_2(E), triton.next_power_of_2(k), tokens)
+    sizes = (E, k, triton.next_power_of_2(E), triton.next_power_of_2(k), tokens, skips)
     return Launch(route_topk, (*sizes, not interpreting()))
 
 
-def route_tma(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def route_tma(logits_TE: Tensor, k: int, skip_T: Tensor | None) -> tuple[Tensor, Tensor]:
     """`route` in one launch; arguments were checked by the caller."""
     T, E = logits_TE.shape
     device = logits_TE.device
@@ -237,10 +295,11 @@ def route_tma(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if T:
         # Few tokens are spread over the multiprocessors; many share a program as far as registers allow.
         tokens = 1 if T <= 64 else max(1, min(16, 2048 // triton.next_power_of_2(E)))
-        launch = _route_launch(device, logits_TE.dtype, E, k, tokens)
+        launch = _route_launch(device, logits_TE.dtype, E, k, tokens, skip_T is not None)
+        skip = ids_TK if skip_T is None else _aligned(skip_T.view(torch.uint8))
         with device_guard(device):
             grid = (triton.cdiv(T, tokens), 1, 1)
-            launch(current_stream(device), grid, _aligned(logits_TE), ids_TK, weights_TK, T)
+            launch(current_stream(device), grid, _aligned(logits_TE), skip, ids_TK, weights_TK, T)
     return ids_TK, weights_TK
 
 

@@ -11,6 +11,7 @@ MIN_TRITON = (3, 6)
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 WAY_OUT = 'use backend="reference"'
+GLUON_PRODUCTS = ("weights_m_ws", "tokens_m_ws")  # files of gemm/ that are written in Gluon
 
 
 @functools.cache
@@ -35,23 +36,31 @@ def triton_problem() -> str | None:
 
 
 @functools.cache
-def has_gluon() -> bool:
-    """Whether the Gluon kernels can be imported: Gluon is experimental and may change with any triton release."""
+def gluon_problem() -> str | None:
+    """Why the kernels in Gluon cannot be imported, or None: Gluon is experimental and may change with any triton."""
+    problem = triton_problem()
+    if problem is not None:
+        return problem
     try:
-        importlib.import_module("tma_moe.specialized_gemm")
-        importlib.import_module("tma_moe.streamed_gemm")
-    except Exception:
-        return False
-    return True
+        for name in GLUON_PRODUCTS:
+            importlib.import_module(f"tma_moe.gemm.{name}")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
-def unavailable(device: torch.device | str, dtype: torch.dtype) -> str | None:
+def unavailable(device: torch.device | str, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> str | None:
     """Why backend "tma" cannot run on `device` with activations and weights of `dtype`; None if it can.
 
+    `sizes` are the hidden size and the expert width, where they are known: rows have to be whole 16 bytes.
     It needs triton >= 3.6, a GPU of compute capability 9.0 (H100, H200) and bfloat16 or float16. Under triton's
     interpreter it runs on the CPU, for tests, in float16 and float32 (the interpreter's bf16 products are wrong).
     """
-    return _problem(torch.device(device), dtype)
+    problem = _problem(torch.device(device), dtype)
+    odd = [size for size in sizes if size * dtype.itemsize % 16]
+    if problem is None and odd:
+        return f"rows of {odd[0]} values in {dtype} are no whole 16 bytes, which TMA needs"
+    return problem
 
 
 @functools.cache

@@ -8,17 +8,17 @@ from collections import deque
 
 import torch
 
-from qwen3vl_moe.detokenizer import TextStream, TokenBytes
+from qwen3vl_moe.engine.detokenizer import TextStream, TokenBytes
 from qwen3vl_moe.engine.kv_cache import KVCache, plan_cache
+from qwen3vl_moe.engine.outputs import Logprob, RequestMetrics
+from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.engine.runner import ChunkResult, Launched, Runner, StepResult, free_cache_bytes
 from qwen3vl_moe.engine.sampler import TokenLogprob
 from qwen3vl_moe.engine.scheduler import Chunk, Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, PromptError
+from qwen3vl_moe.inputs.processor import Prompt
 from qwen3vl_moe.model import Qwen3VLMoe
-from qwen3vl_moe.outputs import Logprob, RequestMetrics
-from qwen3vl_moe.params import EngineOptions, GenerationDefaults, SamplingParams
-from qwen3vl_moe.processor import Prompt
 
 
 class Engine:
@@ -67,7 +67,7 @@ class Engine:
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > vocabulary:
                 raise OptionError(f"{name}={getattr(params, name)}: the vocabulary has only {vocabulary} tokens")
-        outside = [token for token in params.stop_token_ids if token >= vocabulary]
+        outside = [token for token in params.stop_token_ids or () if token >= vocabulary]
         if outside:
             raise OptionError(f"stop_token_ids: {outside[0]} is outside of the vocabulary ({vocabulary} tokens)")
 
@@ -116,7 +116,7 @@ class Engine:
             params=params,
             max_len=self.max_model_len,
             eos_token_ids=frozenset() if params.ignore_eos else self.defaults.eos_token_ids,
-            text=TextStream(self._token_bytes, params.stop),
+            text=TextStream(self._token_bytes, tuple(params.stop or ())),
             generator=generator,
             metrics=RequestMetrics(arrival_time=time.time() if arrival is None else arrival),
         )

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qwen3vl_moe.config import TextConfig
+from qwen3vl_moe.engine.params import EngineOptions
 from qwen3vl_moe.errors import OptionError
-from qwen3vl_moe.params import EngineOptions
 
 _CPU_BYTES = 4 << 30  # on a CPU: pages of the zeroed cache take memory only once they are written
 
@@ -142,8 +142,8 @@ def plan_cache(
         OptionError: the memory does not hold a single block, or not a sequence of the length that was asked for.
     """
     size, model_len, num_blocks = options.block_size, options.model_len(config.max_positions), options.num_blocks
+    block_bytes = bytes_per_block(config, size, dtype)
     if num_blocks is None:
-        block_bytes = bytes_per_block(config, size, dtype)
         fitting = (_CPU_BYTES if free_bytes is None else free_bytes) // block_bytes
         num_blocks = min(options.max_num_seqs * -(-model_len // size), fitting)
     if num_blocks < 1:

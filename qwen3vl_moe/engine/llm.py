@@ -6,6 +6,7 @@ Prompts are made (templates, tokens, images) in threads ahead of the engine, whi
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
@@ -14,16 +15,19 @@ from typing import Any
 
 import torch
 
-from qwen3vl_moe.checkpoint import resolve
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine.engine import Engine
+from qwen3vl_moe.engine.outputs import RequestOutput
+from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
+from qwen3vl_moe.engine.runner import uses_graphs
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
+from qwen3vl_moe.inputs.processor import Processor, Prompt
+from qwen3vl_moe.inputs.workers import prefetch
 from qwen3vl_moe.model import Qwen3VLMoe
-from qwen3vl_moe.outputs import RequestOutput
-from qwen3vl_moe.params import EngineOptions, GenerationDefaults, SamplingParams
-from qwen3vl_moe.prefetch import prefetch
-from qwen3vl_moe.processor import Processor, Prompt
+from qwen3vl_moe.ops.dispatch import kernels_in_use
+from qwen3vl_moe.weights import load_model, resolve
+from qwen3vl_moe.weights.placement import tma_problem
 
 Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
 Prepare = Callable[[Any], Prompt]
@@ -69,6 +73,7 @@ class LLM:
     ):
         options = _engine_options(engine_options)
         self.name, self.options, self.random_weights = str(model), options, False
+        self.moe_fallback: str | None = None
         directory = resolve(model)
         # All that is small is read before the weights, so that a mistake in it shows at once.
         config = Qwen3VLMoeConfig.from_pretrained(directory)
@@ -76,33 +81,50 @@ class LLM:
         longest = options.model_len(config.text.max_positions)
         self.processor = Processor.from_pretrained(directory, config, **limits, max_model_len=longest)
         tokenizer = self.processor.tokenizer
-        defaults = GenerationDefaults.from_pretrained(directory, tokenizer.eos_token_id)
-        weights = Qwen3VLMoe.from_pretrained(
-            directory, device, dtype, moe, expert_layout=expert_layout, progress=progress
-        )
+        defaults = GenerationDefaults.from_pretrained(directory, self.processor.eos_token_id)
+        weights = load_model(directory, device, dtype, moe, expert_layout=expert_layout, progress=progress)
+        if moe == "auto" and weights.moe == "reference":
+            self.moe_fallback = tma_problem(weights.device, weights.dtype, config.text)
+            if weights.device.type == "cuda":  # on a CPU nobody expects the kernel
+                warnings.warn(f"moe='auto' runs the experts in plain torch: {self.moe_fallback}", stacklevel=2)
         self.engine = Engine(weights, tokenizer, defaults, options, progress)
 
     @classmethod
     def from_parts(
         cls, model: Qwen3VLMoe, processor: Processor, defaults: GenerationDefaults | None = None, **engine_options: Any
     ) -> LLM:
-        """An LLM around a model that is in memory already, such as ``Qwen3VLMoe.random(config)``."""
+        """An LLM around a model that is in memory already.
+
+        Args:
+            defaults: the checkpoint's sampling; None: greedy, until the tokenizer's end-of-text token.
+        """
         self = cls.__new__(cls)
-        self.name, self.random_weights = "a model in memory", False
+        if defaults is None:
+            eos = processor.eos_token_id
+            defaults = GenerationDefaults(frozenset() if eos is None else frozenset({eos}))
+        self.name, self.random_weights, self.moe_fallback = "a model in memory", False, None
         self.processor, self.options = processor, _engine_options(engine_options)
-        self.engine = Engine(model, processor.tokenizer, defaults or GenerationDefaults(), self.options)
+        self.engine = Engine(model, processor.tokenizer, defaults, self.options)
         return self
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What "auto" and the size of the memory came to."""
+        """What "auto" and the size of the memory came to, and which kernels run.
+
+        ``moe_fallback`` is there only if moe="auto" could not take the fused kernel, and says why.
+        """
         model, engine = self.engine.model, self.engine
+        head_dims = model.config.text.head_dim, model.config.vision.head_dim
+        fallback = {} if self.moe_fallback is None else {"moe_fallback": self.moe_fallback}
         return {
             "model": self.name,
             "random_weights": self.random_weights,
             "device": str(model.device),
             "dtype": str(model.dtype).removeprefix("torch."),
             "moe": model.moe,
+            **fallback,
+            **kernels_in_use(model.device, model.dtype, head_dims),
+            "cuda_graphs": uses_graphs(model, self.options),
             "max_model_len": engine.max_model_len,
             "max_num_seqs": self.options.max_num_seqs,
             "max_prefill_tokens": self.options.max_prefill_tokens,
@@ -213,7 +235,7 @@ class LLM:
             self.engine.abort(sequence)
 
     def _complete(self, items: Any, prepare: Prepare, kind: str, params: Any) -> list[RequestOutput]:
-        outputs = dict(self._as_completed(items, prepare, kind, params))
+        outputs: dict[int, Any] = dict(self._as_completed(items, prepare, kind, params))  # an error was raised
         return [outputs[number] for number in range(len(outputs))]
 
     def _as_completed(

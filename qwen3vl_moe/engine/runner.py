@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen3vl_moe.engine.cuda_graphs import StepGraphs, VisionGraphs, can_capture
 from qwen3vl_moe.engine.kv_cache import KVCache
+from qwen3vl_moe.engine.params import EngineOptions
 from qwen3vl_moe.engine.sampler import TokenLogprob, sample, token_logprobs
 from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
-from qwen3vl_moe.images import Picture, copy_pixels, cut_patches
-from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
-from qwen3vl_moe.model.batch import to_device
-from qwen3vl_moe.model.graphs import StepGraphs, VisionGraphs, can_capture
-from qwen3vl_moe.params import EngineOptions
+from qwen3vl_moe.inputs.images import Picture, copy_pixels, cut_patches
+from qwen3vl_moe.model import Batch, Qwen3VLMoe, VisionFeatures
+from qwen3vl_moe.ops import Segments
+from qwen3vl_moe.ops.transfer import to_device
 
 Mark = torch.cuda.Event | float
 _GRAPH_BYTES = 3 << 30  # what all graphs of the published model take
@@ -98,7 +99,7 @@ class Runner:
     @torch.inference_mode()
     def warm_up(self, progress: bool) -> None:
         """Compile and capture before the first request what a step of any small shape will replay."""
-        if self._steps is not None:
+        if self._steps is not None and self._images is not None:
             with tqdm(total=len(self._steps) + len(self._images), desc="CUDA graphs", disable=not progress) as bar:
                 for graphs in (self._steps, self._images):
                     for _ in graphs.capture_all():
@@ -120,12 +121,12 @@ class Runner:
         sample_rows = [begins[number + 1] - 1 for number in sampling]
         prompt_rows = [begins[i] + place - chunks[i].start for i, span in enumerate(spans) for place in span]
         batch = self._pack(chunks, sample_rows + prompt_rows, after)
-        replayed = self.replays and self._steps is not None and not prompt_rows
-        logits_RV = self._steps.run(batch) if replayed else None
+        graphs = self._steps if self.replays and not prompt_rows else None
+        logits_RV = None if graphs is None else graphs.run(batch)
         hidden_RH = None
         if logits_RV is None:
             hidden_RH = self.model.text(batch.to(self.model.device), self.cache.tensor)
-            logits_RV = self.model.lm_head(hidden_RH[: len(sampling)])
+            logits_RV = self.model.compute_logits(hidden_RH[: len(sampling)])
         tokens_R = host_tokens_R = torch.empty(0, dtype=torch.int64)
         if sampling:
             marks["computed"] = _now(self.model.device)
@@ -137,8 +138,7 @@ class Runner:
             marks["sampled"] = _now(self.model.device)
         prompt_logprobs, row = [], len(sampling)
         for chunk, span in zip(chunks, spans, strict=True):
-            rows = hidden_RH[row : row + len(span)] if span else ()
-            prompt_logprobs.append(self._prompt_logprobs(rows, chunk.sequence, span))
+            prompt_logprobs.append(self._prompt_logprobs(hidden_RH, row, chunk.sequence, span))
             row += len(span)
         return Launched(chunks, tokens_R, host_tokens_R, logits_RV, prompt_logprobs, encoded, marks, started)
 
@@ -154,7 +154,7 @@ class Runner:
             result.token_id = token_id
         asked = [row for row, (sequence, _) in enumerate(sampled) if sequence.params.logprobs is not None]
         if asked:
-            num_top = [sampled[row][0].params.logprobs for row in asked]
+            num_top = [sampled[row][0].params.logprobs or 0 for row in asked]
             rows = torch.tensor(asked, device=step.logits_RV.device)
             entries = token_logprobs(step.logits_RV[rows], step.tokens_R[rows], max(num_top))
             for row, count, entry in zip(asked, num_top, entries, strict=True):
@@ -197,8 +197,8 @@ class Runner:
         marks["copied"] = _now(device)
         grids = [picture.grid for picture in pictures]
         pixel_values_PC = cut_patches(pixels, pictures, self.model.dtype)
-        replayed = self.replays and self._images is not None
-        features = self._images.run(pixel_values_PC, grids) if replayed else None
+        graphs = self._images if self.replays else None
+        features = None if graphs is None else graphs.run(pixel_values_PC, grids)
         if features is None:
             features = self.model.encode_images(pixel_values_PC, grids)
         marks["encoded"] = _now(device)
@@ -221,7 +221,9 @@ class Runner:
             # A chunk may begin or end inside an image: it takes the features of exactly its own placeholders.
             for i, image in sequence.images_in(start, stop):
                 first, last = max(start, image.start), min(stop, image.start + image.num_tokens)
-                visual.append(sequence.features[i].rows(first - image.start, last - image.start))
+                features = sequence.features[i]
+                assert features is not None  # encoded just now, or in an earlier step
+                visual.append(features.rows(first - image.start, last - image.start))
                 visual_rows.extend(range(len(token_ids) + first - start, len(token_ids) + last - start))
             token_ids.extend(sequence.token_ids[start:stop])
 
@@ -229,22 +231,29 @@ class Runner:
             # By way of NumPy, which reads a list of thousands in a quarter of torch's time.
             input_ids_T=torch.from_numpy(np.array(token_ids)) if after is None else _sampled_for(chunks, after),
             positions_3T=torch.cat([c.sequence.positions(c.start, c.stop) for c in chunks], dim=1),
-            segments=Segments.build([c.stop - c.start for c in chunks], [c.stop for c in chunks]),
+            segments=Segments.build(
+                [c.stop - c.start for c in chunks],
+                [c.stop for c in chunks],
+                block_tables=tables,
+                block_size=block_size,
+            ),
             slots_T=torch.cat(slots),
-            block_tables=tables,
-            block_size=block_size,
-            visual_rows=torch.tensor(visual_rows) if visual else None,
-            visual=VisionFeatures.cat(visual) if visual else None,
+            visual=VisionFeatures.cat(visual).at(torch.tensor(visual_rows)) if visual else None,
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         )
 
-    def _prompt_logprobs(self, hidden_RH: Tensor, sequence: Sequence, span: range) -> list[list[TokenLogprob]]:
+    def _prompt_logprobs(
+        self, hidden_RH: Tensor | None, first_row: int, sequence: Sequence, span: range
+    ) -> list[list[TokenLogprob]]:
+        """Log-probabilities of the tokens after each position of a span, whose hidden states begin at a row."""
         entries: list[list[TokenLogprob]] = []
         for start in range(0, len(span), _PROMPT_LOGIT_ROWS):
-            rows = span[start : start + _PROMPT_LOGIT_ROWS]
-            targets = torch.tensor([sequence.token_ids[row + 1] for row in rows], device=hidden_RH.device)
-            logits_RV = self.model.lm_head(hidden_RH[start : start + len(rows)])
-            entries += token_logprobs(logits_RV, targets, sequence.params.prompt_logprobs)
+            assert hidden_RH is not None  # a step with such positions is not replayed
+            places = span[start : start + _PROMPT_LOGIT_ROWS]
+            targets = torch.tensor([sequence.token_ids[place + 1] for place in places], device=hidden_RH.device)
+            row = first_row + start
+            logits_RV = self.model.compute_logits(hidden_RH[row : row + len(places)])
+            entries += token_logprobs(logits_RV, targets, sequence.params.prompt_logprobs or 0)
         return entries
 
 
@@ -269,7 +278,11 @@ def _now(device: torch.device) -> Mark:
 
 def seconds_between(start: Mark, stop: Mark) -> float:
     """Between two marks that the device has reached."""
-    return stop - start if isinstance(start, float) else start.elapsed_time(stop) / 1000
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(stop, torch.cuda.Event)  # marks of one device are of one kind
+        return start.elapsed_time(stop) / 1000
+    assert isinstance(stop, float)
+    return stop - start
 
 
 def _prompt_logprob_span(chunk: Chunk) -> range:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_moe.engine.sequence import Sequence
-from qwen3vl_moe.model.batch import to_device
+from qwen3vl_moe.ops.transfer import to_device
 
 TokenLogprob = tuple[int, float, int]  # token id, natural log-probability, rank
 
@@ -42,10 +42,10 @@ def sample(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Genera
 def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
     """Apply one request's penalties in place: repetition over prompt and answer, the others over the answer."""
     params, device = sequence.params, logits_V.device
-    if params.repetition_penalty != 1.0:
+    penalty = params.repetition_penalty
+    if penalty is not None and penalty != 1.0:
         seen = torch.tensor(sequence.token_ids, device=device).unique()
         logits = logits_V[seen]
-        penalty = params.repetition_penalty
         logits_V[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
     if sequence.output_ids:
         used, counts = torch.tensor(sequence.output_ids, device=device).unique(return_counts=True)
@@ -60,7 +60,7 @@ def _draw(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Generat
     truncated = [row for row, sequence in enumerate(sequences) if sequence.params.truncated]
     if truncated:
         rows = to_device(torch.tensor(truncated), logits_RV.device)
-        top_k = [sequences[row].params.top_k for row in truncated]
+        top_k = [sequences[row].params.top_k or 0 for row in truncated]
         lowest_R1 = _truncation(logits_RV[rows], top_k, top_p_R[rows], min_p_R[rows])
         logits_RV[rows] = logits_RV[rows].where(logits_RV[rows] >= lowest_R1, -torch.inf)
     times_RV = torch.empty_like(logits_RV).exponential_(generator=generator)

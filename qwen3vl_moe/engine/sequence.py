@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qwen3vl_moe.detokenizer import TextStream
+from qwen3vl_moe.engine.detokenizer import TextStream
 from qwen3vl_moe.engine.kv_cache import block_key
+from qwen3vl_moe.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from qwen3vl_moe.engine.params import SamplingParams
+from qwen3vl_moe.inputs.processor import ImageInput, Prompt
 from qwen3vl_moe.model import VisionFeatures
-from qwen3vl_moe.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from qwen3vl_moe.params import SamplingParams
-from qwen3vl_moe.processor import ImageInput, Prompt
 
 
 @dataclass(eq=False)
@@ -145,7 +145,7 @@ class Sequence:
 
         if token_id in self.eos_token_ids:
             self.finish("stop")
-        elif token_id in self.params.stop_token_ids:
+        elif token_id in (self.params.stop_token_ids or ()):
             self.finish("stop", token_id)
         elif (stop := self.text.push(token_id)) is not None:
             self.finish("stop", stop)

@@ -83,16 +83,6 @@ def mrope_angles(positions_3T: Tensor, frequencies: Tensor, section: tuple[int, 
     return angles_TF.cos(), angles_TF.sin()
 
 
-def rotate(x_TND: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
-    """Rotate each head: the pair of channel i is i + D/2 (the split-half convention of the checkpoint).
-
-    cos and sin are [T, D/2]; the result has the dtype that x and they promote to.
-    """
-    cos, sin = cos_TF[:, None], sin_TF[:, None]
-    first, second = x_TND.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 def vision_positions(grids: Sequence[Grid], merge_size: int) -> Tensor:
     """Row and column of every patch, int64 [P, 2] on the CPU, in the order in which patches are packed.
 

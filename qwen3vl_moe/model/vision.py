@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen3vl_moe import ops
 from qwen3vl_moe.config import VisionConfig
-from qwen3vl_moe.model.attention import attention, runs_kernels
-from qwen3vl_moe.model.batch import Segments, VisionFeatures, to_device
-from qwen3vl_moe.model.rope import Grid, inverse_frequencies, rotate, vision_angles, vision_positions
+from qwen3vl_moe.model.batch import VisionFeatures
+from qwen3vl_moe.model.rope import Grid, inverse_frequencies, vision_angles, vision_positions
+from qwen3vl_moe.ops import ResidualStream, Segments
+from qwen3vl_moe.ops.transfer import to_device
 
 _NORM_EPS = 1e-6  # fixed in the published model's code, not in its config
 
@@ -43,8 +45,9 @@ class PatchPlan:
     def build(cls, grids: Sequence[Grid], config: VisionConfig, device: torch.device | str = "cpu") -> PatchPlan:
         """The plan of these images; the arithmetic on a grid is done once, on the host, and kept on the device."""
         places = [_places(grid, config.grid_side, config.merge_size, torch.device(device)) for grid in grids]
-        joined = places[0] if len(places) == 1 else map(torch.cat, zip(*places, strict=True))
-        return cls(*joined, Segments.build([h * w for t, h, w in grids for _ in range(t)], device=device))
+        index_P4, weight_P4, positions_P2 = places[0] if len(places) == 1 else map(torch.cat, zip(*places, strict=True))
+        segments = Segments.build([h * w for t, h, w in grids for _ in range(t)], device=device)
+        return cls(index_P4, weight_P4, positions_P2, segments)
 
 
 @functools.lru_cache(maxsize=32)  # a picture of the largest size takes 4 MB of them
@@ -67,23 +70,6 @@ def _places(grid: Grid, side: int, merge_size: int, device: torch.device) -> tup
         return to_device(index_P4, device), to_device(weight_P4, device), to_device(positions_P2, device)
 
 
-def mix_positions(table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tensor:
-    """Weighted sum of four learned positions per patch, fp32 [P, C]; corner by corner, to keep memory at one [P, C]."""
-    out_PC = table_SC[index_P4[:, 0]] * weight_P4[:, :1]
-    for corner in range(1, 4):
-        out_PC += table_SC[index_P4[:, corner]] * weight_P4[:, corner, None]
-    return out_PC
-
-
-def add_positions(x_PC: Tensor, table_SC: Tensor, plan: PatchPlan) -> Tensor:
-    """Patches with their learned positions."""
-    if runs_kernels(x_PC):
-        from qwen3vl_moe.model import vision_ops  # needs triton, which a CPU may lack
-
-        return vision_ops.add_positions(x_PC, table_SC, plan.index_P4, plan.weight_P4)
-    return x_PC + mix_positions(table_SC, plan.index_P4, plan.weight_P4).to(x_PC.dtype)
-
-
 class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -91,17 +77,9 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x_PC: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        qkv = self.qkv(x_PC)
-        if runs_kernels(x_PC):
-            from qwen3vl_moe.model.fused_ops import norm_rotate_store  # needs triton, which a CPU may lack
-
-            q, k, v = norm_rotate_store(qkv, (self.num_heads, self.num_heads), cos, sin)
-        else:
-            q, k, v = qkv.view(len(x_PC), 3, self.num_heads, -1).unbind(1)
-            # The rotation is done in fp32: its angles are large and bf16 would round them away.
-            q, k = (rotate(x.float(), cos, sin).to(x_PC.dtype) for x in (q, k))
-        return self.out(attention(q, k, v, segments, causal=False).flatten(1))
+    def forward(self, x_PC: Tensor, cos_PF: Tensor, sin_PF: Tensor, segments: Segments) -> Tensor:
+        q_PND, k_PND, v_PND = ops.rotate_and_store(self.qkv(x_PC), (self.num_heads, self.num_heads), cos_PF, sin_PF)
+        return self.out(ops.attention(q_PND, k_PND, v_PND, segments, causal=False).flatten(1))
 
 
 class VisionMLP(nn.Module):
@@ -111,20 +89,7 @@ class VisionMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_PC: Tensor) -> Tensor:
-        if runs_kernels(x_PC):
-            # cuBLAS applies the (tanh) GELU while the product is still in registers.
-            return self.fc2(torch._addmm_activation(self.fc1.bias, x_PC, self.fc1.weight.T, use_gelu=True))
-        return self.fc2(F.gelu(self.fc1(x_PC), approximate="tanh"))
-
-
-def add_norm(x_PC: Tensor, y_PC: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Add a block's output to the residual stream (None: nothing yet), and norm the sum for the next one."""
-    if runs_kernels(x_PC):
-        from qwen3vl_moe.model import fused_ops  # needs triton, which a CPU may lack
-
-        return fused_ops.add_norm(x_PC, y_PC, norm.weight, norm.eps, norm.bias)
-    x_PC = x_PC if y_PC is None else x_PC + y_PC
-    return x_PC, norm(x_PC)
+        return self.fc2(ops.linear_gelu(x_PC, self.fc1))
 
 
 class VisionBlock(nn.Module):
@@ -135,13 +100,9 @@ class VisionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=_NORM_EPS)
         self.mlp = VisionMLP(config)
 
-    def forward(
-        self, x_PC: Tensor, y_PC: Tensor | None, cos: Tensor, sin: Tensor, segments: Segments
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream, and what the block before left to add to it; returns the same of this block."""
-        x_PC, normed_PC = add_norm(x_PC, y_PC, self.norm1)
-        x_PC, normed_PC = add_norm(x_PC, self.attn(normed_PC, cos, sin, segments), self.norm2)
-        return x_PC, self.mlp(normed_PC)
+    def forward(self, stream: ResidualStream, cos_PF: Tensor, sin_PF: Tensor, segments: Segments) -> None:
+        stream.add(self.attn(stream.normed(self.norm1), cos_PF, sin_PF, segments))
+        stream.add(self.mlp(stream.normed(self.norm2)))
 
 
 class Merger(nn.Module):
@@ -198,15 +159,15 @@ class VisionTower(nn.Module):
         """The same with the grid arithmetic done: launches only, in the tower's dtype and on its device."""
         config = self.config
         x_PC = self.patch_embed(pixel_values_PC)
-        x_PC = add_positions(x_PC, self.pos_embed.weight, plan)
+        x_PC = ops.add_positions(x_PC, self.pos_embed.weight, plan.index_P4, plan.weight_P4)
         frequencies = inverse_frequencies(config.head_dim // 2, config.rope_theta, device=x_PC.device)
-        cos, sin = vision_angles(plan.positions_P2, frequencies)
+        cos_PF, sin_PF = vision_angles(plan.positions_P2, frequencies)
 
-        deepstack, y_PC = [], None
+        stream, deepstack = ResidualStream(x_PC), []
         for number, block in enumerate(self.blocks):
-            x_PC, y_PC = block(x_PC, y_PC, cos, sin, plan.segments)
+            block(stream, cos_PF, sin_PF, plan.segments)
             if number in config.deepstack_indexes:
-                deepstack.append(self.deepstack_mergers[config.deepstack_indexes.index(number)](x_PC + y_PC))
-        embeds_MH = self.merger(x_PC + y_PC)
+                deepstack.append(self.deepstack_mergers[config.deepstack_indexes.index(number)](stream.total()))
+        embeds_MH = self.merger(stream.total())
         none = embeds_MH.new_empty(0, *embeds_MH.shape)
         return VisionFeatures(embeds_MH, torch.stack(deepstack) if deepstack else none)

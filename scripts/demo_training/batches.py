@@ -19,8 +19,8 @@ from demo_training.pictures import IGNORE, MERGE, PATCH, Pictures, Tensors, pack
 from demo_training.questions import Example, make_example
 from demo_training.scenes import SIZES, Scene
 from demo_training.texts import Problem, few_shot_messages, text_messages
+from qwen3vl_moe.inputs.processor import IMAGE_PAD, VISION_END, VISION_START
 from qwen3vl_moe.model.rope import mrope_positions
-from qwen3vl_moe.processor import IMAGE_PAD, VISION_END, VISION_START
 
 TURNS = 5  # most questions about one picture: drawing it costs more than asking
 FEW_SHOT = 1 / 60  # share of the text rows that are few-shot prompts, which are several times as long
@@ -32,7 +32,7 @@ EASY_STEPS = 2000
 
 
 @dataclass
-class Batch(Tensors):
+class TrainingBatch(Tensors):
     """N packed tokens of several rows. The last token, at least, is padding, in a row of its own.
 
     Attributes:
@@ -148,7 +148,7 @@ class Budget:
         return (self.tokens + self.text_tokens) // SHORTEST_ROW + 2
 
 
-def collate(rows: Sequence[Row], encoder: Encoder, budget: Budget) -> Batch:
+def collate(rows: Sequence[Row], encoder: Encoder, budget: Budget) -> TrainingBatch:
     """Pack ``rows``, which fit."""
     total = budget.tokens + budget.text_tokens + 1
     ids = torch.full((total,), encoder.pad)
@@ -180,7 +180,7 @@ def collate(rows: Sequence[Row], encoder: Encoder, budget: Budget) -> Batch:
     images = (ids == encoder.image).nonzero().flatten()
     place[: len(images)] = images
     pictures = pack_pictures([scene for row in rows for scene in row.scenes], budget.image_tokens * MERGE**2)
-    return Batch(ids, positions, starts, valid, place, learned, targets, weight, is_text, pictures)
+    return TrainingBatch(ids, positions, starts, valid, place, learned, targets, weight, is_text, pictures)
 
 
 class TrainingBatches(Dataset):
@@ -201,7 +201,7 @@ class TrainingBatches(Dataset):
     def __len__(self) -> int:
         return self._steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> TrainingBatch:
         if not 0 <= step < self._steps:
             raise IndexError(step)
         return collate([*self.picture_rows(step), *self.text_rows(step)], self.encoder, self._budget)

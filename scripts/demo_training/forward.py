@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from demo_training.batches import LONGEST_ROW, Batch
-from demo_training.experts import experts
+from demo_training.batched_experts import experts
+from demo_training.batches import LONGEST_ROW, TrainingBatch
 from demo_training.pictures import FRAMES, IGNORE, MOST_PATCHES, Pictures
-from qwen3vl_moe.model.rope import inverse_frequencies, mrope_angles, rotate, vision_angles
+from qwen3vl_moe.model.rope import inverse_frequencies, mrope_angles, vision_angles
+from qwen3vl_moe.ops.reference import rotate
 
 
 @dataclass
@@ -88,7 +89,7 @@ def _attention(layer: Any, x_NH: Tensor, cos: Tensor, sin: Tensor, starts: Tenso
     return module.o_proj(attend(q, k, v, starts, LONGEST_ROW, causal=True).flatten(1))
 
 
-def losses_of(model: Any, batch: Batch) -> Losses:
+def losses_of(model: Any, batch: TrainingBatch) -> Losses:
     """Forward pass; only tokens whose successor is learned reach the vocabulary."""
     config, decoder = model.config.text_config, model.model.language_model
     features = image_features(model.model.visual, batch.pictures)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from benchmarking.tiny import SPECIAL_TOKENS, TokenIds
+from benchmarking.transformers_twin import transformers_config
 from demo_training.pictures import FRAMES, MERGE, PATCH, POSITIONS
 from qwen3vl_moe.config import Qwen3VLMoeConfig
-from qwen3vl_moe.tiny import SPECIAL_TOKENS, TokenIds
-from qwen3vl_moe.transformers_twin import transformers_config
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from random import Random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from benchmarking.tiny import SPECIAL_TOKENS, write_processor_dir
 from demo_training.publish import write_json
 from demo_training.questions import make_example
 from demo_training.scenes import LARGEST_AREA, SMALLEST_AREA
 from demo_training.texts import Problem, arithmetic_problem, chat_messages, prompt_text
-from qwen3vl_moe.tiny import SPECIAL_TOKENS, write_processor_dir
 
 # Words with their leading space, single digits (a sum is then worked digit by digit, as in Qwen's own vocabulary),
 # punctuation, line breaks.

@@ -22,7 +22,7 @@ from demo_training.forward import image_features
 from demo_training.pictures import CLASSES, IGNORE, MERGE, MOST_PATCHES, WHAT, Pictures, pack_pictures
 from demo_training.repeated import Repeated
 from demo_training.scenes import SIZES, draw_scene
-from demo_training.trainer import MasterWeights, Recipe
+from demo_training.trainer import MasterWeights, TrainingRecipe
 
 KINDS = ("shapes", "shapes", "chart", "number", "word")
 NOTHING = 0.1  # weight of a patch without anything: most are
@@ -81,7 +81,7 @@ def train_tower(
     model: Any,
     heads: TowerHeads,
     batches: Iterable[Pictures],
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     steps: int,
     *,
     device: torch.device,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from demo_training.batches import Batch
+from demo_training.batches import TrainingBatch
 from demo_training.forward import losses_of
 from demo_training.pictures import IGNORE
 from demo_training.repeated import Repeated
@@ -21,7 +21,7 @@ FIGURES = ("pictures", "pictures_right", "text", "text_right", "balance", "named
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """``minutes``: length of the whole schedule. ``steps`` (if not None) bounds it by steps instead."""
 
     minutes: float
@@ -64,7 +64,9 @@ class MasterWeights:
     bf16 cannot hold the small steps of late training. Nothing here reads back from the device.
     """
 
-    def __init__(self, module: nn.Module, recipe: Recipe, dtype: torch.dtype, slow: tuple[str, float] = ("", 1.0)):
+    def __init__(
+        self, module: nn.Module, recipe: TrainingRecipe, dtype: torch.dtype, slow: tuple[str, float] = ("", 1.0)
+    ):
         """``slow``: parameters whose names begin so get this share of the rate."""
         self.parameters, self._clip = list(module.parameters()), recipe.clip
         self.master = [parameter.detach().float().clone() for parameter in self.parameters]
@@ -135,7 +137,7 @@ class Trainer:
         self,
         model: Any,
         heads: nn.Module,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -146,7 +148,7 @@ class Trainer:
         self.weights = MasterWeights(both, recipe, dtype, ("model.model.visual.", recipe.tower))
         self._learn = Repeated(self._update, device, graphs)
 
-    def step(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+    def step(self, batch: TrainingBatch, progress: float) -> dict[str, Tensor]:
         """One update at ``progress`` of the schedule; figures as tensors, since reading them would wait."""
         self.progress.tokens += int(batch.valid_N.sum())
         self.progress.patches += int((batch.pictures.targets_5P[0] != IGNORE).sum())
@@ -155,7 +157,7 @@ class Trainer:
         self.progress.step += 1
         return figures
 
-    def _update(self, batch: Batch) -> list[Tensor]:
+    def _update(self, batch: TrainingBatch) -> list[Tensor]:
         losses, recipe = losses_of(self.model, batch), self.recipe
         seen, named = self.heads(losses.features, batch.pictures.targets_5P)
         loss = losses.pictures + recipe.text * losses.text + recipe.balance * losses.balance + recipe.sight * seen
@@ -166,7 +168,7 @@ class Trainer:
 
     def run(
         self,
-        batches: Iterable[Batch],
+        batches: Iterable[TrainingBatch],
         *,
         stop_after: float | None = None,
         report: Callable[[dict[str, float]], None] = lambda figures: None,

@@ -1,9 +1,20 @@
 """The engine on a GPU: the same answers as on the CPU, and a cache that is sized from the device's memory."""
 
+import dataclasses
+import gc
+import math
+from itertools import groupby
+from random import Random
+
 import pytest
 import torch
 
+from benchmarking.loading import load_llm
+from demo_training.evaluation import conversation, heldout_examples, problem_conversation
+from demo_training.texts import arithmetic_problem
+from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine import LLM, SamplingParams
+from qwen3vl_moe.model import Qwen3VLMoe
 from tests.engine.conftest import PROMPTS, check_leaks
 
 pytestmark = pytest.mark.gpu
@@ -85,7 +96,93 @@ def test_bf16_is_as_good_as_plain_torch(plain):
     assert (on_gpu - exact).abs().median() <= 2 * (on_cpu - exact).abs().median()
 
 
+USERS = {"max_model_len": 512, "max_num_seqs": 9, "max_prefill_tokens": 200, "async_scheduling": True}
+
+
+def plain_twin(llm, dtype):
+    """The same weights with the plain experts and attention, launched step by step."""
+    model = Qwen3VLMoe(llm.engine.model.config, "reference").to("cuda", dtype)
+    model.load_state_dict(llm.engine.model.state_dict())
+    options = USERS | {"enforce_eager": True, "async_scheduling": False}
+    return LLM.from_parts(model, llm.processor, llm.engine.defaults, **options)
+
+
+def is_what_users_run(llm):
+    return llm.settings["moe"] == "tma" and llm.settings["cuda_graphs"] and llm.settings["attention"] != "torch"
+
+
+def test_the_fused_engine_answers_as_plain_torch_in_fp32():
+    """Experts in kernels, CUDA graphs and launches ahead together, on weights that mean something: wherever fp32 gives
+    every token of its answer more than three quarters of the probability, the answer is the same word for word."""
+    llm = LLM("demo", device="cuda", moe="tma", progress=False, **USERS)
+    assert is_what_users_run(llm)
+    rng = Random(0)
+    questions = [conversation(example) for example in heldout_examples(60)]
+    questions += [problem_conversation(arithmetic_problem(rng)) for _ in range(40)]
+    params = SamplingParams(temperature=0, max_tokens=160, logprobs=0)
+    plain = plain_twin(llm, torch.float32)
+    for _ in range(2):  # the second time from cached prefixes, in other company
+        rng.shuffle(questions)
+        ours = [output.outputs[0] for output in llm.chat(questions, params)]
+        exact = [output.outputs[0] for output in plain.chat(questions, params)]
+        sure = [
+            all(math.exp(entry[token].logprob) > 0.75 for token, entry in zip(a.token_ids, a.logprobs, strict=True))
+            for a in exact
+        ]
+        assert sum(sure) > len(sure) / 2
+        assert [a.text for a, is_sure in zip(ours, sure, strict=True) if is_sure] == [
+            a.text for a, is_sure in zip(exact, sure, strict=True) if is_sure
+        ]
+    check_leaks(llm)
+
+
+def test_the_fused_engine_is_as_exact_as_plain_torch(monkeypatch):
+    """Three layers at the 30B widths: the mean square error of the generated tokens' log-probabilities against fp32,
+    given the same tokens before, is at most four times that of the plain experts in eager steps of the same dtype.
+    An output that is not this step's misses by the width of the logits, a hundred times further."""
+    config = Qwen3VLMoeConfig.qwen3_vl_30b_a3b()
+    config = dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, num_layers=3),
+        vision=dataclasses.replace(config.vision, depth=3, deepstack_indexes=(0, 1)),
+    )
+    monkeypatch.setattr(Qwen3VLMoeConfig, "qwen3_vl_30b_a3b", classmethod(lambda cls: config))
+    llm = load_llm(None, load_format="dummy", device="cuda", moe="tma", **USERS)
+    assert is_what_users_run(llm)
+    exact = plain_twin(llm, torch.float32)
+    image_token_id = llm.engine.model.config.image_token_id
+    # Twice as many requests as fit, with answers of many lengths: steps of all sizes, prefill beside decoding.
+    prompts = list(PROMPTS.values()) * 6
+    params = [SamplingParams(temperature=0, max_tokens=12 + 5 * n, ignore_eos=True, logprobs=0) for n in range(18)]
+    score = SamplingParams(max_tokens=1, prompt_logprobs=0)
+
+    def error(llm):
+        outputs = llm.generate(prompts, params)
+        check_leaks(llm)
+        scored = exact.generate(list(map(given_again, prompts, outputs)), score)
+        errors = []
+        for output, again in zip(outputs, scored, strict=True):
+            answer = output.outputs[0]
+            assert again.prompt_token_ids == output.prompt_token_ids + answer.token_ids
+            truth = again.prompt_logprobs[-len(answer.token_ids) :]
+            for token, ours, theirs in zip(answer.token_ids, answer.logprobs, truth, strict=True):
+                errors.append(ours[token].logprob - theirs[token].logprob)
+        return torch.tensor(errors).square().mean()
+
+    def given_again(prompt, output):
+        """A prompt with its answer, as token ids, with one placeholder per image."""
+        ids = []
+        for token, run in groupby(output.prompt_token_ids):
+            ids += [token] if token == image_token_id else run
+        answered = ids + output.outputs[0].token_ids
+        return {"prompt_token_ids": answered, "multi_modal_data": prompt["multi_modal_data"]}
+
+    assert error(llm) <= 2**2 * error(plain_twin(llm, torch.bfloat16))
+
+
 def test_the_cache_leaves_the_memory_that_was_not_given(plain):
+    gc.collect()  # the engines of other tests
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     used = (total - free) / total
     llm = load(plain, "cuda", gpu_memory_utilization=used + 0.05, max_num_seqs=4096)

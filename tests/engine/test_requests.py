@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qwen3vl_moe.engine import LLM, SamplingParams
+from qwen3vl_moe.engine.outputs import STAGES
+from qwen3vl_moe.engine.params import GenerationDefaults
 from qwen3vl_moe.errors import CheckpointError, OptionError, PromptError
-from qwen3vl_moe.outputs import STAGES
-from qwen3vl_moe.params import GenerationDefaults
 from tests.engine.conftest import PROMPTS, check_leaks, mixed_prompt
 
 TEXT = "Hello, how are you today?"
@@ -326,9 +326,17 @@ def test_from_a_directory(plain):
     llm = LLM(plain.published, device="cpu", dtype="float32", max_num_seqs=4, max_model_len=128, progress=False)
     assert llm.settings == {
         "model": str(plain.published), "random_weights": False, "device": "cpu", "dtype": "float32", "moe": "reference",
+        "moe_fallback": "a Hopper GPU is needed, the device is cpu",
+        "attention": "torch", "small_ops": "torch", "cuda_graphs": False,
         "max_model_len": 128, "max_num_seqs": 4, "max_prefill_tokens": 8192, "kv_cache_tokens": 512,
     }  # fmt: skip
     assert answer(llm).finish_reason == "length"
+    assert "moe_fallback" not in LLM(plain.published, moe="reference", progress=False).settings
+
+
+def test_parts_without_defaults_end_at_the_tokenizers_end_of_text(llm):
+    parts = LLM.from_parts(llm.engine.model, llm.processor, num_blocks=16)
+    assert parts.engine.defaults.eos_token_ids == {llm.processor.tokenizer.eos_token_id}
 
 
 def test_a_damaged_generation_config_is_named(plain, tmp_path):

@@ -14,8 +14,8 @@ from transformers.generation.logits_process import (
 )
 
 from qwen3vl_moe.engine import SamplingParams
+from qwen3vl_moe.engine.params import GenerationDefaults
 from qwen3vl_moe.engine.sampler import sample, token_logprobs
-from qwen3vl_moe.params import GenerationDefaults
 
 VOCABULARY = 50
 

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
-from qwen3vl_moe.detokenizer import TextStream
+from qwen3vl_moe.engine.detokenizer import TextStream
 from qwen3vl_moe.engine.kv_cache import KVCache, bytes_per_block, plan_cache
+from qwen3vl_moe.engine.outputs import RequestMetrics
+from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
 from qwen3vl_moe.engine.runner import _prompt_logprob_span
 from qwen3vl_moe.engine.scheduler import Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError
-from qwen3vl_moe.images import Picture
-from qwen3vl_moe.outputs import RequestMetrics
-from qwen3vl_moe.params import EngineOptions, GenerationDefaults, SamplingParams
-from qwen3vl_moe.processor import ImageInput, Prompt
+from qwen3vl_moe.inputs.images import Picture
+from qwen3vl_moe.inputs.processor import ImageInput, Prompt
 
 TEXT = SimpleNamespace(num_layers=1, num_kv_heads=1, head_dim=2)
 PLACEHOLDER = 9

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from qwen3vl_moe import LLM
-from qwen3vl_moe.checkpoint import DEMO
+from qwen3vl_moe.weights.source import DEMO
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "eval"))

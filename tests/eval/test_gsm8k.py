@@ -6,11 +6,11 @@ import re
 import subprocess
 import sys
 
-import gsm8k
-import problems
 import pytest
 import torch
 
+import gsm8k
+import problems
 from qwen3vl_moe.errors import UserError
 from tests.eval.conftest import ROOT, run_program
 
@@ -224,7 +224,7 @@ def test_a_bad_line_is_named(run, problems_dir, tmp_path, case):
         (("--cache", f"{__file__}/cache"), "--cache: "),
         (("--temperature", -1), "--temperature -1.0: 0 or more"),
         (("--gpu-memory-utilization", 1.5), "gpu_memory_utilization=1.5"),
-        (("--load-format", "tensorizer"), "choose auto or dummy"),
+        (("--load-format", "tensorizer"), "choose from auto, dummy"),
         (("--through", "vllm"), "--through vllm: choose engine or transformers"),
         (("--moe", "fast"), "moe='fast' is unknown"),
         (("--load-format", "dummy", "--model", "nowhere"), "nowhere is neither a directory nor a hub id"),

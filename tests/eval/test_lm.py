@@ -4,16 +4,16 @@ import json
 import sys
 from functools import partialmethod
 
-import lm
 import pytest
 import torch
-from lm import EngineLM
 from lm_eval.tasks import TaskManager
 from PIL import Image
 
+import lm
+from lm import EngineLM
 from qwen3vl_moe import LLM, SamplingParams
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
-from qwen3vl_moe.processor import IMAGE_PLACEHOLDER
+from qwen3vl_moe.inputs.processor import IMAGE_PLACEHOLDER
 from tests.eval.conftest import instance
 
 TEXT = "The picture shows a large green triangle above a small yellow circle. How many blue circles are there? "

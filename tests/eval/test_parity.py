@@ -3,15 +3,15 @@
 import json
 import math
 
+import pytest
+import torch
+
 import gsm8k
 import parity
 import problems
-import pytest
 import tma_moe
-import torch
 from logprobs import Distance, of_tokens
-from variants import VARIANTS, variant_lm
-
+from peers import VARIANTS, variant_lm
 from qwen3vl_moe import LLM
 from qwen3vl_moe.engine import runner
 from tests.eval.conftest import instance, run_program
@@ -32,14 +32,14 @@ def run(plain, problems_dir):
 
 def plant(monkeypatch, fault, backend=None):
     """Plant a fault in our experts, for one backend or for all; transformers' own are left alone."""
-    monkeypatch.setattr(tma_moe, "unavailable", lambda device, dtype: None)
+    monkeypatch.setattr(tma_moe, "unavailable", lambda device, dtype, sizes=None: None)
     route, fused_moe = tma_moe.route, tma_moe.fused_moe
 
-    def faulty_route(logits_TE, k, *, backend="tma"):
+    def faulty_route(logits_TE, k, *, skip_T=None, backend="tma"):
         if fault == "not renormalised" and backend in sick:
             weights_TK, ids_TK = logits_TE.float().softmax(-1).topk(k)
             return ids_TK.int(), weights_TK
-        return route(logits_TE, k, backend="reference")
+        return route(logits_TE, k, skip_T=skip_T, backend="reference")
 
     def faulty_moe(x_TH, ids_TK, weights_TK, experts, *, backend="tma", combine=True):
         if fault == "experts swapped" and backend in sick:
@@ -117,9 +117,7 @@ def test_no_fault_in_the_fast_path(run, monkeypatch):
 
 def test_a_rounding_bug_of_growing_size(plain, demo, monkeypatch):
     """Bits are taken away one after the other: the error grows, and the verdict turns."""
-    from loading import load
-
-    model = load(str(plain.published), device="cpu", dtype="bfloat16", max_model_len=256, progress=False).engine.model
+    model = LLM(str(plain.published), device="cpu", dtype="bfloat16", max_model_len=256, progress=False).engine.model
     ids = torch.randint(0, 256, (4, 100), generator=torch.Generator().manual_seed(0))
     from lm import Answer
 

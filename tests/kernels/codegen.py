@@ -8,14 +8,16 @@ import tempfile
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import tma_moe
 import torch
 import triton
-from tma_moe import launch
-from tma_moe.tuning import Choice
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+
+import tma_moe
+from tma_moe.launcher import Launch
+from tma_moe.recipe import make_recipe
+from tma_moe.tiles import Choice
 
 SHORT = {
     torch.bfloat16: "bf16",
@@ -120,11 +122,11 @@ def kernels_of(choice: Choice, T: int, E: int, K: int, H: int, I: int, dtype: to
     def record(self, stream, grid, *args):
         seen[self.kernel.__name__] = (self.kernel, args, self.constants, self.options)
 
-    patch.setattr(launch.Launch, "__call__", record)
+    patch.setattr(Launch, "__call__", record)
     patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     meta = torch.device("meta")
     experts = tma_moe.ExpertWeights(E, H, I, device=meta, dtype=dtype)
-    recipe = launch.Recipe(meta, E, K, H, I, choice)
     ids = torch.empty(T, K, dtype=torch.int32, device=meta)
-    recipe.run(torch.empty(T, H, dtype=dtype, device=meta), ids, ids.float(), experts)
+    x = torch.empty(T, H, dtype=dtype, device=meta)
+    make_recipe(meta, E, K, H, I, choice).run(x, ids, ids.float(), experts)
     return seen

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tma_moe
 import torch
-from tma_moe import support
+
+import tma_moe
+from tma_moe import op, support
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,6 +66,22 @@ def test_wrong_logits(logits, k, error, message):
         tma_moe.route(logits, k, backend="reference")
 
 
+@pytest.mark.parametrize("backend", op.BACKENDS)
+@pytest.mark.parametrize(
+    ("skip", "got"),
+    [
+        (torch.zeros(3, dtype=torch.int32), r"torch.int32 of shape \(3,\) on cpu"),
+        (torch.zeros(4, dtype=torch.bool), r"torch.bool of shape \(4,\) on cpu"),
+        (torch.zeros(3, 4, dtype=torch.bool), r"torch.bool of shape \(3, 4\) on cpu"),
+        (torch.zeros(3, dtype=torch.bool, device="meta"), r"torch.bool of shape \(3,\) on meta"),
+    ],
+)
+def test_wrong_skip(skip, got, backend):
+    with pytest.raises(ValueError, match=rf"skip must be bool \[T\] on cpu with T = 3, got {got}") as caught:
+        tma_moe.route(torch.randn(3, 4), 2, skip_T=skip, backend=backend)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.skipif(support.interpreting(), reason="the interpreter runs backend 'tma' on the CPU")
 def test_backend_tma_names_what_is_missing_on_a_cpu():
     assert "Hopper GPU is needed, the device is cpu" in tma_moe.unavailable("cpu", torch.bfloat16)
@@ -110,8 +127,7 @@ def test_unavailable_by_capability_and_dtype(pretend_gpu):
     ],
 )
 def test_layout_that_backend_tma_cannot_read(monkeypatch, change, message):
-    # The package exports a function of the same name as the module, so the module is found by its full name.
-    monkeypatch.setattr(sys.modules["tma_moe.fused_moe"], "unavailable", lambda *_: None)
+    monkeypatch.setattr(op, "unavailable", lambda *_: None)
     given = operands()
     change(given)
     with pytest.raises(ValueError, match=message):
@@ -149,6 +165,25 @@ def test_old_triton_is_named(monkeypatch):
     assert tma_moe.unavailable("cuda", torch.bfloat16) == "triton >= 3.6 is needed, found 3.5.1"
     support._problem.cache_clear()
     support.triton_problem.cache_clear()
+
+
+@pytest.mark.parametrize("broken", support.GLUON_PRODUCTS)
+def test_gluon_that_cannot_be_imported_is_a_reason(monkeypatch, broken):
+    """Gluon is experimental: another triton may lack a name that a kernel imports."""
+    pytest.importorskip("triton.experimental.gluon")
+    right = support.importlib.import_module
+
+    def import_module(name, *package):
+        if name == f"tma_moe.gemm.{broken}":
+            raise AttributeError("module 'gluon' has no attribute 'mbarrier'")
+        return right(name, *package)
+
+    asked = support.gluon_problem.__wrapped__  # what it says is kept for the process
+    assert asked() is None
+    monkeypatch.setattr(support.importlib, "import_module", import_module)
+    assert asked() == "AttributeError: module 'gluon' has no attribute 'mbarrier'"
+    monkeypatch.setattr(support, "triton_problem", lambda: "triton >= 3.6 is needed, found 3.5.1")
+    assert asked() == "triton >= 3.6 is needed, found 3.5.1"
 
 
 def test_transformers_imports_beside_the_source_root():

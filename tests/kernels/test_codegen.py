@@ -2,7 +2,7 @@
 
 That catches what no value test sees: a product that fell back to the old tensor-core instructions, operands that pass
 through registers, spilled registers, a tile that no longer fits into shared memory, TMA that silently became ordinary
-loads. Weights are promised by TMA except in the decode kernels, tokens by TMA in `grouped_down` only.
+loads. Weights are promised by TMA except to the gemv kernels; tokens come by TMA to the down products in Gluon only.
 """
 
 from __future__ import annotations
@@ -11,44 +11,41 @@ import re
 
 import pytest
 import torch
-from tma_moe import support, tuning
+
+from tma_moe import support
+from tma_moe.tiles import CONFIG_DIR, Choice, choices_for, default_choices, load
 
 triton = pytest.importorskip("triton")
 if support.interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from codegen import Compiled, compile_for_hopper, kernels_of  # noqa: E402
+from tests.kernels.codegen import Compiled, compile_for_hopper, kernels_of  # noqa: E402
 from tma_moe import routing  # noqa: E402
 
 LARGE = 4096  # tokens of a call of the last bucket
 SHARED_MEMORY = 232_448  # bytes a block may have on sm_90
-PRODUCTS = {
-    "swap_up": 2,  # TMA loads in one step along K
-    "swap_down": 1,
-    "grouped_up": 1,
-    "grouped_down": 2,
-}
+PRODUCTS = {"weights_m_up": 2, "weights_m_down": 1}  # TMA loads in one step along K
 # The least number of TMA loads in the text of a kernel in Gluon; tokens of the up products are gathered.
-GLUON_PRODUCTS = {"specialized_up": 2, "specialized_down": 2, "streamed_up": 3, "streamed_down": 9}
+GLUON_PRODUCTS = {"tokens_m_ws_up": 2, "tokens_m_ws_down": 2, "weights_m_ws_up": 3, "weights_m_ws_down": 9}
 
 # They load before their turn: weights and, two launches after they were written, expert ids or the plan. Of the kernels
 # in Gluon the text does not tell which warps load.
-READ_EARLY = {"decode_down", *GLUON_PRODUCTS}
+READ_EARLY = {"gemv_down", *GLUON_PRODUCTS}
 
 
-def shipped() -> dict[str, tuple[tuple[int, int, int, int], tuning.Choice, torch.dtype]]:
+def shipped() -> dict[str, tuple[tuple[int, int, int, int], Choice, torch.dtype]]:
     """What this triton would be given: choices in configs/, and the defaults for two shapes, one of them in fp16."""
     found = {}
-    files = [tuning.load(path) for path in sorted(tuning.CONFIG_DIR.glob("*.json"))]
+    files = [load(path) for path in sorted(CONFIG_DIR.glob("*.json"))]
     shapes = {(file["devices"][0], shape) for file in files for shape, _ in file["shapes"]}
     for device, shape in sorted(shapes):
-        for choice in tuning.choices_for(device, triton.__version__, *shape):
+        for choice in choices_for(device, triton.__version__, *shape):
             found[f"{device}-{choice.max_tokens}"] = (shape, choice, torch.bfloat16)
     for name, shape, dtype in (
         ("default", (128, 8, 2048, 768), torch.bfloat16),
         ("default-mixtral", (8, 2, 4096, 14336), torch.float16),
     ):
-        for choice in tuning.default_choices(*shape):
+        for choice in default_choices(*shape):
             found[f"{name}-{choice.max_tokens}"] = (shape, choice, dtype)
     return found
 
@@ -79,8 +76,8 @@ def test_shipped_choice(name, monkeypatch, compiled):
     shape, choice, _ = SHIPPED[name]
     T = choice.max_tokens or LARGE
     kernels = compile_all(name, monkeypatch, compiled)
-    expected = {"decode_up", "decode_down"}
-    if choice.up.kernel != "decode":
+    expected = {"gemv_up", "gemv_down"}
+    if choice.up.kernel != "gemv":
         expected = {f"{choice.up.kernel}_up", f"{choice.down.kernel}_down", "combine"}
         few = T * shape[1] <= max(routing.FEW_BLOCKS)
         expected |= {"group_few"} if few else {"count_pairs", "group_many"}
@@ -111,23 +108,34 @@ def test_shipped_choice(name, monkeypatch, compiled):
 
 @pytest.mark.parametrize(("E", "k"), [(128, 8), (8, 2)])
 @pytest.mark.parametrize("logits", [torch.bfloat16, torch.float32], ids=str)
-def test_routing(E, k, logits):
-    arguments = (torch.empty(16, dtype=logits), torch.empty(16, dtype=torch.int32), torch.empty(16), 5)
-    made = compile_for_hopper(routing.route_topk, arguments, (E, k, E, k, 1, True), {"num_warps": 4})
+@pytest.mark.parametrize(("tokens", "skips"), [(1, False), (1, True), (16, True)])
+def test_routing(E, k, logits, tokens, skips):
+    ids = torch.empty(16, dtype=torch.int32)
+    skip = torch.empty(16, dtype=torch.uint8) if skips else ids
+    arguments = (torch.empty(16, dtype=logits), skip, ids, torch.empty(16), 5)
+    made = compile_for_hopper(routing.route_topk, arguments, (E, k, E, k, tokens, skips, True), {"num_warps": 4})
     assert made.spilled == 0
+    assert (made.count("ld.global.b8") > 0) == skips, "which tokens to skip is read if it is given, and only then"
     made.assert_takes_turn(reads_early=False)
 
 
-def test_decode_loads_are_16_bytes_wide(monkeypatch, compiled):
+def test_gemv_loads_are_16_bytes_wide(monkeypatch, compiled):
     for name, (_, choice, _) in SHIPPED.items():
-        if choice.up.kernel == "decode":
+        if choice.up.kernel == "gemv":
             for kernel_name, kernel in compile_all(name, monkeypatch, compiled).items():
                 assert re.search(r"ld\.global\S*evict_first\S*\.v4\.b32", kernel.ptx), kernel_name
 
 
 def test_gate_and_up_meet_in_registers(monkeypatch, compiled):
-    """One MMA stream of both halves per step, and no exchange between threads before the activation."""
+    """No up product passes float32 values between threads: the activation finds a gate and its up in one thread."""
+    seen = set()
     for name, (_, choice, _) in SHIPPED.items():
-        if choice.up.kernel == "grouped":
-            kernel = compile_all(name, monkeypatch, compiled)["grouped_up"]
+        if choice.up.kernel == "gemv":
+            continue
+        kernel = compile_all(name, monkeypatch, compiled)[f"{choice.up.kernel}_up"]
+        assert not re.search(r"convert_layout [^\n]*xf32", kernel.ttgir), name
+        assert "xbf16" in kernel.ttgir or "xf16" in kernel.ttgir, "the text is not read as it is written"
+        if choice.up.kernel == "tokens_m_ws":  # both halves are columns of one MMA
             assert f"m64n{2 * choice.up.cols}k16" in kernel.ptx, name
+        seen.add(choice.up.kernel)
+    assert seen == {"weights_m", "weights_m_ws", "tokens_m_ws"}

@@ -12,33 +12,25 @@ import time
 from pathlib import Path
 
 import pytest
-import tma_moe
 import torch
-from tma_moe import descriptors, launch, support
-from tma_moe.reference import fused_moe_reference
-from tma_moe.tuning import STREAMED_ROWS, Choice, Tiles
 
-MISSING = "triton's interpreter is on" if support.interpreting() else tma_moe.unavailable("cuda", torch.bfloat16)
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+import tma_moe
+from tests.kernels.on_hopper import (
+    MARKS,
+    E,
+    H,
+    I,
+    K,
+    assert_as_good_as_the_dtype,
+    in_float32,
+    make_experts,
+    make_inputs,
+)
+from tma_moe.descriptor_policies import clear_descriptor_cache
 
-E, K, H, I = 128, 8, 2048, 768  # Qwen3-VL-30B-A3B  # noqa: E741
+pytestmark = MARKS
 TOKENS = [1, 2, 4, 5, 8, 17, 64, 129, 200, 321, 450, 641, 1024, 1537, 2048, 4096]
 POLICIES = ["per_call", "lru", "owned"]
-
-
-def make_experts(seed: int = 0, dtype: torch.dtype = torch.bfloat16, sizes=(E, H, I)) -> tma_moe.ExpertWeights:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    experts = tma_moe.ExpertWeights(*sizes, device="cuda", dtype=dtype)
-    experts.gate_up.data.normal_(std=sizes[1] ** -0.5, generator=generator)
-    experts.down.data.normal_(std=sizes[2] ** -0.5, generator=generator)
-    return experts
-
-
-def make_inputs(T: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16, sizes=(E, K, H), scale: float = 1.0):
-    generator = torch.Generator("cuda").manual_seed(seed)
-    x_TH = scale * torch.randn(T, sizes[2], device="cuda", generator=generator)
-    logits_TE = torch.randn(T, sizes[0], device="cuda", generator=generator)
-    return x_TH.to(dtype), *tma_moe.route(logits_TE, sizes[1])
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +40,7 @@ def experts():
 
 @pytest.fixture(scope="module")
 def float32_weights(experts):
-    return experts.gate_up.float(), experts.down.float()
-
-
-def assert_as_good_as_the_dtype(y, x, ids, weights, experts, float32_weights) -> None:
-    """At most twice the error that the reference makes in the dtype of x, against the reference in float32."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    exact = fused_moe_reference(x.float(), ids, weights, *float32_weights)
-    allowed = (fused_moe_reference(x, ids, weights, experts.gate_up, experts.down).float() - exact).abs()
-    error = (y.float() - exact).abs()
-    assert error.max() <= 2 * allowed.max(), f"max error {error.max():.3g}, of the dtype {allowed.max():.3g}"
-    assert error.square().mean() <= 4 * allowed.square().mean()
+    return in_float32(experts)
 
 
 @pytest.mark.parametrize("T", TOKENS)
@@ -111,6 +93,26 @@ def test_captured_graph_replays_with_other_routing(T, experts):
             target.copy_(source)
         graph.replay()
         assert torch.equal(y, tma_moe.fused_moe(*static, experts))
+
+
+@pytest.mark.parametrize("T", [4, 64, 1024])
+def test_a_graph_skips_what_the_replay_says(T, experts):
+    """What pads a captured batch differs from replay to replay, and is told on the device."""
+    x, logits = make_inputs(T)[0], torch.randn(T, E, device="cuda")
+    skip = torch.zeros(T, dtype=torch.bool, device="cuda")
+
+    def step() -> torch.Tensor:
+        return tma_moe.fused_moe(x, *tma_moe.route(logits, K, skip_T=skip), experts)
+
+    whole = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for padding in (0, 1, T // 2, T):
+        skip.copy_(torch.arange(T, device="cuda") >= T - padding)
+        y.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(y, whole.masked_fill(skip[:, None], 0.0))
 
 
 @pytest.mark.parametrize("T", [1, 2, 4, 30, 200])
@@ -168,7 +170,7 @@ def test_dropping_the_weights_returns_their_memory(policy):
     inputs = make_inputs(64)
     with tma_moe.descriptor_policy(policy):
         tma_moe.fused_moe(*inputs, make_experts())
-        descriptors.clear_descriptor_cache()
+        clear_descriptor_cache()
         gc.collect()
         before = torch.cuda.memory_allocated()
         held = make_experts()
@@ -180,7 +182,7 @@ def test_dropping_the_weights_returns_their_memory(policy):
         if policy == "lru":
             # This is the price of keeping objects in a table: the weights stay until it is emptied.
             assert kept >= size
-            descriptors.clear_descriptor_cache()
+            clear_descriptor_cache()
             kept = torch.cuda.memory_allocated() - before
         assert kept == 0
 
@@ -196,7 +198,7 @@ def test_other_weights_at_the_same_address(policy, T):
         assert torch.equal(tma_moe.fused_moe(*inputs, layer), expected[0])
         torch.cuda.synchronize()
         del layer
-        descriptors.clear_descriptor_cache()
+        clear_descriptor_cache()
         gc.collect()
         others = []  # kept, until the allocator has no other block left to give
         while (layer := make_experts(1)).gate_up.data_ptr() != address and len(others) < 8:
@@ -250,51 +252,31 @@ def test_other_models(sizes, T):
     layer = make_experts(dtype=torch.float16, sizes=(experts, hidden, width))
     inputs = make_inputs(T, dtype=torch.float16, sizes=(experts, topk, hidden))
     y = tma_moe.fused_moe(*inputs, layer)
-    assert_as_good_as_the_dtype(y, *inputs, layer, (layer.gate_up.float(), layer.down.float()))
-
-
-@pytest.mark.parametrize("rows", STREAMED_ROWS)
-def test_streamed_tiles_of_every_width(rows):
-    """Experts of as many rows as there are edges of tile widths, with sizes that are no multiple of a block."""
-    edges = (32, 64, 96, 128, 160, 192, 256, 288, 576, 1152)
-    counts = [0, 1, *(edge + beside for edge in edges for beside in (-1, 0, 1)), 1600]
-    sizes = (len(counts), 264, 136)
-    experts = make_experts(sizes=sizes)
-    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))].to("cuda", torch.int32)[:, None]
-    x = make_inputs(len(ids), sizes=(len(counts), 1, 264))[0]
-    weights = torch.rand(len(ids), 1, device="cuda") + 0.5
-    choice = Choice(None, *(Tiles("streamed", rows, cols, 64, 4, 4, 1, keep=True) for cols in (64, 128)))
-    recipe = launch.Recipe(x.device, len(counts), 1, 264, 136, choice)
-    torch.full_like(x, float("nan"))  # what is never written shows as NaN
-    y = recipe.run(x, ids, weights, experts)
-    assert_as_good_as_the_dtype(y, x, ids, weights, experts, (experts.gate_up.float(), experts.down.float()))
-    x[7] = float("nan")
-    dirty = recipe.run(x, ids, weights, experts)
-    assert dirty[7].isnan().all()
-    dirty[7] = y[7]
-    assert torch.equal(dirty, y)
+    assert_as_good_as_the_dtype(y, *inputs, layer, in_float32(layer))
 
 
 def test_host_time_by_policy():
-    """48 layers launched eagerly at one token and at 64: `owned` must be the cheapest, and under 60 us a layer."""
+    """48 layers launched eagerly at 64 tokens: `owned` must cost the host less than either other policy.
+
+    At one token, which is printed too, there is nothing to tell apart: the gemv kernels take no descriptors.
+    """
     layers = [make_experts(sizes=(8, 256, 128)) for _ in range(48)]
     for T in (1, 64):
         inputs = make_inputs(T, sizes=(8, 2, 256))
-        times = {}
-        for policy in POLICIES * 2:
-            with tma_moe.descriptor_policy(policy):
-                passes = []
-                for _ in range(12):
+        passes: dict[str, list[float]] = {policy: [] for policy in POLICIES}
+        for turn in range(30):  # in turns, so that whatever else the host does falls on all alike
+            for policy in POLICIES:
+                with tma_moe.descriptor_policy(policy):
                     torch.cuda.synchronize()
                     start = time.perf_counter()
                     for layer in layers:
                         tma_moe.fused_moe(*inputs, layer)
-                    passes.append((time.perf_counter() - start) / len(layers) * 1e6)
-                times[policy] = statistics.median(passes[2:])
+                    passes[policy] += [(time.perf_counter() - start) / len(layers) * 1e6] * (turn >= 3)
+        torch.cuda.synchronize()
+        clear_descriptor_cache()
+        times = {policy: statistics.median(taken) for policy, taken in passes.items()}
         print(f"host time per layer at {T} tokens, us: {times}")
-        assert times["owned"] <= 60, times
-        if T == 64:  # the decode kernels use no descriptors
+        if T == 64:
             assert times["owned"] < times["lru"], times
             assert times["owned"] < times["per_call"], times
 
@@ -303,24 +285,29 @@ SANITIZED = """
 import sys
 sys.path.insert(0, "kernels")
 import torch, tma_moe
-from tma_moe import launch
-from tma_moe.tuning import Choice, Tiles
+from tma_moe.recipe import make_recipe
+from tma_moe.tiles import Choice, Tiles
 experts = tma_moe.ExpertWeights(6, 128, 64, device="cuda", dtype=torch.bfloat16)
 for parameter in experts.parameters():
     parameter.data.normal_()
 device = torch.device("cuda", 0)
-swap = Choice(None, Tiles("swap", 16, 64, 64, 4, 3), Tiles("swap", 16, 128, 64, 4, 3))
-grouped = Choice(None, Tiles("grouped", 64, 64, 64, 4, 3, 1, True), Tiles("grouped", 64, 64, 64, 4, 3, 1, True))
-streamed = Choice(None, Tiles("streamed", 96, 64, 64, 4, 4, 1), Tiles("streamed", 160, 128, 64, 4, 4, 1))
-special = Choice(None, Tiles("specialized", 128, 64, 64, 4, 3, 1), Tiles("specialized", 128, 128, 64, 4, 3, 1))
-decode = Choice(None, Tiles("decode", 1, 4, 128, 4, 1), Tiles("decode", 1, 8, 64, 4, 1))
-calls = [(3, decode), (70, swap), (70, grouped), (900, swap)]
-if "memcheck" in sys.argv:
-    calls += [(200, special), (300, streamed)]
+def both(kernel, up, down):
+    return Choice(None, Tiles(kernel, *up), Tiles(kernel, *down))
+gemv = both("gemv", (1, 4, 128, 4, 1), (1, 8, 64, 4, 1))
+plain = both("weights_m", (16, 64, 64, 4, 3), (16, 128, 64, 4, 3))
+persistent = both("weights_m", (64, 64, 64, 4, 3, 1, True), (64, 64, 64, 4, 3, 1, True, True))
+weights = both("weights_m_ws", (96, 64, 64, 4, 4, 1), (160, 128, 64, 4, 4, 1))
+tokens = both("tokens_m_ws", (128, 64, 64, 4, 3, 1), (128, 128, 64, 4, 3, 1))
+calls = [(3, gemv), (70, plain), (70, persistent), (900, plain)]
+if "memcheck" in sys.argv and tma_moe.gluon_problem() is None:
+    calls += [(200, tokens), (300, weights)]
 for T, choice in calls:
-    ids, weights = tma_moe.route(torch.randn(T, 6, device="cuda"), 3)
-    recipe = launch.Recipe(device, 6, 3, 128, 64, choice)
-    assert recipe.run(torch.randn(T, 128, device="cuda", dtype=torch.bfloat16), ids, weights, experts).isfinite().all()
+    skip = torch.arange(T, device="cuda") % 5 == 1
+    ids, routed = tma_moe.route(torch.randn(T, 6, device="cuda"), 3, skip_T=skip)
+    x = torch.randn(T, 128, device="cuda", dtype=torch.bfloat16)
+    y = make_recipe(device, 6, 3, 128, 64, choice).run(x, ids, routed, experts)
+    assert y.isfinite().all()
+    assert (y[skip] == 0).all()
 torch.cuda.synchronize()
 print("done")
 """

@@ -5,8 +5,6 @@ import gc
 import weakref
 
 import pytest
-import tma_moe
-import tma_moe.hf
 import torch
 import transformers
 from torch import nn
@@ -18,6 +16,8 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+import tma_moe
+import tma_moe.hf
 from tests.interpreted import INTERPRETED, run_in_interpreter
 
 COMMON = {

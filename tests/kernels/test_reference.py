@@ -6,10 +6,11 @@ import copy
 import pickle
 
 import pytest
-import tma_moe
 import torch
-from tma_moe.reference import fused_moe_reference
 from torch import nn
+
+import tma_moe
+from tma_moe.reference import fused_moe_reference
 
 
 def random_experts(E: int, H: int, I: int, dtype: torch.dtype = torch.float32) -> tma_moe.ExpertWeights:  # noqa: E741
@@ -83,6 +84,28 @@ def test_ids_outside_the_experts_contribute_nothing():
     torch.testing.assert_close(
         some, tma_moe.fused_moe(x_TH, torch.tensor([[0, 1], [1, 2], [0, 1]]), weights, experts, backend="reference")
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_skipped_tokens_go_to_no_expert(dtype):
+    """Their ids are -1; the others' ids and all weights are as without, and fused_moe leaves them at zero."""
+    experts = random_experts(6, 16, 8, dtype)
+    logits_TE, x_TH = torch.randn(7, 6).to(dtype), torch.randn(7, 16).to(dtype)
+    skip_T = torch.tensor([False, True, False, False, True, True, False])
+    all_ids, all_weights = tma_moe.route(logits_TE, 2, backend="reference")
+    ids_TK, weights_TK = tma_moe.route(logits_TE, 2, skip_T=skip_T, backend="reference")
+    assert ids_TK.dtype == torch.int32
+    assert (ids_TK[skip_T] == -1).all()
+    assert torch.equal(ids_TK[~skip_T], all_ids[~skip_T])
+    assert torch.equal(weights_TK, all_weights)
+    whole = tma_moe.fused_moe(x_TH, all_ids, all_weights, experts, backend="reference")
+    assert (whole != 0).any(dim=1).all()
+    x_TH[skip_T] = float("nan")  # what pads a batch may hold anything
+    y_TH = tma_moe.fused_moe(x_TH, ids_TK, weights_TK, experts, backend="reference")
+    assert (y_TH[skip_T] == 0).all()
+    # Fewer rows an expert: a product may round them in another order.
+    torch.testing.assert_close(y_TH[~skip_T], whole[~skip_T])
+    assert torch.equal(tma_moe.route(logits_TE, 2, skip_T=torch.zeros(7).bool(), backend="reference")[0], all_ids)
 
 
 def test_both_layouts_give_the_same_experts():

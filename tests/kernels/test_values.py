@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tma_moe
 import torch
+
+import tma_moe
 from tma_moe import support
 from tma_moe.reference import fused_moe_reference
-from tma_moe.tuning import Choice, Tiles
+from tma_moe.tiles import Choice, Tiles
 
 if support.interpreting():
     DEVICE, DTYPES = "cpu", (torch.float32, torch.float16)
@@ -29,24 +30,43 @@ def both(name: str, up: Tiles, down: Tiles) -> object:
     return pytest.param(Choice(None, up, down), id=name)
 
 
-DECODE = Choice(None, Tiles("decode", 1, 16, 32, 4, 1), Tiles("decode", 1, 32, 16, 4, 1))
-SWAP = Choice(None, Tiles("swap", 16, 64, 32, 4, 3), Tiles("swap", 16, 64, 16, 4, 3))
-GROUPED = Choice(
-    None,
-    Tiles("grouped", 64, 32, 32, 4, 3, ctas_per_sm=1, flatten=True),
-    Tiles("grouped", 64, 64, 16, 4, 3, ctas_per_sm=1, flatten=True),
-)
+GEMV = Choice(None, Tiles("gemv", 1, 16, 32, 4, 1), Tiles("gemv", 1, 32, 16, 4, 1))
 CHOICES = [
-    pytest.param(DECODE, id="decode"),
-    pytest.param(SWAP, id="swap"),
+    pytest.param(GEMV, id="gemv"),
+    both("weights_m", Tiles("weights_m", 16, 64, 32, 4, 3), Tiles("weights_m", 16, 64, 16, 4, 3)),
     both(
-        "swap-persistent",
-        Tiles("swap", 32, 64, 32, 4, 3, ctas_per_sm=1, flatten=True, keep=True),
-        Tiles("swap", 16, 128, 16, 4, 3, ctas_per_sm=1, flatten=True, keep=True),
+        "weights_m-persistent",
+        Tiles("weights_m", 32, 64, 32, 4, 3, ctas_per_sm=1, flatten=True, keep=True),
+        Tiles("weights_m", 16, 128, 16, 4, 3, ctas_per_sm=1, flatten=True, keep=True),
     ),
-    both("swap-then-grouped", Tiles("swap", 16, 64, 16, 4, 2), Tiles("grouped", 64, 16, 32, 4, 2, ctas_per_sm=1)),
-    pytest.param(GROUPED, id="grouped"),
+    both(
+        "weights_m-of-two-heights",
+        Tiles("weights_m", 16, 64, 16, 4, 2),
+        Tiles("weights_m", 64, 64, 32, 4, 2, ctas_per_sm=1),
+    ),
+    both(
+        "weights_m-many-rows",
+        Tiles("weights_m", 64, 64, 32, 4, 3, ctas_per_sm=1, flatten=True),
+        Tiles("weights_m", 128, 128, 16, 8, 3),
+    ),
 ]
+if not support.interpreting() and support.gluon_problem() is None:
+    # Gluon has no interpreter: on a GPU only.
+    PLAIN_UP, PLAIN_DOWN = Tiles("weights_m", 16, 64, 64, 4, 3), Tiles("weights_m", 32, 128, 64, 4, 3)
+    CHOICES += [
+        both(
+            "weights_m_ws",
+            Tiles("weights_m_ws", 96, 64, 64, 4, 4, ctas_per_sm=1, keep=True),
+            Tiles("weights_m_ws", 160, 128, 64, 4, 4, ctas_per_sm=1, keep=True),
+        ),
+        both("weights_m_ws-then-plain", Tiles("weights_m_ws", 288, 64, 64, 4, 3, ctas_per_sm=1), PLAIN_DOWN),
+        both(
+            "tokens_m_ws",
+            Tiles("tokens_m_ws", 128, 64, 64, 4, 3, ctas_per_sm=1),
+            Tiles("tokens_m_ws", 128, 128, 64, 4, 3, ctas_per_sm=1),
+        ),
+        both("plain-then-tokens_m_ws", PLAIN_UP, Tiles("tokens_m_ws", 128, 256, 64, 4, 4, ctas_per_sm=1)),
+    ]
 
 
 class Problem:
@@ -64,13 +84,12 @@ class Problem:
         self.experts.to(DEVICE)
         self.x, self.ids, self.weights = self.x.to(DEVICE), self.ids.to(DEVICE), self.weights.to(DEVICE)
 
-    def run(self, choice: Choice) -> torch.Tensor:
-        from tma_moe import launch
+    def run(self, choice: Choice, **options: bool) -> torch.Tensor | tma_moe.Uncombined:
+        from tma_moe.recipe import make_recipe
 
         E, H, I = self.experts.down.shape  # noqa: E741
-        device = self.x.device
-        recipe = launch.Recipe(device, E, self.ids.shape[1], H, I, choice)
-        return recipe.run(self.x, self.ids, self.weights, self.experts)
+        recipe = make_recipe(self.x.device, E, self.ids.shape[1], H, I, choice)
+        return recipe.run(self.x, self.ids, self.weights, self.experts, **options)
 
     def reference(self, dtype: torch.dtype) -> torch.Tensor:
         gate_up, down = self.experts.gate_up.to(dtype), self.experts.down.to(dtype)
@@ -93,8 +112,8 @@ def test_values(choice, dtype):
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 64, 65])
 def test_token_counts_around_the_tile_edges(choice, T):
-    if choice is DECODE and T > 1 and DEVICE == "cpu":
-        pytest.skip("the decode kernels have no row tiles, and many programs are slow in the interpreter")
+    if choice is GEMV and T > 1 and DEVICE == "cpu":
+        pytest.skip("the gemv kernels have no row tiles, and many programs are slow in the interpreter")
     # One expert gets every token, so its rows are exactly T.
     ids = torch.stack([torch.full((T,), 3), torch.arange(T) % 3], dim=1)
     Problem(T, ids=ids).check(choice)
@@ -173,10 +192,53 @@ def test_ids_outside_the_experts_are_skipped(choice):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
+def test_no_pair_goes_to_an_expert(choice):
+    """There is no tile at all, and what lies in memory where the plan would have them must not be taken for one."""
+    problem = Problem(18)
+    problem.ids.fill_(-1)
+    problem.x.fill_(float("nan"))
+    torch.full((1 << 18,), 1 << 30, dtype=torch.int32, device=problem.x.device)  # memory that the plan may get
+    assert (problem.run(choice) == 0).all()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
 def test_other_dtypes_of_ids_and_weights(choice):
     problem = Problem(7, dtype=torch.float16)
     problem.ids, problem.weights = problem.ids.long(), problem.weights.half()
     problem.check(choice)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_skipped_tokens_stay_zero_whatever_they_hold(choice):
+    """A batch that is padded to a size routes what pads it to nobody: no product may read it, and the sum is zero."""
+    problem = Problem(18)
+    skip = torch.zeros(18, dtype=torch.bool, device=problem.x.device)
+    skip[[0, 5, 16, 17]] = True
+    logits = torch.randn(18, 5, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    problem.ids, problem.weights = tma_moe.route(logits, 2, skip_T=skip)
+    problem.x[skip] = float("nan")
+    problem.check(choice)
+    assert (problem.run(choice)[skip] == 0).all()
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_sum_may_be_left_to_the_caller(choice):
+    problem = Problem(18)
+    problem.ids[4] = 5
+    rows, whole = problem.run(choice, combine=False), problem.run(choice)
+    if choice.up.kernel == "gemv":  # its down product takes the sum by itself
+        assert torch.equal(rows, whole)
+        return
+    assert isinstance(rows, tma_moe.Uncombined)
+    assert (rows.num_experts, rows.kept) == (5, choice.down.keep)
+    for part, y in ((rows, whole), (rows[torch.tensor([16, 4])], whole[[16, 4]])):
+        real = (part.ids_TK >= 0) & (part.ids_TK < 5)
+        weights = part.weights_TK.masked_fill(~real, 0.0)
+        of_experts = part.rows_TKH.masked_fill(~real[..., None], 0.0).double()
+        total = (weights[..., None].double() * of_experts).sum(1)
+        # Both add up the same rows, the kernel in float32, and round the sum to their dtype.
+        bound = (weights[..., None].double() * of_experts.abs()).sum(1) * 2 * torch.finfo(y.dtype).eps
+        assert ((y.double() - total).abs() <= bound).all()
 
 
 def test_public_op_uses_the_bucket_of_the_call():
@@ -185,6 +247,11 @@ def test_public_op_uses_the_bucket_of_the_call():
     exact = problem.reference(torch.float64)
     allowed = (problem.reference(problem.x.dtype) - exact).abs().max()
     assert (y.double() - exact).abs().max() <= 2 * allowed
+    skip = torch.arange(5, device=problem.x.device) > 2
+    ids, weights = tma_moe.route(torch.randn(5, 5, device=DEVICE), 2, skip_T=skip)
+    for rows in (5, 3):  # in two buckets
+        y = tma_moe.fused_moe(problem.x[:rows], ids[:rows], weights[:rows], problem.experts)
+        assert (y == 0).all(dim=1).tolist() == skip[:rows].tolist()
     empty = tma_moe.fused_moe(problem.x[:0], problem.ids[:0], problem.weights[:0], problem.experts)
     assert empty.shape == (0, 40)
 
@@ -199,11 +266,12 @@ def test_gradients_are_refused():
 
 
 @pytest.mark.parametrize("few", [(64, 256), (256,), (16, 32)], ids=["second-block", "one-block", "counted"])
-@pytest.mark.parametrize("kernels", [("swap", "streamed"), ("streamed", "swap")])
+@pytest.mark.parametrize("kernels", [("weights_m", "weights_m_ws"), ("weights_m_ws", "weights_m")])
 def test_plan(monkeypatch, few, kernels):
     """The invariants of grouping: rows sorted by expert and stable, tiles that cover every row once."""
-    from tma_moe import launch, routing
-    from tma_moe.kernel import current_stream
+    from tma_moe import routing
+    from tma_moe.gemm.product import Product, Sizes
+    from tma_moe.launcher import current_stream
 
     monkeypatch.setattr(routing, "FEW_BLOCKS", few)
     monkeypatch.setattr(routing, "MANY_BLOCKS", 8)
@@ -212,46 +280,63 @@ def test_plan(monkeypatch, few, kernels):
     problem = Problem(73, E=6, K=3)
     problem.ids[problem.ids == 2] = 1  # an empty expert
     problem.ids[:, 2] = 3  # a large one
-    problem.ids[7, 0] = 6  # and an id that is no expert
-    made = {"swap": Tiles("swap", 16, 64, 16, 4, 2), "streamed": Tiles("streamed", 96, 64, 64, 4, 2)}
-    up, down = (made[kernel] for kernel in kernels)
-    recipe = object.__new__(launch.Recipe)  # only its grouping: Gluon kernels cannot be made everywhere
-    recipe.E = 6
-    recipe.make_grouping(up, down, pdl=not support.interpreting())
+    problem.ids[7, 0] = 6  # ids that are no expert
+    problem.ids[8] = -1
+    # Only their tiles: kernels in Gluon cannot be made everywhere.
+    made = {"weights_m": (Tiles("weights_m", 16, 64, 16, 4, 2), 16)}
+    made["weights_m_ws"] = (Tiles("weights_m_ws", 96, 64, 64, 4, 2), 32)
+    products = [Product(made[kernel][0], Sizes(6, 3, 40, 24, 2), 1, made[kernel][1]) for kernel in kernels]
+    up, down = products
     pairs = problem.ids.numel()
-    bounds = [launch._tiles_bound(pairs, 6, tiles.rows) for tiles in (up, down)]
-    at = [routing.HEADER.value + pairs]
-    at.append(at[0] + 4 * bounds[0])
-    plan = torch.full((at[1] + 4 * bounds[1],), -7, dtype=torch.int32, device=problem.x.device)
-    recipe._group_pairs(current_stream(problem.x.device), problem.ids, plan, pairs, *at)
+    bounds = [product.row_tiles(pairs) for product in products]
+    grouping = routing.Grouping(6, (up.tiles.rows, up.step, down.tiles.rows, down.step))
+    plan, *at = grouping(current_stream(problem.x.device), problem.ids, *bounds)
+    assert at[0] == routing.HEADER.value + pairs
+    assert at[1] == at[0] + 4 * bounds[0]
+    assert len(plan) == at[1] + 4 * bounds[1]
     plan, ids = plan.cpu(), problem.ids.flatten().cpu()
-    valid = ids < 6
+    valid = (ids >= 0) & (ids < 6)
     expected = torch.argsort(ids[valid], stable=True)
     slots = torch.arange(pairs)[valid][expected]
     first_row = routing.HEADER.value
     assert torch.equal(plan[first_row : first_row + slots.numel()].long(), slots)
-    for role, chosen in enumerate((up, down)):
+    for role, product in enumerate(products):
         tiles = plan[at[role] : at[role] + 4 * int(plan[role])].view(-1, 4).tolist()
         assert len(tiles) <= bounds[role]
         covered = []
         by_expert: dict[int, list[int]] = {}
         for expert, first, last, _ in tiles:
-            assert 0 < last - first <= chosen.rows
+            assert 0 < last - first <= product.tiles.rows
             assert (ids[slots[first:last]] == expert).all()
             covered += range(first, last)
             by_expert.setdefault(expert, []).append(last - first)
         assert covered == list(range(slots.numel()))
         for heights in by_expert.values():
             # As few tiles as can be, all of one height but the last, a multiple of the step.
-            assert len(heights) == -(-sum(heights) // chosen.rows)
+            assert len(heights) == -(-sum(heights) // product.tiles.rows)
             assert len(set(heights[:-1])) <= 1
-            assert all(height % chosen.step == 0 for height in heights[:-1])
+            assert all(height % product.step == 0 for height in heights[:-1])
             assert heights[-1] <= heights[0]
         neighbours = [
             (m, min(4, len(heights) - m // 4 * 4)) for heights in by_expert.values() for m in range(len(heights))
         ]
         assert [(word // 8, word % 8) for *_, word in tiles] == [(m % 4, n) for m, n in neighbours]
-        assert max(len(heights) for heights in by_expert.values()) > (4 if chosen.kernel == "swap" else 0)
+        assert max(len(heights) for heights in by_expert.values()) > (4 if product.step == 16 else 0)
+
+
+@pytest.mark.parametrize("few", [(64,), (4,)], ids=["one-block", "counted"])
+def test_plan_without_a_row(monkeypatch, few):
+    """Where kernels look for a first tile, and one before it, the plan says 0 of 1 neighbours, whatever lay there."""
+    from tma_moe import routing
+    from tma_moe.launcher import current_stream
+
+    monkeypatch.setattr(routing, "FEW_BLOCKS", few)
+    monkeypatch.setattr(routing, "SUB", 4)
+    ids = torch.full((5, 2), -1, dtype=torch.int32, device=DEVICE)
+    grouping = routing.Grouping(3, (16, 16, 96, 32))
+    plan, up_at, down_at = grouping(current_stream(ids.device), ids, 3, 3)
+    assert plan[:2].tolist() == [0, 0]
+    assert [plan[at + beside].item() for at in (up_at, down_at) for beside in (-1, 3)] == [1] * 4
 
 
 @pytest.mark.parametrize(("T", "E", "k"), [(1, 8, 2), (70, 5, 5), (9, 130, 8)])
@@ -270,6 +355,23 @@ def test_route(T, E, k, dtype):
         chosen, expected = (logits.float().gather(1, i.long()) for i in (ids, expected_ids))
         assert torch.equal(chosen, expected)
     assert (weights - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize(("T", "E", "k"), [(0, 8, 2), (1, 8, 2), (5, 8, 8), (70, 5, 3), (200, 130, 8)])
+@pytest.mark.parametrize("which", ["none", "some", "all"])
+def test_route_skips_tokens(T, E, k, which):
+    """A skipped token's ids are -1, and nothing else changes; also at an address that a kernel cannot rely on."""
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    skip = {"none": torch.zeros(T), "some": torch.arange(T) % 3 == 1, "all": torch.ones(T)}[which].bool()
+    plain_ids, plain_weights = tma_moe.route(logits, k)
+    everywhere = torch.zeros(2, T + 1, dtype=torch.bool, device=DEVICE)
+    everywhere[:, 1:] = skip.to(DEVICE)
+    columns = everywhere[:, 1:].T.contiguous()
+    for given in (skip.to(DEVICE), everywhere[0, 1:], columns[:, 0]):
+        ids, weights = tma_moe.route(logits, k, skip_T=given)
+        assert ids.dtype == torch.int32
+        assert torch.equal(ids, plain_ids.masked_fill(skip.to(DEVICE)[:, None], -1))
+        assert torch.equal(weights, plain_weights)
 
 
 def test_route_ties_take_the_lowest_ids_and_nan_stays_in_its_row():

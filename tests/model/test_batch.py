@@ -5,7 +5,9 @@ from dataclasses import fields
 import pytest
 import torch
 
-from qwen3vl_moe.model.batch import Batch, Segments, _sections, all_to_device
+from qwen3vl_moe.model.batch import Batch
+from qwen3vl_moe.ops import Segments
+from qwen3vl_moe.ops.transfer import _sections, all_to_device
 
 TENSORS = (
     torch.arange(7),
@@ -33,10 +35,10 @@ def batch(**more) -> Batch:
     return Batch(
         input_ids_T=torch.arange(6),
         positions_3T=torch.arange(6).expand(3, -1),
-        segments=Segments.build([2, 4], [2, 9]),
+        segments=Segments.build(
+            [2, 4], [2, 9], block_tables=torch.arange(4, dtype=torch.int32).view(2, 2), block_size=16
+        ),
         slots_T=torch.arange(6) + 40,
-        block_tables=torch.arange(4, dtype=torch.int32).view(2, 2),
-        block_size=16,
         logit_rows=torch.tensor([1, 5]),
         **more,
     )
@@ -51,7 +53,7 @@ def assert_same(ours: Batch, expected: Batch, device: str) -> None:
             assert torch.equal(a.cpu(), b.cpu()), field.name
         elif field.name != "segments":
             assert a == b
-    for name in ("q_starts", "kv_starts"):
+    for name in ("q_starts", "kv_starts", "block_tables"):
         assert torch.equal(getattr(ours.segments, name).cpu(), getattr(expected.segments, name))
         assert getattr(ours.segments, name).device.type == device
     assert (ours.segments.q_lens, ours.segments.kv_lens) == (expected.segments.q_lens, expected.segments.kv_lens)
@@ -67,7 +69,7 @@ def test_to_a_gpu_in_one_copy():
 
     for x, there in zip(TENSORS, all_to_device(TENSORS, "cuda"), strict=True):
         assert torch.equal(x, there.cpu())
-    step = batch(padding_T1=torch.zeros(6, 1, dtype=torch.bool, device="cuda"))  # one tensor that is there already
+    step = batch(padding_T=torch.zeros(6, dtype=torch.bool, device="cuda"))  # one tensor that is there already
     step.to("cuda")
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         moved = step.to("cuda")

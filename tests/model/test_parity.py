@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from qwen3vl_moe.model import Batch, Qwen3VLMoe, Segments, VisionFeatures
+from benchmarking.loading import random_model
+from qwen3vl_moe.model import Batch, Qwen3VLMoe, VisionFeatures
 from qwen3vl_moe.model.rope import mrope_positions
+from qwen3vl_moe.ops import Segments
 from tests.model.prompts import CASES, assert_close_to_scale, make_prompt, oracle_logits
 
 
@@ -61,12 +63,15 @@ def steps_of(model, prompts, cuts, block_size=4):
         batch = Batch(
             input_ids_T=torch.tensor(ids, device=model.device),
             positions_3T=torch.cat(places, dim=1).to(model.device),
-            segments=Segments.build(lengths, [done[i] for i in chosen], model.device),
+            segments=Segments.build(
+                lengths,
+                [done[i] for i in chosen],
+                model.device,
+                block_tables=tables[chosen].to(model.device),
+                block_size=block_size,
+            ),
             slots_T=torch.tensor(slots, device=model.device),
-            block_tables=tables[chosen].to(model.device),
-            block_size=block_size,
-            visual_rows=torch.tensor(rows, device=model.device) if rows else None,
-            visual=VisionFeatures.cat(visual) if visual else None,
+            visual=VisionFeatures.cat(visual).at(torch.tensor(rows, device=model.device)) if visual else None,
         )
         for i, logits in zip(chosen, model(batch, cache).split(lengths), strict=True):
             out[i].append(logits)
@@ -114,7 +119,7 @@ def broken_logits(model, prompt, *, section=None, deepstack=True, shift=0):
     positions, _ = mrope_positions(prompt.ids, prompt.grids, config.vision.merge_size, config.image_token_id)
     rows = (ids == config.image_token_id).nonzero().flatten()
     try:
-        return model(Batch(ids, positions, Segments.build([len(ids)]), visual_rows=rows, visual=features))
+        return model(Batch(ids, positions, Segments.build([len(ids)]), visual=features.at(rows)))
     finally:
         model.text.config = config.text
 
@@ -174,7 +179,7 @@ def test_random_weights_are_reproducible_and_finite(plain):
     from qwen3vl_moe.config import Qwen3VLMoeConfig
 
     config = Qwen3VLMoeConfig.from_pretrained(plain.path)
-    one, two, other = (Qwen3VLMoe.random(config, seed=seed) for seed in (0, 0, 1))
+    one, two, other = (random_model(config, seed=seed) for seed in (0, 0, 1))
     prompt = make_prompt(plain.oracle.config, [(2, 3)])
     logits = one.logits(*prompt.our_inputs())
     assert torch.isfinite(logits).all()

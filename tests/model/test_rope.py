@@ -9,10 +9,10 @@ from qwen3vl_moe.model.rope import (
     inverse_frequencies,
     mrope_angles,
     mrope_positions,
-    rotate,
     vision_angles,
     vision_positions,
 )
+from qwen3vl_moe.ops.reference import rotate
 from tests.model.prompts import CASES, make_prompt
 
 

@@ -5,7 +5,8 @@ import torch
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from qwen3vl_moe.model import Qwen3VLMoe
-from qwen3vl_moe.model.vision import PatchPlan, mix_positions
+from qwen3vl_moe.model.vision import PatchPlan
+from qwen3vl_moe.ops.reference import mix_positions
 from tests.model.prompts import assert_close_to_scale, make_prompt
 
 

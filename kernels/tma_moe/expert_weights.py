@@ -1,0 +1,113 @@
+"""The weights of one layer's experts, in the one layout the kernels read."""
+
+import torch
+from torch import Tensor, nn
+
+LAYOUTS = ("published", "transformers5")
+
+
+class ExpertWeights(nn.Module):
+    """Expert weights of one layer, and the owner of their TMA descriptors.
+
+    Parameters (requires_grad False):
+        gate_up [E, 2I, H]: the gate rows of an expert first, then its up rows; H contiguous.
+        down    [E, H, I]:  I contiguous.
+
+    This is the layout of transformers 5 in memory, so nothing is repacked and no second copy exists. The parameters may
+    be filled in place, re-bound, moved with `.to()`: a descriptor refers to the live parameter, and is dropped together
+    with it.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Uninitialised parameters (`torch.empty`); the meta device works.
+
+        Raises ValueError for a size below one.
+        """
+        super().__init__()
+        for name, size in (
+            ("num_experts", num_experts),
+            ("hidden_size", hidden_size),
+            ("intermediate_size", intermediate_size),
+        ):
+            if size < 1:
+                raise ValueError(f"ExpertWeights: {name} must be at least 1, got {size}")
+        # Descriptors of the two parameters, keyed by parameter, view, block shape and kind; filled by descriptors.py.
+        self.descriptors: dict = {}
+        gate_up = torch.empty(num_experts, 2 * intermediate_size, hidden_size, device=device, dtype=dtype)
+        down = torch.empty(num_experts, hidden_size, intermediate_size, device=device, dtype=dtype)
+        self.gate_up = nn.Parameter(gate_up, requires_grad=False)
+        self.down = nn.Parameter(down, requires_grad=False)
+
+    @classmethod
+    def from_checkpoint(cls, gate_up: Tensor, down: Tensor, layout: str) -> "ExpertWeights":
+        """Experts from checkpoint tensors.
+
+        layout "published": gate_up [E, H, 2I] and down [E, I, H] (input-major, as the published files hold them; they
+        are transposed into new memory). layout "transformers5": gate_up [E, 2I, H] and down [E, H, I], taken without a
+        copy. The layout is declared, never guessed: the sizes of some models fit both. Raises ValueError for an unknown
+        layout or for shapes, dtypes or devices that do not belong together.
+        """
+        if layout not in LAYOUTS:
+            raise ValueError(f"ExpertWeights: unknown layout {layout!r}; use one of {', '.join(map(repr, LAYOUTS))}")
+        if gate_up.dim() != 3 or down.dim() != 3:
+            raise ValueError(
+                "ExpertWeights: gate_up and down must have 3 dimensions, "
+                f"got shapes {tuple(gate_up.shape)} and {tuple(down.shape)}"
+            )
+        given = f"layout {layout!r} with gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)}"
+        if layout == "published":
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+        num_experts, hidden, width = down.shape
+        if gate_up.shape != (num_experts, 2 * width, hidden):
+            raise ValueError(
+                f"ExpertWeights: {given} do not belong together; 'published' is [E, H, 2I] and [E, I, H], "
+                "'transformers5' is [E, 2I, H] and [E, H, I]"
+            )
+        if gate_up.dtype != down.dtype or gate_up.device != down.device:
+            raise ValueError(
+                f"ExpertWeights: gate_up is {gate_up.dtype} on {gate_up.device}, "
+                f"down is {down.dtype} on {down.device}; both must be the same"
+            )
+        experts = cls(num_experts, hidden, width, device="meta", dtype=down.dtype)
+        experts.gate_up = nn.Parameter(gate_up.detach().contiguous(), requires_grad=False)
+        experts.down = nn.Parameter(down.detach().contiguous(), requires_grad=False)
+        return experts
+
+    @property
+    def num_experts(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.down.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.down.shape[2]
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """gate_up or down, without nn.Module's attribute search: launches ask for them, and host time counts."""
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return parameter
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Re-binding (`experts.down = ...`) ends here: descriptors of the old parameter would keep its memory alive.
+        super().register_parameter(name, param)
+        self.descriptors.clear()
+
+    def __getstate__(self) -> dict:
+        # Descriptors belong to these parameters: a copied or pickled module makes its own.
+        return {**self.__dict__, "descriptors": {}}
+
+    def extra_repr(self) -> str:
+        E, H, I = self.num_experts, self.hidden_size, self.intermediate_size  # noqa: E741
+        return f"experts={E}, hidden={H}, width={I}, dtype={self.down.dtype}"

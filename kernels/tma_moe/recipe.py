@@ -1,0 +1,127 @@
+"""What backend "tma" launches for a shape: grouping, two products, and the sum over experts.
+
+A `Recipe` is everything that does not depend on the call: kernels with their constants, block shapes, grids. It is made
+once per device, shape, dtype and bucket of token counts. A call then allocates its buffers and launches two kernels
+(gemv), four, or five (above 4096 pairs, where grouping takes two). Buffers come from torch's caching allocator at every
+call, so streams, threads and CUDA graphs each have their own, and nothing outlives the call.
+
+All kernels use programmatic dependent launch, under the contract of pdl.py: a chain of them, and the next call's first,
+may start early but never run ahead.
+"""
+
+import bisect
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from tma_moe import combine, routing
+from tma_moe.expert_weights import ExpertWeights
+from tma_moe.gemm import gemv
+from tma_moe.gemm.product import Product, Sizes, product
+from tma_moe.launcher import Launch, current_stream, device_guard
+from tma_moe.support import interpreting
+from tma_moe.tiles import Choice, choices_for
+from tma_moe.uncombined import Uncombined
+
+
+class GemvRecipe:
+    """A few tokens: two launches, no grouping."""
+
+    def __init__(self, sizes: Sizes, choice: Choice) -> None:
+        self.sizes = sizes
+        self.up, self.down = gemv.Up(choice.up, sizes), gemv.Down(choice.down, sizes)
+
+    def run(
+        self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool = True
+    ) -> Tensor:
+        """The operation, with the device of x current; the sum over experts is always taken."""
+        stream = current_stream(x_TH.device)
+        h = x_TH.new_empty(ids_TK.numel(), self.sizes.I)
+        y_TH = torch.empty_like(x_TH)
+        self.up(stream, x_TH, ids_TK, experts, h)
+        self.down(stream, h, ids_TK, weights_TK, experts, y_TH)
+        return y_TH
+
+
+class GroupedRecipe:
+    """Rows grouped by expert, two products over row tiles, and the weighted sum over each token's experts."""
+
+    def __init__(self, sizes: Sizes, choice: Choice) -> None:
+        self.sizes = sizes
+        self.up: Product = product("up", choice.up, sizes)
+        self.down: Product = product("down", choice.down, sizes)
+        tiles = (choice.up.rows, self.up.step, choice.down.rows, self.down.step)
+        self.grouping = routing.Grouping(sizes.E, tiles)
+        E, K, H = sizes.E, sizes.K, sizes.H
+        # 256 columns a warp: 16 bytes a thread of each row, and no thread shares a column with another.
+        block_k = triton.next_power_of_2(K)
+        cols = min(triton.next_power_of_2(H), max(256, 8192 // block_k))
+        self.combine_columns = triton.cdiv(H, cols)
+        evict = "evict_first" if choice.down.keep else ""
+        constants = (H, E, K, block_k, cols, evict, not interpreting())
+        self.combine = Launch(combine.combine, constants, warps=max(1, min(8, cols // 256)))
+
+    def run(
+        self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool = True
+    ) -> Tensor | Uncombined:
+        """The operation, with the device of x current."""
+        stream, pairs = current_stream(x_TH.device), ids_TK.numel()
+        plan, up_at, down_at = self.grouping(stream, ids_TK, self.up.row_tiles(pairs), self.down.row_tiles(pairs))
+        h = x_TH.new_empty(pairs, self.sizes.I)
+        rows = x_TH.new_empty(pairs, self.sizes.H)
+        self.up(stream, pairs, x_TH, experts, plan, h, up_at)
+        self.down(stream, pairs, h, experts, plan, rows, down_at)
+        if not combine:
+            rows_TKH = rows.view(*ids_TK.shape, self.sizes.H)
+            return Uncombined(rows_TKH, ids_TK, weights_TK, self.sizes.E, self.down.tiles.keep)
+        y_TH = torch.empty_like(x_TH)
+        self.combine(stream, (len(x_TH), self.combine_columns, 1), rows, ids_TK, weights_TK, y_TH)
+        return y_TH
+
+
+Recipe = GemvRecipe | GroupedRecipe
+
+
+def make_recipe(device: torch.device, E: int, K: int, H: int, I: int, choice: Choice) -> Recipe:  # noqa: E741
+    """The recipe of one choice of tiles.
+
+    Raises:
+        ValueError: the tiles are not what their kernels take.
+    """
+    on_gpu = not interpreting()
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2
+    sizes = Sizes(E, K, H, I, processors)
+    return (GemvRecipe if choice.up.kernel == "gemv" else GroupedRecipe)(sizes, choice)
+
+
+class _Buckets:
+    """The recipes of one device, shape and dtype, by number of tokens."""
+
+    def __init__(self, device: torch.device, E: int, K: int, H: int, I: int) -> None:  # noqa: E741
+        name = "interpreter" if interpreting() else torch.cuda.get_device_name(device)
+        choices = choices_for(name, triton.__version__, E, K, H, I)
+        self.limits = [choice.max_tokens or 0 for choice in choices[:-1]]  # only the last one has none
+        self.recipes = [make_recipe(device, E, K, H, I, choice) for choice in choices]
+
+    def recipe(self, T: int) -> Recipe:
+        return self.recipes[bisect.bisect_left(self.limits, T)]
+
+
+@functools.cache
+def _buckets(device: torch.device, dtypes: tuple, E: int, K: int, H: int, I: int) -> _Buckets:  # noqa: E741
+    # `dtypes` is only part of the key: compiled kernels belong to the dtypes they were compiled for.
+    return _Buckets(device, E, K, H, I)
+
+
+def fused_moe_tma(
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool
+) -> Tensor | Uncombined:
+    """`fused_moe` on the GPU; arguments were checked by the caller."""
+    E, H, I = experts.parameter("down").shape  # noqa: E741
+    T, K = ids_TK.shape
+    device = x_TH.device
+    recipe = _buckets(device, (x_TH.dtype, ids_TK.dtype, weights_TK.dtype), E, K, H, I).recipe(T)
+    with device_guard(device):
+        return recipe.run(x_TH, ids_TK, weights_TK, experts, combine)

@@ -1,0 +1,32 @@
+"""The experts' outputs before they are summed, for a kernel that has more to do with the sum than to store it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Uncombined:
+    """What `fused_moe(..., combine=False)` may return: y[t] is the sum over k of weights[t, k] * rows[t, k].
+
+    | rows    | [T, K, H] | the dtype of x; undefined where the id is no expert              |
+    | ids     | [T, K]    | int32 or int64; outside [0, num_experts) contributes nothing      |
+    | weights | [T, K]    | float32 (or the dtype of x)                                       |
+
+    `kept` says that the rows were stored with the wish that L2 keep them, which their last reader should take back.
+    A kernel takes the sum with `tma_moe.combine.weighted_sum`.
+    """
+
+    rows_TKH: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
+    num_experts: int
+    kept: bool
+
+    def __getitem__(self, tokens: Tensor) -> Uncombined:
+        """The same of some tokens (an index [R])."""
+        return Uncombined(
+            self.rows_TKH[tokens], self.ids_TK[tokens], self.weights_TK[tokens], self.num_experts, self.kept
+        )

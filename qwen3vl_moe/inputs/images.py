@@ -1,0 +1,262 @@
+"""RGB pictures -> what the vision tower takes: resized to whole image tokens on the host, then normalised and cut into
+patches on the model's device.
+
+The rules are those of transformers 5.17's ``Qwen2VLImageProcessorPil`` (bicubic resize by Pillow, values scaled by
+1/255, then ``(x - mean) / std`` in fp32). The patches are equal bit for bit. There is one resize: nowhere else in the
+package is an image scaled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qwen3vl_moe import ops
+from qwen3vl_moe.errors import ConfigError, OptionError, PromptError
+from qwen3vl_moe.inputs.workers import side_by_side
+from qwen3vl_moe.json_files import read_json_object
+
+MAX_ASPECT_RATIO = 200
+
+_PARALLEL_PIXELS = 2**17  # about 2 ms of work; below that, handing it over costs more than it saves
+# Fewer are copied faster than torch wakes its threads, for which a busy host takes milliseconds.
+_SERIAL_BYTES = 4 << 20
+
+_PROCESSOR_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+# Settings that would change the pixels, with the only value that is implemented.
+_FIXED_SETTINGS = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "do_center_crop": False,
+    "do_pad": False,
+    "resample": int(Image.Resampling.BICUBIC),
+    "rescale_factor": 1 / 255,
+}
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """How images become patches. ``min_pixels`` and ``max_pixels`` bound the area of the resized image, in pixels.
+
+    One image token covers ``factor * factor`` pixels, so an image takes between about ``min_pixels / factor**2`` and
+    ``max_pixels / factor**2`` tokens (32 x 32 pixels a token in the published checkpoint).
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def factor(self) -> int:
+        """Side in pixels of the square that becomes one image token."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> ImageSettings:
+        """Read a checkpoint's settings: ``image_processor`` in processor_config.json (as transformers 5 saves them) or,
+        where that is not there, preprocessor_config.json (as published); the same precedence as in transformers.
+
+        Args:
+            directory: the checkpoint.
+            min_pixels, max_pixels: override the checkpoint's bounds of the resized area.
+
+        Raises:
+            ConfigError: no settings, or a value that is not supported.
+            OptionError: the bounds leave no room.
+        """
+        raw, source = _read_settings(Path(directory))
+        if raw.get("image_processor_type") not in _PROCESSOR_TYPES:
+            raise ConfigError(
+                f"{source}: image_processor_type {raw.get('image_processor_type')!r} is not supported; "
+                f"known are {', '.join(_PROCESSOR_TYPES)}"
+            )
+        for name, supported in _FIXED_SETTINGS.items():
+            if raw.get(name) is not None and raw[name] != supported:
+                raise ConfigError(f"{source}: {name} is {raw[name]!r}; only {supported!r} is supported")
+        size = raw.get("size") or {}
+        if not isinstance(size, dict) or not set(size) <= {"shortest_edge", "longest_edge"}:
+            raise ConfigError(
+                f"{source}: size is {size!r}; it may hold shortest_edge and longest_edge, areas in pixels"
+            )
+        # Checkpoints of the Qwen2-VL age spell the bounds min_pixels and max_pixels; transformers lets these win.
+        bounds = {**size, **{key: raw[key] for key in ("min_pixels", "max_pixels") if raw.get(key) is not None}}
+        settings = cls(
+            patch_size=_integer(raw, source, "patch_size"),
+            temporal_patch_size=_integer(raw, source, "temporal_patch_size"),
+            merge_size=_integer(raw, source, "merge_size"),
+            min_pixels=_integer(bounds, source, "min_pixels", "shortest_edge"),
+            max_pixels=_integer(bounds, source, "max_pixels", "longest_edge"),
+            mean=_per_channel(raw, source, "image_mean"),
+            std=_per_channel(raw, source, "image_std"),
+        )
+        return settings.with_bounds(min_pixels, max_pixels)
+
+    def with_bounds(self, min_pixels: int | None, max_pixels: int | None) -> ImageSettings:
+        """The same settings with other bounds of the resized area; None keeps a bound.
+
+        Raises:
+            OptionError: a bound is no positive integer, or they leave no room for one image token.
+        """
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise OptionError(f"{name} is {value!r}; a positive number of pixels (width x height) is needed")
+        low = self.min_pixels if min_pixels is None else min_pixels
+        high = self.max_pixels if max_pixels is None else max_pixels
+        if high < self.factor**2:
+            raise OptionError(
+                f"max_pixels={high} is less than the {self.factor**2} pixels of one image token "
+                f"({self.factor} x {self.factor})"
+            )
+        if low > high:
+            raise OptionError(
+                f"min_pixels={low} is more than max_pixels={high}; pass both to override the checkpoint's"
+            )
+        return replace(self, min_pixels=low, max_pixels=high)
+
+    def grid(self, height: int, width: int, where: str = "the image") -> tuple[int, int, int]:
+        """Grid (frames, rows, columns), in patches, of an image of ``height`` x ``width`` pixels.
+
+        Raises:
+            PromptError: the sides differ by a factor above 200.
+        """
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise PromptError(
+                f"{where} is {width}x{height} pixels: its sides differ by a factor of "
+                f"{max(height, width) / min(height, width):.0f}, above the limit of {MAX_ASPECT_RATIO}; crop it"
+            )
+        height, width = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+        return 1, height // self.patch_size, width // self.patch_size
+
+    def num_tokens(self, grid: tuple[int, int, int]) -> int:
+        """Image tokens of a grid: merge_size x merge_size patches become one."""
+        return math.prod(grid) // self.merge_size**2
+
+    def resize(self, image: Image.Image) -> Picture:
+        """An RGB image at the size that the model sees."""
+        grid = _, rows, columns = self.grid(image.height, image.width)
+        width, height = columns * self.patch_size, rows * self.patch_size
+        pixels_3HW = np.empty((3, height, width), np.uint8)
+
+        planes = image.split()
+
+        def fill(channel: int) -> bytes:
+            pixels_3HW[channel] = np.asarray(planes[channel].resize((width, height), Image.Resampling.BICUBIC))
+            return hashlib.sha256(pixels_3HW[channel].reshape(-1)).digest()
+
+        # Pillow resizes the channels of an image independently, so each can have a core of its own.
+        parallel = width * height >= _PARALLEL_PIXELS
+        of_planes = side_by_side(fill, range(3)) if parallel else map(fill, range(3))
+        digest = hashlib.sha256(b"".join(of_planes) + repr(grid).encode()).digest()
+        return Picture(torch.from_numpy(pixels_3HW), grid, digest, self)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A resized image.
+
+    Attributes:
+        pixels_3HW: channels, rows, columns; uint8 on the CPU.
+        grid: frames, rows, columns, counted in patches.
+        digest: SHA-256 of the pixels and the grid: under the same settings, equal digests mean equal patches.
+        settings: how it becomes patches.
+    """
+
+    pixels_3HW: Tensor
+    grid: tuple[int, int, int]
+    digest: bytes
+    settings: ImageSettings
+
+
+def copy_pixels(pictures: Sequence[Picture], device: torch.device | str) -> Tensor:
+    """The pixels of all pictures, one after the other, on a device: uint8, in one copy that the host only starts."""
+    flat = [picture.pixels_3HW.flatten() for picture in pictures]
+    pinned = torch.device(device).type == "cuda"
+    staged = torch.empty(sum(map(len, flat)), dtype=torch.uint8, pin_memory=pinned)
+    if len(staged) < _SERIAL_BYTES:
+        np.concatenate([pixels.numpy() for pixels in flat], out=staged.numpy())
+    else:
+        torch.cat(flat, out=staged)
+    return staged.to(device, non_blocking=True)
+
+
+def cut_patches(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normalised patches [P, patch_dim] of all pictures: :func:`qwen3vl_moe.ops.cut_patches`.
+
+    Args:
+        pixels: of :func:`copy_pixels`.
+        pictures: at least one, all of the same settings.
+        dtype: of the result; the arithmetic is fp32.
+    """
+    settings = pictures[0].settings
+    sides = settings.patch_size, settings.merge_size, settings.temporal_patch_size
+    grids = [picture.grid for picture in pictures]
+    return ops.cut_patches(pixels, grids, sides, settings.mean, settings.std, dtype)
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Size that an image is resized to: both sides multiples of ``factor``, area within the bounds, shape about kept.
+
+    The rule of Qwen2-VL, as transformers 5.17 has it. A side never falls below ``factor``, so a very long image may
+    stay above ``max_pixels``; rounding up may carry a very small one past it.
+    """
+    rows, columns = round(height / factor), round(width / factor)
+    if rows * columns * factor**2 > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        rows = max(1, math.floor(height / shrink / factor))
+        columns = max(1, math.floor(width / shrink / factor))
+    elif rows * columns * factor**2 < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
+    return rows * factor, columns * factor
+
+
+def _read_settings(directory: Path) -> tuple[dict[str, Any], str]:
+    nested, plain = directory / "processor_config.json", directory / "preprocessor_config.json"
+    if nested.exists():
+        settings = read_json_object(nested, ConfigError).get("image_processor")
+        if isinstance(settings, dict):
+            return settings, f"{nested}: image_processor"
+    if plain.exists():
+        return read_json_object(plain, ConfigError), str(plain)
+    raise ConfigError(
+        f"{directory} has no image settings: preprocessor_config.json, or image_processor in processor_config.json"
+    )
+
+
+def _integer(raw: dict[str, Any], source: str, *names: str) -> int:
+    """The first of ``names`` that is present: one value, several spellings."""
+    for name in names:
+        value = raw.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{source}: {name} is {value!r}; a positive integer is needed")
+        return value
+    raise ConfigError(f"{source}: {' or '.join(names)} is missing")
+
+
+def _per_channel(raw: dict[str, Any], source: str, name: str) -> tuple[float, float, float]:
+    value = raw.get(name)
+    if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)):
+        raise ConfigError(f"{source}: {name} is {value!r}; a list of three numbers is needed")
+    if name == "image_std" and not all(v > 0 for v in value):
+        raise ConfigError(f"{source}: {name} is {value!r}; its numbers must be positive")
+    red, green, blue = (float(v) for v in value)
+    return red, green, blue

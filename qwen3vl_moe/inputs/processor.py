@@ -1,0 +1,399 @@
+"""Chat messages or text, and images -> one :class:`Prompt`: token ids, resized pictures and M-RoPE positions.
+
+A prompt is checked whole before any pixel is decoded: its form, the pairing of placeholders and images, and its length
+in tokens, which the headers of the images already tell. A :class:`Processor` has no state that a call changes, so
+any number of threads may share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.errors import CheckpointError, ConfigError, PromptError
+from qwen3vl_moe.inputs.image_source import OpenedImage, decode_rgb, open_image
+from qwen3vl_moe.inputs.images import ImageSettings, Picture, copy_pixels, cut_patches
+from qwen3vl_moe.inputs.messages import split_images
+from qwen3vl_moe.inputs.workers import side_by_side
+from qwen3vl_moe.json_files import read_json_object
+from qwen3vl_moe.model.rope import mrope_positions
+
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+IMAGE_PLACEHOLDER = VISION_START + IMAGE_PAD + VISION_END
+_VISION_TOKENS = (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageInput:
+    """One image of a prompt.
+
+    Attributes:
+        picture: resized, its pixels on the CPU.
+        start: index of its first placeholder token in the prompt.
+        num_tokens: image tokens it takes, P / merge_size**2.
+    """
+
+    picture: Picture
+    start: int
+    num_tokens: int
+
+    @property
+    def grid_thw(self) -> tuple[int, int, int]:
+        """Frames, rows, columns, counted in patches; their product is P."""
+        return self.picture.grid
+
+    @property
+    def digest(self) -> bytes:
+        """Of its pixels and its grid; pictures with the same digest are the same to the model."""
+        return self.picture.digest
+
+    @property
+    def pixel_values(self) -> torch.Tensor:
+        """Normalised patches, fp32 [P, patch_dim] on the CPU, made anew: what transformers' models take."""
+        return cut_patches(copy_pixels([self.picture], "cpu"), [self.picture])
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One prompt of T tokens, ready for the engine.
+
+    Attributes:
+        text: the prompt as text, with one placeholder an image; None where token ids were given.
+        token_ids: T ids, with a placeholder for every image token.
+        positions_3T: M-RoPE positions, int64 [3, T] on the CPU; rows are time, height, width.
+        next_position: position of the first generated token.
+        images: in order of appearance.
+    """
+
+    text: str | None
+    token_ids: list[int]
+    positions_3T: torch.Tensor
+    next_position: int
+    images: tuple[ImageInput, ...]
+
+
+class Processor:
+    """A checkpoint's tokenizer, chat template and image settings."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        chat_template: str | None,
+        image_settings: ImageSettings,
+        config: Qwen3VLMoeConfig,
+        max_model_len: int | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.image_settings = image_settings
+        self.config = config
+        self.max_model_len = max_model_len
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        config: Qwen3VLMoeConfig,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_model_len: int | None = None,
+    ) -> Processor:
+        """Read tokenizer, chat template and image settings from a checkpoint directory.
+
+        Args:
+            directory: a local directory with tokenizer.json, preprocessor_config.json (or processor_config.json) and,
+                for chat, a template: chat_template.jinja, chat_template.json or tokenizer_config.json's chat_template.
+            config: of the model that the prompts are for; the files have to agree with it.
+            min_pixels, max_pixels: bounds of the area (width x height, in pixels) that an image is resized to; None
+                takes the checkpoint's.
+            max_model_len: longest prompt in tokens, image tokens included; None for no limit.
+
+        Raises:
+            CheckpointError: the tokenizer is missing or damaged.
+            ConfigError: the settings are missing, not supported, or not those of ``config``.
+            OptionError: the pixel bounds leave no room.
+        """
+        directory = Path(directory)
+        tokenizer = _load_tokenizer(directory)
+        settings = ImageSettings.from_pretrained(directory, min_pixels=min_pixels, max_pixels=max_pixels)
+        _check_agreement(directory, tokenizer, settings, config)
+        return cls(tokenizer, _load_chat_template(directory), settings, config, max_model_len)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's end-of-text token."""
+        token = self.tokenizer.eos_token_id
+        return token if isinstance(token, int) else None
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The conversation as the model reads it, with one placeholder an image.
+
+        Raises:
+            PromptError: the messages are malformed, there is no template, or it refuses them.
+        """
+        plain, _ = split_images(messages, _VISION_TOKENS)
+        return self._render(plain, add_generation_prompt)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        """The prompt that asks for the next answer in a conversation (see :func:`.messages.split_images` for its form).
+
+        Raises:
+            PromptError: the conversation or one of its images cannot be used, or it is longer than ``max_model_len``.
+        """
+        plain, images = split_images(messages, _VISION_TOKENS)
+        text = self._render(plain, add_generation_prompt=True)
+        return self._build(text, self._encode(text), images)
+
+    def prompt(self, prompt: str | Sequence[int] | Mapping[str, Any]) -> Prompt:
+        """A prompt without a chat template.
+
+        Args:
+            prompt: text, token ids, or ``{"prompt": text}`` / ``{"prompt_token_ids": ids}`` with
+                ``"multi_modal_data": {"image": source or list of sources}``. Each image has its placeholder
+                ``<|vision_start|><|image_pad|><|vision_end|>``; in token ids the middle one may also stand as often
+                as the image has tokens, so that the ids of an earlier prompt can be given again.
+
+        Raises:
+            PromptError: the prompt or one of its images cannot be used, or it is longer than ``max_model_len``.
+        """
+        images: list[Any] = []
+        if isinstance(prompt, Mapping):
+            prompt, images = _split_mapping(prompt)
+        if isinstance(prompt, str):
+            return self._build(prompt, self._encode(prompt), images)
+        return self._build(None, _checked_ids(prompt, self.config.text.vocab_size), images)
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        if self.chat_template is None:
+            raise PromptError(
+                "the checkpoint has no chat template (chat_template.jinja, chat_template.json or chat_template in "
+                "tokenizer_config.json); give a text prompt instead"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+            assert isinstance(text, str)
+            return text
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(f"the checkpoint's chat template is damaged, line {error.lineno}: {error}") from None
+        except (jinja2.TemplateError, TypeError) as error:
+            raise PromptError(f"the chat template refuses the conversation: {error}") from None
+
+    def _encode(self, text: str) -> list[int]:
+        # Not tokenizer(text): that sets truncation and padding on the shared tokenizer, which fails when threads meet.
+        try:
+            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise PromptError("the text is not valid Unicode: it holds half of a surrogate pair") from None
+
+    def _build(self, text: str | None, ids: list[int], sources: list[Any]) -> Prompt:
+        if not ids:
+            raise PromptError("the prompt is empty: at least one token is needed")
+        runs = self._placeholders(ids)
+        if len(runs) != len(sources):
+            raise PromptError(
+                f"the prompt has {len(runs)} image placeholders ({IMAGE_PLACEHOLDER}) for {len(sources)} images; "
+                "each image needs exactly one"
+            )
+        opened = side_by_side(lambda pair: open_image(*pair), [(s, i) for i, s in enumerate(sources)])
+        counts = [self._count_tokens(image) for image in opened]
+        for (start, stop), count, image in zip(runs, counts, opened, strict=True):
+            if stop - start not in (1, count):
+                raise PromptError(
+                    f"{image.where} has {stop - start} {IMAGE_PAD} tokens in the prompt; write one, or as many as the "
+                    f"image has tokens ({count})"
+                )
+        self._check_length(ids, runs, counts, opened)
+        prepared = side_by_side(lambda pair: self._prepare(*pair), list(zip(opened, counts, strict=True)))
+
+        token_ids: list[int] = []
+        images: list[ImageInput] = []
+        done = 0
+        for (start, stop), count, picture in zip(runs, counts, prepared, strict=True):
+            token_ids += ids[done:start]
+            images.append(ImageInput(picture, len(token_ids), count))
+            token_ids += [self.config.image_token_id] * count
+            done = stop
+        token_ids += ids[done:]
+        positions_3T, next_position = mrope_positions(
+            token_ids, [image.grid_thw for image in images], self.image_settings.merge_size, self.config.image_token_id
+        )
+        return Prompt(text, token_ids, positions_3T, next_position, tuple(images))
+
+    def _placeholders(self, ids: list[int]) -> list[tuple[int, int]]:
+        """[start, stop) of every run of image tokens; each must stand between vision_start and vision_end."""
+        config = self.config
+        array = np.asarray(ids)
+        if np.any(array == config.video_token_id):
+            raise PromptError(
+                f"the prompt holds {VIDEO_PAD} (token id {config.video_token_id}): video is not supported yet"
+            )
+        edges = np.flatnonzero(np.diff(array == config.image_token_id, prepend=False, append=False))
+        runs = [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+        for start, stop in runs:
+            before, after = ids[max(start - 1, 0)], ids[min(stop, len(ids) - 1)]
+            if before != config.vision_start_token_id or after != config.vision_end_token_id:
+                raise PromptError(
+                    f"the {IMAGE_PAD} at token {start} does not stand alone between {VISION_START} and {VISION_END}; "
+                    f"the placeholder of an image is {IMAGE_PLACEHOLDER}"
+                )
+        opening = np.flatnonzero(array == config.vision_start_token_id)
+        if len(opening) != len(runs):
+            lone = next(int(at) for at in opening if (at + 1) not in {start for start, _ in runs})
+            raise PromptError(
+                f"the {VISION_START} at token {lone} is not followed by {IMAGE_PAD}: a placeholder without image"
+            )
+        return runs
+
+    def _count_tokens(self, opened: OpenedImage) -> int:
+        # From the header's size. EXIF may still turn the image by 90 degrees, which swaps the sides of its grid.
+        return self.image_settings.num_tokens(
+            self.image_settings.grid(opened.image.height, opened.image.width, opened.where)
+        )
+
+    def _check_length(
+        self, ids: list[int], runs: list[tuple[int, int]], counts: list[int], opened: list[OpenedImage]
+    ) -> None:
+        text_tokens = len(ids) - sum(stop - start for start, stop in runs)
+        total = text_tokens + sum(counts)
+        if self.max_model_len is None or total <= self.max_model_len:
+            return
+        if not counts:
+            raise PromptError(
+                f"the prompt has {total} tokens, more than max_model_len={self.max_model_len}; "
+                "shorten it or raise max_model_len"
+            )
+        count, largest = max(zip(counts, opened, strict=True), key=lambda pair: pair[0])
+        raise PromptError(
+            f"the prompt has {total} tokens, more than max_model_len={self.max_model_len}: {text_tokens} of text and "
+            f"{sum(counts)} of {len(counts)} image(s), the largest being {largest.where} of {largest.size_text} pixels "
+            f"with {count} image tokens; "
+            + (
+                f"lower max_pixels (now {self.image_settings.max_pixels}) or raise max_model_len"
+                if text_tokens < self.max_model_len
+                else "shorten the text or raise max_model_len"
+            )
+        )
+
+    def _prepare(self, opened: OpenedImage, count: int) -> Picture:
+        image = decode_rgb(opened)
+        picture = self.image_settings.resize(image)
+        if self.image_settings.num_tokens(picture.grid) != count:  # would put every later token in the wrong place
+            raise PromptError(
+                f"{opened.where} is not of the size that its header gives: it decodes to {image.width}x{image.height}"
+            )
+        return picture
+
+
+def _split_mapping(prompt: Mapping[str, Any]) -> tuple[str | Sequence[int], list[Any]]:
+    unknown = sorted(map(str, prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data"}))
+    if unknown:
+        raise PromptError(
+            f"the prompt has the key {unknown[0]!r}; prompt, prompt_token_ids and multi_modal_data are understood"
+        )
+    given = [key for key in ("prompt", "prompt_token_ids") if prompt.get(key) is not None]
+    if len(given) != 1:
+        raise PromptError(
+            f"the prompt gives {' and '.join(given) or 'nothing'}; one of prompt, prompt_token_ids is needed"
+        )
+    data = prompt.get("multi_modal_data")
+    if data is None:
+        data = {}
+    if not isinstance(data, Mapping):
+        raise PromptError(f"multi_modal_data is a {type(data).__name__}; a dict such as {{'image': source}} is needed")
+    for kind in data:
+        if kind == "video":
+            raise PromptError("multi_modal_data holds a video; video is not supported yet, give frames as images")
+        if kind != "image":
+            raise PromptError(f"multi_modal_data holds {kind!r}; only 'image' is supported")
+    images = data.get("image")
+    if images is None:
+        images = []
+    return prompt[given[0]], list(images) if isinstance(images, list | tuple) else [images]
+
+
+def _checked_ids(ids: Any, vocab_size: int) -> list[int]:
+    if isinstance(ids, bytes | Mapping) or not isinstance(ids, Sequence):
+        raise PromptError(
+            f"a prompt of type {type(ids).__name__} is not understood; give text, a list of token ids, or a dict with "
+            "prompt or prompt_token_ids"
+        )
+    for index, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise PromptError(f"token ids must be integers; number {index} is a {type(token).__name__}")
+        if not 0 <= token < vocab_size:
+            raise PromptError(f"token id {token} at index {index} is outside the vocabulary of {vocab_size}")
+    return list(ids)
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: a checkpoint directory needs its tokenizer.json")
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
+        raise CheckpointError(f"{path} or its tokenizer_config.json cannot be read: {error}") from error
+    # A tokenizer.json may carry the limits of its training; a prompt is never cut or padded here.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _load_chat_template(directory: Path) -> str | None:
+    """The first of the three places where checkpoints keep it; None if there is none."""
+    plain = directory / "chat_template.jinja"
+    if plain.is_file():
+        return plain.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = directory / name
+        template = read_json_object(path, ConfigError).get("chat_template") if path.is_file() else None
+        if isinstance(template, str):
+            return template
+        if template is not None:
+            raise ConfigError(
+                f"{path}: chat_template is a {type(template).__name__}; only a single template is supported"
+            )
+    return None
+
+
+def _check_agreement(
+    directory: Path, tokenizer: PreTrainedTokenizerFast, settings: ImageSettings, config: Qwen3VLMoeConfig
+) -> None:
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        ours, model = getattr(settings, name), getattr(config.vision, name)
+        if ours != model:
+            raise ConfigError(
+                f"{directory}: the image settings have {name} {ours}, the model's config.json has {model}"
+            )
+    for token, expected in (
+        (VISION_START, config.vision_start_token_id),
+        (VISION_END, config.vision_end_token_id),
+        (IMAGE_PAD, config.image_token_id),
+        (VIDEO_PAD, config.video_token_id),
+    ):
+        # The vocabulary is asked: convert_tokens_to_ids would answer with the unknown token's id.
+        found = tokenizer.backend_tokenizer.token_to_id(token)
+        if found != expected:
+            raise ConfigError(
+                f"{directory}: tokenizer.json has {token} as id {found}, the model's config.json as {expected}"
+            )
+    if len(tokenizer) > config.text.vocab_size:
+        raise ConfigError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens, "
+            f"the model's vocab_size is {config.text.vocab_size}"
+        )

@@ -1,0 +1,26 @@
+"""What the model calls around its matrix products: one function an operation.
+
+Each function decides by itself whether plain torch or one of our Triton kernels does the work (:mod:`.dispatch` has the
+rule), so the model's definition never mentions a device. The plain forms stand together in :mod:`.reference`, which is
+also the definition of correct; the kernels are in :mod:`.kernels`, a file for each operation.
+"""
+
+from qwen3vl_moe.ops.attend import attention, cached_attention
+from qwen3vl_moe.ops.mlp import linear_gelu
+from qwen3vl_moe.ops.patches import add_positions, cut_patches
+from qwen3vl_moe.ops.residual import Addend, OpenProduct, ResidualStream
+from qwen3vl_moe.ops.rotation import rotate_and_store
+from qwen3vl_moe.ops.segments import Segments
+
+__all__ = [
+    "Addend",
+    "OpenProduct",
+    "ResidualStream",
+    "Segments",
+    "add_positions",
+    "attention",
+    "cached_attention",
+    "cut_patches",
+    "linear_gelu",
+    "rotate_and_store",
+]

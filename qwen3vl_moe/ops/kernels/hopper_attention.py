@@ -1,0 +1,368 @@
+"""Attention of packed sequences on Hopper: flash attention with one job per group of warps, in Gluon.
+
+After FlashAttention-3 (Shah et al., arXiv 2407.08608): the split into a producer and two consumers (section 3.1), and
+the softmax of one block of keys under the products of the next (section 3.2). Written for this model: sequences packed
+one after the other, grouped queries, head widths 128 (decoder) and 72 (vision tower).
+
+**One program** has a multiprocessor to itself and takes one tile after the other until none is left ("persistent"), so
+that the copies for the next tile run under the end of this one. A tile is 128 queries of one head of one sequence::
+
+    warps 0-3    consumer 0   queries   0..63 of the tile   240 registers a thread
+    warps 4-7    consumer 1   queries 64..127               240
+    warp  8      producer     issues TMA copies              24
+
+Registers are dealt to groups of four warps, so the producer comes with three idle ones: 128 * (240 + 240 + 24) = 64,512
+of the multiprocessor's 65,536. A consumer's thread holds 64 registers of output (its part of [64, 128] in fp32), 64 of
+scores, and twice 32 of weights in bf16: this block's and those of the block before.
+
+**Shared memory**, for heads of 128 (of 72: two parts of 64 and 16 channels, 3 stages)::
+
+    q   1 x [128, 128]   32 KB      the tile's queries, both consumers'
+    k   2 x [128, 128]   64 KB      a ring: blocks of 128 keys
+    v   2 x [128, 128]   64 KB      a ring: their values
+
+**Barriers.** Each buffer has two: *full* (TMA has written it) and *empty* (both consumers have read it; it counts two
+arrivals, one each)::
+
+    producer                                       each consumer
+    wait q_empty;  copy q   ---- q_full --------->  wait
+    per block of keys:
+    wait k_empty[s]; copy k ---- k_full[s] ------>  wait; start scores = q k^T
+    wait v_empty[s]; copy v ---- v_full[s] ------>  wait; start out += weights v   (of the block BEFORE)
+                        <------- k_empty[s] ------  scores are there: k is free
+                                                    softmax of the scores, while the tensor cores still add values
+                        <------- v_empty[s] ------  out is there: v of the block before is free
+                        <------- q_empty ---------  after the last scores
+
+The use of a buffer number u waits for phase u & 1 of *full*; to fill it the producer waits for phase (u & 1) ^ 1 of
+*empty*, which a barrier that nobody has used yet grants at once.
+
+Gluon is part of triton, has no interpreter, and is still called experimental; ``ops/dispatch.py`` decides whether this
+file is used at all.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from qwen3vl_moe.ops.kernels.hopper_attention_tile import (
+    KEYS,
+    QUERIES,
+    add_values,
+    clear_rows,
+    scaled,
+    scores_of,
+    softmax,
+    stage_of,
+    store,
+    wait_for_values,
+)
+from tma_moe.gluon_parts import make_barriers, tma_load
+from tma_moe.launcher import Launch, current_stream, device_guard
+
+
+@gluon.jit
+def _tiles_of(q_starts_ptr, s, S):
+    """How many tiles of queries sequence s has; none past the last sequence."""
+    inside = s < S
+    stop = gl.load(q_starts_ptr + s + 1, mask=inside, other=0)
+    return (stop - gl.load(q_starts_ptr + s, mask=inside, other=0) + QUERIES - 1) // QUERIES
+
+
+@gluon.jit
+def _find(q_starts_ptr, S, place, s, base):
+    """The sequence that tile `place` (of all sequences', counted through) lies in, its first tile, and its tiles.
+
+    Looked for from sequence s on, whose first tile is `base`: a program's tiles only go up. Lengths are on the device,
+    so that a CUDA graph serves any.
+    """
+    tiles = _tiles_of(q_starts_ptr, s, S)
+    while (s < S) & (base + tiles <= place):
+        base += tiles
+        s += 1
+        tiles = _tiles_of(q_starts_ptr, s, S)
+    return s, base, tiles
+
+
+@gluon.jit
+def _span(q_starts_ptr, kv_starts_ptr, s, base, tiles, place, CAUSAL: gl.constexpr):
+    """Where a tile lies, in rows of the packed tensors.
+
+    Returns: the sequence's first query row, the end of its query rows, its first key row, its number of keys; then of
+    the tile: its first query, counted within the sequence, and how many blocks of keys any of its queries sees.
+    """
+    q_start, q_stop = gl.load(q_starts_ptr + s), gl.load(q_starts_ptr + s + 1)
+    kv_start = gl.load(kv_starts_ptr + s)
+    kv_len = gl.load(kv_starts_ptr + s + 1) - kv_start
+    # The last tile of a causal sequence has the most keys: it starts first.
+    first = (base + tiles - 1 - place) * QUERIES
+    seen = kv_len
+    if CAUSAL:
+        seen = gl.minimum(kv_len, kv_len - (q_stop - q_start) + first + QUERIES)
+    return q_start, q_stop, kv_start, kv_len, first, (seen + KEYS - 1) // KEYS
+
+
+@gluon.jit
+def _load_rows(descs, row, head, barrier, buffers, PARTS: gl.constexpr, WIDTH: gl.constexpr):
+    """Copy 128 rows of one head, from `row` on, into the one or two buffers of its parts; `barrier` hears of it.
+
+    Rows may run past the sequence into the next one's, and are masked later; past the tensor TMA writes zeros.
+    """
+    if PARTS == 1:
+        mbarrier.expect(barrier, descs[0].block_type.nbytes)
+        tma_load(descs[0], [row, head, 0], barrier, buffers[0])
+    else:
+        mbarrier.expect(barrier, descs[0].block_type.nbytes + descs[1].block_type.nbytes)
+        tma_load(descs[0], [row, head, 0], barrier, buffers[0])
+        tma_load(descs[1], [row, head, WIDTH], barrier, buffers[1])
+
+
+@gluon.jit
+def _produce(q, k, v, buffers, barriers, q_starts_ptr, kv_starts_ptr, S, sizes: gl.constexpr):
+    """The producer's warp: copies for each tile the queries, then block after block keys and values."""
+    N: gl.constexpr = sizes[0]
+    G: gl.constexpr = sizes[1]
+    PARTS: gl.constexpr = sizes[2]
+    WIDTH: gl.constexpr = sizes[3]
+    q_buffers, k_rings, v_rings = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    STAGES: gl.constexpr = k_full.shape[0]
+    step = 0  # blocks of keys so far, over all tiles: the stage is step % STAGES, its use number step // STAGES
+    count = 0  # tiles so far
+    # Heads are the inner index: those that share a key/value head run at the same time, and find its keys in L2.
+    tile = gl.program_id(0)
+    s, base, tiles = _find(q_starts_ptr, S, tile // N, gl.to_tensor(0), gl.to_tensor(0))
+    while s < S:
+        n = tile % N
+        q_start, _, kv_start, _, first, blocks = _span(q_starts_ptr, kv_starts_ptr, s, base, tiles, tile // N, sizes[4])
+        mbarrier.wait(q_empty.index(0), (count & 1) ^ 1)
+        _load_rows(q, q_start + first, n, q_full.index(0), stage_of(q_buffers, 0, PARTS), PARTS, WIDTH)
+        for block in range(blocks):
+            stage = step % STAGES
+            phase = ((step // STAGES) & 1) ^ 1
+            row = kv_start + block * KEYS
+            mbarrier.wait(k_empty.index(stage), phase)
+            _load_rows(k, row, n // (N // G), k_full.index(stage), stage_of(k_rings, stage, PARTS), PARTS, WIDTH)
+            mbarrier.wait(v_empty.index(stage), phase)
+            _load_rows(v, row, n // (N // G), v_full.index(stage), stage_of(v_rings, stage, PARTS), PARTS, WIDTH)
+            step += 1
+        count += 1
+        tile += gl.num_programs(0)
+        s, base, tiles = _find(q_starts_ptr, S, tile // N, s, base)
+
+
+@gluon.jit
+def _consume(
+    half: gl.constexpr, out_ptr, buffers, barriers, q_starts_ptr, kv_starts_ptr, S, scale, sizes: gl.constexpr
+):
+    """A consumer's four warps: attend for queries 64 * half .. 64 * half + 63 of each tile."""
+    N: gl.constexpr = sizes[0]
+    PARTS: gl.constexpr = sizes[2]
+    CAUSAL: gl.constexpr = sizes[4]
+    D: gl.constexpr = sizes[5]
+    q_buffers, k_rings, v_rings = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    STAGES: gl.constexpr = k_full.shape[0]
+    dtype: gl.constexpr = out_ptr.dtype.element_ty
+    width_1: gl.constexpr = v_rings[0].shape[3]
+    width_2: gl.constexpr = v_rings[PARTS - 1].shape[3]
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, KEYS, 16])
+    layout_1: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, width_1, 16]
+    )
+    layout_2: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, width_2, 16]
+    )
+    # The same walk over tiles and blocks as the producer's: the counters agree without a word.
+    step = 0
+    count = 0
+    tile = gl.program_id(0)
+    s, base, tiles = _find(q_starts_ptr, S, tile // N, gl.to_tensor(0), gl.to_tensor(0))
+    while s < S:
+        n = tile % N
+        q_start, q_stop, _, kv_len, first, blocks = _span(
+            q_starts_ptr, kv_starts_ptr, s, base, tiles, tile // N, CAUSAL
+        )
+        query = first + half * 64  # this consumer's first, within the sequence
+        rows = query + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        limit = gl.zeros_like(rows) + kv_len
+        seen = kv_len
+        if CAUSAL:
+            past = kv_len - (q_stop - q_start)
+            limit = gl.minimum(past + rows + 1, kv_len)
+            seen = gl.minimum(past + query + 1, kv_len)
+        best = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
+        total = gl.zeros([64], gl.float32, gl.SliceLayout(1, layout))
+        if PARTS == 1:
+            out = (gl.zeros([64, width_1], gl.float32, layout_1),)
+        else:
+            out = (gl.zeros([64, width_1], gl.float32, layout_1), gl.zeros([64, width_2], gl.float32, layout_2))
+
+        # The first block has no block before it whose values could be added meanwhile.
+        mbarrier.wait(q_full.index(0), count & 1)
+        stage = step % STAGES
+        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        scores = scores_of(q_buffers, k_rings, stage, half, PARTS)
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        weights, best, total, _ = softmax(scores, 0, limit, seen, best, total, scale, dtype)
+        for block in range(1, blocks):
+            before = step % STAGES
+            before_phase = (step // STAGES) & 1
+            step += 1
+            stage = step % STAGES
+            mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+            scores = scores_of(q_buffers, k_rings, stage, half, PARTS)
+            mbarrier.wait(v_full.index(before), before_phase)
+            out = add_values(weights, v_rings, before, out, PARTS)
+            # Products end in the order they were started: with PARTS of them left over, the scores are there.
+            scores = warpgroup_mma_wait(PARTS, deps=(scores,))
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            next_weights, best, total, fade = softmax(scores, block, limit, seen, best, total, scale, dtype)
+            out, weights = wait_for_values(out, weights, PARTS)
+            mbarrier.arrive(v_empty.index(before), count=1)
+            out = scaled(out, fade, PARTS)
+            weights = next_weights
+        # No more scores: the producer may fetch the next tile's queries while the last values are added.
+        mbarrier.arrive(q_empty.index(0), count=1)
+        stage = step % STAGES
+        mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+        if blocks * KEYS > kv_len:  # only the last block can run past the end
+            for part in gl.static_range(PARTS):
+                clear_rows(v_rings[part].index(stage), kv_len - (blocks - 1) * KEYS)
+            fence_async_shared()  # the tensor cores read shared memory past the ordinary stores unless told
+        out = add_values(weights, v_rings, stage, out, PARTS)
+        out, weights = wait_for_values(out, weights, PARTS)
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        step += 1
+        # A query past the sequence's end has a total, too, and is not stored.
+        out = scaled(out, 1.0 / total, PARTS)
+        store(out[0], out_ptr, q_start + query, q_stop, n, 0, N, D)
+        if PARTS == 2:
+            store(out[1], out_ptr, q_start + query, q_stop, n, width_1, N, D)
+        count += 1
+        tile += gl.num_programs(0)
+        s, base, tiles = _find(q_starts_ptr, S, tile // N, s, base)
+
+
+@gluon.jit
+def _rings(descs, STAGES: gl.constexpr, PARTS: gl.constexpr):
+    """Shared memory for STAGES blocks of each part, in the swizzled layout in which TMA writes and wgmma reads."""
+    # Kernels know no unpacking.
+    shape_1: gl.constexpr = [STAGES] + descs[0].block_type.shape  # noqa: RUF005
+    first = gl.allocate_shared_memory(descs[0].dtype, shape_1, descs[0].layout)
+    if PARTS == 1:
+        return (first,)
+    else:
+        shape_2: gl.constexpr = [STAGES] + descs[1].block_type.shape  # noqa: RUF005
+        second = gl.allocate_shared_memory(descs[1].dtype, shape_2, descs[1].layout)
+        return first, second
+
+
+@gluon.jit(do_not_specialize=["S"])
+def attend_packed(
+    q1,  # descriptor of [T, N, D] in blocks [QUERIES, 1, width of the first part]
+    q2,  # the same in blocks of the second part's width, or None
+    k1,  # descriptors of [U, G, D] in blocks [KEYS, 1, width]
+    k2,
+    v1,  # as k
+    v2,
+    out_ptr,  # [T, N, D], contiguous
+    q_starts_ptr,  # int32 [S + 1]
+    kv_starts_ptr,  # int32 [S + 1]
+    S,
+    scale,  # 1 / sqrt(D) * log2(e)
+    N: gl.constexpr,
+    G: gl.constexpr,
+    D: gl.constexpr,
+    PARTS: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """out[t, n] = softmax over the keys of t's sequence that it may see. With one part, q2, k2 and v2 are None."""
+    buffers = _rings((q1, q2), 1, PARTS), _rings((k1, k2), STAGES, PARTS), _rings((v1, v2), STAGES, PARTS)
+    q_full, q_empty = make_barriers(1, 1)
+    k_full, k_empty = make_barriers(STAGES, 1)
+    v_full, v_empty = make_barriers(STAGES, 1)
+    barriers = q_full, q_empty, k_full, k_empty, v_full, v_empty
+    sizes: gl.constexpr = (N, G, PARTS, q1.block_type.shape[2], CAUSAL, D)
+    gl.warp_specialize(
+        [
+            (_consume, (gl.constexpr(0), out_ptr, buffers, barriers, q_starts_ptr, kv_starts_ptr, S, scale, sizes)),
+            (_consume, (gl.constexpr(1), out_ptr, buffers, barriers, q_starts_ptr, kv_starts_ptr, S, scale, sizes)),
+            (_produce, ((q1, q2), (k1, k2), (v1, v2), buffers, barriers, q_starts_ptr, kv_starts_ptr, S, sizes)),
+        ],
+        [4, 1],  # warps of all but the first, which has the launch's four
+        [240, 24],  # registers a thread, of the same
+    )
+
+
+def _descriptors(x_TND: Tensor, widths: tuple[int, ...]) -> list[TensorDescriptor | None]:
+    """One descriptor for each of two parts of a head, of which the second may not be needed."""
+    shape, strides, bits = list(x_TND.shape), list(x_TND.stride()), 8 * x_TND.element_size()
+    found: list[TensorDescriptor | None] = [None, None]
+    for part, width in enumerate(widths):
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * width), element_bitwidth=bits, rank=3)
+        found[part] = TensorDescriptor(x_TND, shape, strides, [KEYS.value, 1, width], layout=layout)
+    return found
+
+
+def takes_width(D: int) -> bool:
+    """Whether heads of D channels are one of the two kinds that it is made for."""
+    return D == 128 or 64 < D <= 80
+
+
+def takes(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor) -> bool:
+    """Whether :func:`hopper_attention` takes these: head widths that it is made for, rows that TMA can address."""
+    D = q_TND.shape[2]
+    return takes_width(D) and all(
+        x.stride(2) == 1 and not (x.stride(0) % 8 or x.stride(1) % 8 or D % 8 or x.data_ptr() % 16)
+        for x in (q_TND, k_UGD, v_UGD)
+    )
+
+
+@functools.cache
+def _launch(device: torch.device, dtype: torch.dtype, N: int, G: int, D: int, causal: bool) -> tuple:
+    """The widths of a head's parts, the launch, and how many programs run at once: one per multiprocessor."""
+    # Device and dtype are only part of the key: a compiled kernel belongs to both.
+    widths, stages = ((128,), 2) if D > 80 else ((64, 16), 3)
+    launch = Launch(attend_packed, (N, G, D, len(widths), causal, stages), warps=4, pdl=False)
+    on_gpu = device.type == "cuda"  # elsewhere it is compiled only
+    return widths, launch, torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+
+
+def hopper_attention(
+    q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, q_starts: Tensor, kv_starts: Tensor, *, causal: bool
+) -> Tensor:
+    """Softmax attention within each sequence, scaled by 1/sqrt(D), on a GPU of compute capability 9.0.
+
+    Args:
+        q_TND, k_UGD, v_UGD: bf16 or fp16, as :func:`takes` says; G divides N.
+        q_starts, kv_starts: int32 [S + 1] cumulative lengths; the last query of a sequence sees all of its keys if
+            causal, the one before it one fewer, and so on.
+
+    Returns:
+        [T, N, D], contiguous. A sequence may be empty; one with queries has at least as many keys if causal.
+    """
+    (T, N, D), G, S = q_TND.shape, k_UGD.shape[1], len(q_starts) - 1
+    out_TND = torch.empty((T, N, D), dtype=q_TND.dtype, device=q_TND.device)
+    if T:
+        widths, launch, multiprocessors = _launch(q_TND.device, q_TND.dtype, N, G, D, causal)
+        descriptors = [d for x in (q_TND, k_UGD, v_UGD) for d in _descriptors(x, widths)]
+        programs = min((-(-T // QUERIES.value) + S) * N, multiprocessors)
+        scale = D**-0.5 * 1.4426950408889634
+        with device_guard(q_TND.device):
+            stream = current_stream(q_TND.device)
+            launch(stream, (programs, 1, 1), *descriptors, out_TND, q_starts, kv_starts, S, scale)
+    return out_TND

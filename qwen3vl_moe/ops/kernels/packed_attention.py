@@ -1,0 +1,243 @@
+"""Attention of packed sequences (flash attention, arXiv 2307.08691), for prefill and the vision tower.
+
+One program takes a tile of queries of one sequence and head, and walks over that sequence's keys with a running
+softmax. Keys are packed like the queries, or lie in the blocks of the cache. Boundaries and block tables are read on
+the device and the grid depends on the number of tokens and of sequences only, so a launch can be captured in a CUDA
+graph for a bucket of shapes.
+
+A head is cut into two parts whose widths are powers of two: 128 = 128, and the vision tower's 72 = 64 + 8, so that its
+products are not padded to 128.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = (64, 64, 4, 3)  # queries, keys, warps, stages: what measured best, for the decoder and the tower
+
+
+@triton.jit
+def _visit(
+    q1, q2, k_at, v_at, table_at, token, best, total, acc1, acc2, limit, kv_len, scale, stride_k, stride_v,
+    WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Fold one block of keys into the running softmax of a tile of queries.
+
+    q1 [QUERIES, WIDTH1] and q2 [QUERIES, WIDTH2] are the two parts of a head, as are acc1 and acc2 of the output; best,
+    total and limit are [QUERIES], token [KEYS].
+    """
+    d1 = tl.arange(0, WIDTH1)
+    inside = (token < kv_len)[:, None]
+    row = token
+    if BLOCK_SIZE > 0:
+        block = tl.load(table_at + token // BLOCK_SIZE, mask=token < kv_len, other=0).to(tl.int64)
+        row = block * BLOCK_SIZE + token % BLOCK_SIZE
+    rows_k, rows_v = k_at + row[:, None] * stride_k, v_at + row[:, None] * stride_v
+    k1 = tl.load(rows_k + d1[None, :], mask=inside, other=0.0) if MASKED else tl.load(rows_k + d1[None, :])
+    scores = tl.dot(q1, k1.T)
+    if WIDTH2 > 0:
+        d2 = WIDTH1 + tl.arange(0, WIDTH2)
+        part = (d2 < D)[None, :] & inside if MASKED else (d2 < D)[None, :]
+        k2 = tl.load(rows_k + d2[None, :], mask=part, other=0.0)
+        scores = tl.dot(q2, k2.T, scores)
+    if MASKED:
+        scores = tl.where(token[None, :] < limit[:, None], scores, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - new_best[:, None])
+    fade = tl.exp2(best - new_best)
+    total = total * fade + tl.sum(weights, axis=1)
+    v1 = tl.load(rows_v + d1[None, :], mask=inside, other=0.0) if MASKED else tl.load(rows_v + d1[None, :])
+    weights = weights.to(v1.dtype)
+    acc1 = tl.dot(weights, v1, acc1 * fade[:, None])
+    if WIDTH2 > 0:
+        v2 = tl.load(rows_v + d2[None, :], mask=part, other=0.0)
+        acc2 = tl.dot(weights, v2, acc2 * fade[:, None])
+    return new_best, total, acc1, acc2
+
+
+# What changes from step to step is not specialised on: compiling takes a second. Strides are eighths, so that loads are
+# known to begin at 16 bytes: without that, ptxas 12.8 (triton 3.6) miscompiles the second part's products, whose
+# descriptors it adds up from a register that nothing has written.
+@triton.jit(do_not_specialize=["S", "table_width", "stride_q", "stride_k", "stride_v"])
+def _attend_packed(
+    q_ptr,  # [T, N, D], rows 8 * stride_q apart
+    k_ptr,  # [U, G, D], rows 8 * stride_k apart
+    v_ptr,  # as k
+    out_ptr,  # [T, N, D], contiguous
+    q_starts_ptr,  # int32 [S + 1]
+    kv_starts_ptr,  # int32 [S + 1]
+    tables_ptr,  # [S, B] where keys are in the cache
+    stride_q,
+    stride_k,
+    stride_v,
+    table_width,
+    S,
+    scale,  # 1 / sqrt(D) * log2(e)
+    N: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH1: tl.constexpr,
+    WIDTH2: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,  # of the cache; 0: keys are packed
+    SKIP_SINGLE: tl.constexpr,  # leave sequences with one new token alone
+    CAUSAL: tl.constexpr,
+    QUERIES: tl.constexpr,  # of a tile
+    KEYS: tl.constexpr,  # of a block
+    SEQUENCES: tl.constexpr,  # S or more
+):
+    """One program a head and tile of queries."""
+    stride_q, stride_k, stride_v = stride_q * 8, stride_k * 8, stride_v * 8
+    # Which tile of which sequence: the grid has one program for each, and a few more than there turn out to be.
+    each = tl.arange(0, SEQUENCES)
+    starts = tl.load(q_starts_ptr + each, mask=each < S, other=0)
+    lens = tl.load(q_starts_ptr + 1 + each, mask=each < S, other=0) - starts
+    tiles = (lens + QUERIES - 1) // QUERIES
+    if SKIP_SINGLE:
+        tiles = tl.where(lens == 1, 0, tiles)
+    ends = tl.cumsum(tiles, axis=0)
+    n, place = tl.program_id(0), tl.program_id(1)
+    s = tl.sum((ends <= place).to(tl.int32))
+    if s >= S:
+        return
+    # The last tile of a causal sequence has the most keys: it starts first.
+    tile = tl.sum(tl.where(each == s, ends, 0)) - 1 - place
+    q_start, kv_start = tl.load(q_starts_ptr + s).to(tl.int64), tl.load(kv_starts_ptr + s).to(tl.int64)
+    q_len = (tl.load(q_starts_ptr + s + 1) - q_start).to(tl.int32)
+    kv_len = (tl.load(kv_starts_ptr + s + 1) - kv_start).to(tl.int32)
+    first = tile * QUERIES
+    past = kv_len - q_len
+    query = first + tl.arange(0, QUERIES)
+    inside = (query < q_len)[:, None]
+    d1 = tl.arange(0, WIDTH1)
+    q_at = q_ptr + (q_start + query)[:, None] * stride_q + n * D
+    q1 = tl.load(q_at + d1[None, :], mask=inside, other=0.0)
+    q2, acc2 = q1, tl.zeros([QUERIES, 16], tl.float32)
+    if WIDTH2 > 0:
+        d2 = WIDTH1 + tl.arange(0, WIDTH2)
+        q2 = tl.load(q_at + d2[None, :], mask=inside & (d2 < D)[None, :], other=0.0)
+        acc2 = tl.zeros([QUERIES, WIDTH2], tl.float32)
+    g = n // (N // G)
+    k_at, v_at = k_ptr + g * D, v_ptr + g * D
+    table_at = tables_ptr + s.to(tl.int64) * table_width
+    if BLOCK_SIZE == 0:
+        k_at, v_at = k_at + kv_start * stride_k, v_at + kv_start * stride_v
+
+    best = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc1 = tl.zeros([QUERIES, WIDTH1], tl.float32)
+    # Keys that every query of the tile sees need no mask; those at the diagonal or the end do.
+    limit = past + query + 1 if CAUSAL else tl.zeros_like(query) + kv_len
+    stop = tl.minimum(kv_len, past + first + QUERIES) if CAUSAL else kv_len
+    whole = (past + first + 1 if CAUSAL else kv_len) // KEYS * KEYS
+    for at in range(0, whole, KEYS):
+        best, total, acc1, acc2 = _visit(
+            q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
+            stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, False,
+        )  # fmt: skip
+    for at in range(whole, stop, KEYS):
+        best, total, acc1, acc2 = _visit(
+            q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
+            stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, True,
+        )  # fmt: skip
+    out_at = out_ptr + ((q_start + query) * N + n)[:, None] * D
+    tl.store(out_at + d1[None, :], (acc1 / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    if WIDTH2 > 0:
+        tl.store(
+            out_at + d2[None, :],
+            (acc2 / total[:, None]).to(out_ptr.dtype.element_ty),
+            mask=inside & (d2 < D)[None, :],
+        )
+
+
+def head_parts(D: int) -> tuple[int, int]:
+    """Two powers of two that cover a head: 128 -> (128, 0), 72 -> (64, 16), 24 -> (16, 16).
+
+    The first is whole, so that its loads need no mask; a matrix product takes at least 16 channels.
+    """
+    if D < 16 or D % 8:
+        raise ValueError(f"packed attention needs heads of a multiple of 8 channels, at least 16, got {D}")
+    first = 1 << (D.bit_length() - 1)
+    return first, 0 if first == D else max(16, triton.next_power_of_2(D - first))
+
+
+def packed_attention(
+    q_TND: Tensor,
+    k_UGD: Tensor,
+    v_UGD: Tensor,
+    q_starts: Tensor,
+    kv_starts: Tensor,
+    *,
+    causal: bool,
+    tile: tuple[int, int, int, int] = TILE,
+) -> Tensor:
+    """Softmax attention within each sequence, scaled by 1/sqrt(D).
+
+    Args:
+        q_TND, k_UGD, v_UGD: bf16 or fp16 (fp32 in the interpreter); heads contiguous, rows at any stride.
+        q_starts, kv_starts: int32 [S + 1] cumulative lengths; the last query of a sequence sees all of its keys.
+        tile: (queries, keys, warps, stages) of a program.
+
+    Returns:
+        [T, N, D], contiguous. A sequence may be empty; one with queries has at least as many keys if causal.
+    """
+    out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
+    _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, q_starts, 0, causal, tile)
+    return out_TND
+
+
+def paged_attention(
+    q_TND: Tensor,
+    layer_cache: Tensor,
+    out_TND: Tensor,
+    q_starts: Tensor,
+    kv_starts: Tensor,
+    block_tables: Tensor,
+    *,
+    tile: tuple[int, int, int, int] = TILE,
+) -> None:
+    """Causal attention of new tokens over their sequences' cache, themselves included, written into ``out_TND``.
+
+    Sequences with one new token are left to :func:`qwen3vl_moe.ops.kernels.paged_decode.paged_decode`.
+
+    Args:
+        layer_cache: [2, blocks, block_size, G, D], contiguous, with the new tokens' keys and values in it.
+        block_tables: int32 [S, B], contiguous. The rest is as in :func:`packed_attention`.
+    """
+    k_rows, v_rows = layer_cache.flatten(1, 2)
+    block_size = layer_cache.shape[2]
+    _launch(q_TND, k_rows, v_rows, out_TND, q_starts, kv_starts, block_tables, block_size, True, tile)
+
+
+def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_size, causal, tile) -> None:
+    (_, N, D), G, S = q_TND.shape, k_UGD.shape[1], len(q_starts) - 1
+    queries, keys, warps, stages = tile
+    _attend_packed[(N, triton.cdiv(len(q_TND), queries) + S)](
+        q_TND,
+        k_UGD,
+        v_UGD,
+        out_TND,
+        q_starts,
+        kv_starts,
+        tables,
+        q_TND.stride(0) // 8,
+        k_UGD.stride(0) // 8,
+        v_UGD.stride(0) // 8,
+        tables.stride(0),
+        S,
+        D**-0.5 * 1.4426950408889634,
+        N,
+        G,
+        D,
+        *head_parts(D),
+        block_size,
+        block_size > 0,
+        causal,
+        queries,
+        keys,
+        triton.next_power_of_2(max(S, 128)),  # one variant, however many sequences a step has
+        num_warps=warps,
+        num_stages=stages,
+    )

@@ -1,0 +1,165 @@
+"""Attention of sequences with one new token over their paged cache, split over the cache (flash-decoding).
+
+One sequence's cache is too long for one multiprocessor and a small batch has too few sequences to fill the card, so
+each (sequence, key/value head) is cut into SPLITS spans of the cache; a second kernel joins their partial softmaxes.
+The query heads that share a key/value head are the rows of one matrix product, so the cache is read once. Lengths and
+block tables are read on the device and the grid depends on the number of sequences only: the launches can be captured
+in a CUDA graph and replayed while sequences grow.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TOKENS = 64  # of a span per pass: 64 rows of 128 channels are 16 KB of keys and as much of values
+
+
+@triton.jit(do_not_specialize=["table_width"])  # it changes from step to step: compiling takes a second
+def _attend_span(
+    q_ptr,  # [T, N, D]
+    q_starts_ptr,  # [S + 1]
+    k_rows_ptr,  # [rows, G, D]
+    v_rows_ptr,
+    tables_ptr,  # [S, B]
+    kv_starts_ptr,  # [S + 1]
+    partial_ptr,  # [S, N, SPLITS, D] fp32
+    lse_ptr,  # [S, N, SPLITS] fp32, base 2
+    table_width,
+    scale,  # 1 / sqrt(D) * log2(e)
+    BLOCK_SIZE: tl.constexpr,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,  # N / G query heads, at least the 16 rows of a matrix product
+    WIDTH: tl.constexpr,  # D, rounded up to a power of two
+    SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One program a sequence, key/value head and span of the cache."""
+    s, g, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    SHARING: tl.constexpr = N // G
+    t = tl.load(q_starts_ptr + s)
+    if tl.load(q_starts_ptr + s + 1) - t != 1:
+        return
+    length = tl.load(kv_starts_ptr + s + 1) - tl.load(kv_starts_ptr + s)
+    span = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
+    start = split * span
+    stop = tl.minimum(start + span, length)
+
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH)
+    q_at = q_ptr + (t.to(tl.int64) * N + g * SHARING + row[:, None]) * D + d[None, :]
+    q = tl.load(q_at, mask=(row < SHARING)[:, None] & (d < D)[None, :], other=0.0)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for at in range(start, stop, TOKENS):
+        token = at + tl.arange(0, TOKENS)
+        seen = token < stop
+        block = tl.load(tables_ptr + s * table_width + token // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
+        cache_row = (block * BLOCK_SIZE + token % BLOCK_SIZE) * G + g
+        where = cache_row[:, None] * D + d[None, :]
+        keep = seen[:, None] & (d < D)[None, :]
+        k = tl.load(k_rows_ptr + where, mask=keep, other=0.0)
+        scores = tl.where(seen[None, :], tl.dot(q, k.T) * scale, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_best[:, None])
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weights, axis=1)
+        v = tl.load(v_rows_ptr + where, mask=keep, other=0.0)
+        acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v)
+        best = new_best
+
+    # An empty span has total 0: its weight in the join is 2^-inf = 0, and its values must not be NaN.
+    out = acc / tl.maximum(total, 1e-38)[:, None]
+    head = (s * N + g * SHARING + row) * SPLITS + split
+    tl.store(partial_ptr + head[:, None] * D + d[None, :], out, mask=(row < SHARING)[:, None] & (d < D)[None, :])
+    lse = tl.where(total > 0, best + tl.log2(tl.maximum(total, 1e-38)), float("-inf"))
+    tl.store(lse_ptr + head, lse, mask=row < SHARING)
+
+
+@triton.jit
+def _join_spans(
+    partial_ptr,  # [S, N, SPLITS, D] fp32
+    lse_ptr,  # [S, N, SPLITS] fp32, base 2
+    out_ptr,  # [T, N, D]
+    q_starts_ptr,  # [S + 1]
+    N,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One program a sequence and head: the spans' outputs, each by its share of the whole softmax."""
+    head = tl.program_id(0).to(tl.int64)
+    s = head // N
+    t = tl.load(q_starts_ptr + s)
+    if tl.load(q_starts_ptr + s + 1) - t != 1:
+        return
+    split = tl.arange(0, SPLITS)
+    d = tl.arange(0, WIDTH)
+    lse = tl.load(lse_ptr + head * SPLITS + split)
+    best = tl.max(lse)
+    weights = tl.where(lse > float("-inf"), tl.exp2(lse - tl.maximum(best, -1e30)), 0.0)
+    weights = weights / tl.maximum(tl.sum(weights), 1e-38)
+    at = partial_ptr + (head * SPLITS + split[:, None]) * D + d[None, :]
+    values = tl.load(at, mask=(d < D)[None, :], other=0.0)
+    out = tl.sum(values * weights[:, None], axis=0)
+    out_at = out_ptr + (t.to(tl.int64) * N + head % N) * D + d
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def paged_decode(
+    q_TND: Tensor, layer_cache: Tensor, out_TND: Tensor, q_starts: Tensor, kv_starts: Tensor, block_tables: Tensor
+) -> None:
+    """Attention over their cache of the sequences that have one new token, written into their rows of ``out_TND``.
+
+    Sequences with more new tokens, or none, are left alone.
+
+    Args:
+        q_TND: contiguous queries of all sequences; bf16 or fp16 (fp32 in the interpreter).
+        layer_cache: [2, blocks, block_size, G, D], contiguous, with the new token's key and value in it.
+        out_TND: contiguous, like q.
+        q_starts, kv_starts: int32 [S + 1] cumulative lengths of new and of all tokens; with no key at all, zeros.
+        block_tables: int32 [S, B], contiguous.
+    """
+    (_, N, D), S = q_TND.shape, len(q_starts) - 1
+    _, _, block_size, G, _ = layer_cache.shape
+    k_rows, v_rows = layer_cache.unbind(0)
+    # Twice as many programs as multiprocessors, no finer: a span is at least one pass.
+    splits = max(1, min(32, triton.next_power_of_2(triton.cdiv(2 * _processors(q_TND.device), S * G))))
+    partial = torch.empty(S, N, splits, D, dtype=torch.float32, device=q_TND.device)
+    lse = torch.empty(S, N, splits, dtype=torch.float32, device=q_TND.device)
+    width = max(16, triton.next_power_of_2(D))
+    _attend_span[(S, G, splits)](
+        q_TND,
+        q_starts,
+        k_rows,
+        v_rows,
+        block_tables,
+        kv_starts,
+        partial,
+        lse,
+        block_tables.shape[1],
+        D**-0.5 * 1.4426950408889634,
+        block_size,
+        N,
+        G,
+        D,
+        max(16, triton.next_power_of_2(N // G)),
+        width,
+        splits,
+        _TOKENS,
+        num_warps=4,
+        num_stages=2,
+    )
+    _join_spans[(S * N,)](partial, lse, out_TND, q_starts, N, D, width, splits, num_warps=2)

@@ -1,0 +1,60 @@
+"""At the door of the vision tower: pixels become patches, and patches learn where they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qwen3vl_moe.ops import reference
+from qwen3vl_moe.ops.dispatch import takes_kernels
+
+
+def cut_patches(
+    pixels: Tensor,
+    grids: Sequence[tuple[int, int, int]],
+    sides: tuple[int, int, int],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Normalised patches [P, 3 * frames * patch * patch] of several pictures.
+
+    Patches come in the order of the vision tower: merge x merge neighbours in a row, so that the merger only has to
+    view consecutive rows as one. Within a patch: channel, frame, row, column. A still picture fills all frames.
+
+    Args:
+        pixels: uint8, flat: of each picture 3 channels of height x width, one picture after the other.
+        grids: (1, rows, columns) of each picture, in patches.
+        sides: of a patch in pixels, of a merged square in patches, and how many frames a patch has.
+        mean, std: of each channel, for values from 0 to 1.
+        dtype: of the result; the arithmetic is fp32.
+    """
+    if pixels.is_cuda:
+        from qwen3vl_moe.ops.kernels.patches import cut_patches as cut_picture
+
+        patch, _, frames = sides
+        counts = [math.prod(grid) for grid in grids]
+        patches_PC = pixels.new_empty(sum(counts), 3 * frames * patch**2, dtype=dtype)
+        parts = pixels.split([3 * count * patch**2 for count in counts])
+        for grid, part, out_PC in zip(grids, parts, patches_PC.split(counts), strict=True):
+            cut_picture(part, out_PC, grid, sides, mean, std)
+        return patches_PC
+    return reference.cut_patches(pixels, grids, sides, mean, std, dtype)
+
+
+def add_positions(x_PC: Tensor, table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tensor:
+    """Patches plus the weighted sum of four learned positions each; x may be overwritten.
+
+    Args:
+        x_PC: embedded patches.
+        table_SC: learned positions.
+        index_P4, weight_P4: which four of them a patch mixes (int64), and how (fp32).
+    """
+    if takes_kernels(x_PC):
+        from qwen3vl_moe.ops.kernels.patches import add_positions as add_in_place
+
+        return add_in_place(x_PC, table_SC, index_P4, weight_P4)
+    return x_PC + reference.mix_positions(table_SC, index_P4, weight_P4).to(x_PC.dtype)

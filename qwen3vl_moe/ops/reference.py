@@ -1,0 +1,107 @@
+"""Every operation of this package in plain torch, on any device and in any floating dtype: the definition of correct.
+
+Shape letters are those of :mod:`qwen3vl_moe.model.batch`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen3vl_moe.ops.segments import Segments
+
+
+def rotate(x_TND: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+    """Rotates each head: channel i is paired with channel i + D/2 (the split-half convention of the checkpoint).
+
+    cos and sin are [T, D/2]; the result has the dtype that x and they promote to.
+    """
+    cos, sin = cos_TF[:, None], sin_TF[:, None]
+    first, second = x_TND.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_and_store(
+    qkv_TA: Tensor,
+    heads: tuple[int, int],
+    cos_TF: Tensor,
+    sin_TF: Tensor,
+    norms: tuple[nn.RMSNorm, nn.RMSNorm] | None,
+    slots_T: Tensor | None,
+    layer_cache: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`qwen3vl_moe.ops.rotation.rotate_and_store`."""
+    N, G = heads
+    q_TND, k_TGD, v_TGD = qkv_TA.view(len(qkv_TA), N + 2 * G, -1).split((N, G, G), dim=1)
+    if norms is not None:
+        q_TND, k_TGD = norms[0](q_TND), norms[1](k_TGD)
+    # In fp32: the angles are large, and bf16 would round them away.
+    q_TND, k_TGD = (rotate(x.float(), cos_TF, sin_TF).to(qkv_TA.dtype) for x in (q_TND, k_TGD))
+    if layer_cache is not None:
+        assert slots_T is not None
+        store(k_TGD, v_TGD, slots_T, layer_cache)
+    return q_TND, k_TGD, v_TGD
+
+
+def store(k_TGD: Tensor, v_TGD: Tensor, slots_T: Tensor, layer_cache: Tensor) -> None:
+    """Writes keys and values into rows ``slots_T`` of one layer's cache, [2, blocks, block_size, G, D]."""
+    k_rows, v_rows = layer_cache.flatten(1, 2)
+    k_rows.index_copy_(0, slots_T, k_TGD)
+    v_rows.index_copy_(0, slots_T, v_TGD)
+
+
+def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *, causal: bool) -> Tensor:
+    """torch's scaled dot-product attention, one segment after the other."""
+    out_TND = torch.empty_like(q_TND)
+    q_start = kv_start = 0
+    for q_len, kv_len in zip(segments.q_lens, segments.kv_lens, strict=True):
+        q = q_TND[q_start : q_start + q_len].transpose(0, 1)[None]
+        k, v = (x[kv_start : kv_start + kv_len].transpose(0, 1)[None] for x in (k_UGD, v_UGD))
+        # torch's is_causal counts from the first key; a later chunk of a prompt has to count from the last.
+        mask = None
+        if causal and 1 < q_len < kv_len:
+            mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and q_len == kv_len, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        out_TND[q_start : q_start + q_len] = out[0].transpose(0, 1)
+        q_start, kv_start = q_start + q_len, kv_start + kv_len
+    return out_TND
+
+
+def mix_positions(table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tensor:
+    """The weighted sum of four learned positions per patch, fp32 [P, C].
+
+    Corner by corner, so that no more than one [P, C] is in memory beside the sum.
+    """
+    out_PC = table_SC[index_P4[:, 0]] * weight_P4[:, :1]
+    for corner in range(1, 4):
+        out_PC += table_SC[index_P4[:, corner]] * weight_P4[:, corner, None]
+    return out_PC
+
+
+def cut_patches(
+    pixels: Tensor,
+    grids: Sequence[tuple[int, int, int]],
+    sides: tuple[int, int, int],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`qwen3vl_moe.ops.patches.cut_patches`."""
+    patch, merge, frames = sides
+    counts = [math.prod(grid) for grid in grids]
+    values_P3S = pixels.new_empty(sum(counts), 3, patch**2, dtype=torch.float32)
+    parts = pixels.split([3 * count * patch**2 for count in counts])
+    for (_, rows, columns), part, values in zip(grids, parts, values_P3S.split(counts), strict=True):
+        blocks = part.view(3, rows // merge, merge, patch, columns // merge, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+        values.view(blocks.shape).copy_(blocks)
+    mean_31, std_31 = (torch.tensor(values, device=pixels.device)[:, None] for values in (mean, std))
+    # Dividing by 255 rounds as transformers' fp64 product with 1/255 does, for all 256 values, and the other two steps
+    # are its own. A fused scale and shift would save a pass and be off by one unit in the last place.
+    values_P3S.div_(255).sub_(mean_31).div_(std_31)
+    return values_P3S.to(dtype)[:, :, None].expand(-1, -1, frames, -1).reshape(sum(counts), -1)

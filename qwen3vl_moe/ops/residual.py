@@ -1,0 +1,83 @@
+"""The residual stream: what a layer's output is added to, and what the next layer reads a norm of.
+
+Adding and norming are two passes over the same memory, and a layer's last step (a matrix product, or the sum over a
+token's experts) is a third. The stream joins them: it keeps an output as it was left and takes it in where the next
+norm is asked for, in one launch. The model just says ``stream.add(layer(stream.normed(norm)))``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from qwen3vl_moe.ops.dispatch import takes_kernels
+from tma_moe import Uncombined
+
+
+@dataclass(frozen=True)
+class OpenProduct:
+    """``x_TA @ weight_HA.T``, still to be computed: a matrix product can add its result to the stream by itself."""
+
+    x_TA: Tensor
+    weight_HA: Tensor
+
+
+Addend = Tensor | OpenProduct | Uncombined
+"""What a layer may leave to be added: a tensor, a product, or the weighted sum over each token's experts."""
+
+
+class ResidualStream:
+    """The hidden states [T, H] of a step, from one layer to the next.
+
+    Args:
+        x_TH: what the first layer reads. It belongs to the stream from here on, which overwrites it.
+    """
+
+    def __init__(self, x_TH: Tensor):
+        self._x_TH = x_TH
+        self._open: Tensor | Uncombined | None = None  # added where the next norm is taken
+
+    def add(self, y: Addend) -> None:
+        """Add a layer's output. Between two calls there has to be a :meth:`normed`."""
+        if self._open is not None:
+            raise RuntimeError("ResidualStream.add: the output before this one has not been taken in by normed() yet")
+        if isinstance(y, OpenProduct):
+            self._x_TH.addmm_(y.x_TA, y.weight_HA.T)
+        else:
+            self._open = y
+
+    def add_rows(self, rows_M: Tensor, values_MH: Tensor) -> None:
+        """Add values to some rows (int64 [M], each at most once): DeepStack features to visual tokens."""
+        self._x_TH.index_add_(0, rows_M, values_MH)
+
+    def normed(self, norm: nn.RMSNorm | nn.LayerNorm) -> Tensor:
+        """The norm of all that was added so far, [T, H]; new memory."""
+        y, self._open = self._open, None
+        if takes_kernels(self._x_TH):
+            from qwen3vl_moe.ops.kernels.residual import add_norm, combine_add_norm
+
+            eps = norm.eps or 0.0
+            if isinstance(y, Uncombined):
+                return combine_add_norm(self._x_TH, y, norm.weight, eps)
+            return add_norm(self._x_TH, y, norm.weight, eps, getattr(norm, "bias", None))
+        self._x_TH = _sum(self._x_TH, y)
+        return norm(self._x_TH)
+
+    def total(self) -> Tensor:
+        """All that was added so far, [T, H]. The stream goes on as if it had not been asked."""
+        return _sum(self._x_TH, self._open)
+
+    def rows(self, rows_R: Tensor | None) -> ResidualStream:
+        """A stream of some rows alone (int64 [R]); None: this one."""
+        if rows_R is None:
+            return self
+        part = ResidualStream(self._x_TH[rows_R])
+        part._open = None if self._open is None else self._open[rows_R]
+        return part
+
+
+def _sum(x_TH: Tensor, y: Tensor | Uncombined | None) -> Tensor:
+    if isinstance(y, Uncombined):
+        raise TypeError("ResidualStream: only normed() takes the sum over experts, in its kernel")
+    return x_TH if y is None else x_TH + y

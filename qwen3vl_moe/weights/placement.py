@@ -1,0 +1,99 @@
+"""Where a model's parameters go and what computes with them: the device, the dtype, whether they fit, the experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import tma_moe
+from qwen3vl_moe.config import TextConfig
+from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.weights.shards import DTYPES
+
+MOE_BACKENDS = ("auto", "tma", "reference")
+
+
+def parse_device(device: torch.device | str) -> torch.device:
+    """The device of that name, with its number; for ``"auto"`` a GPU where there is one.
+
+    Raises:
+        OptionError: no such device is here, or it is neither a CPU nor a CUDA GPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        parsed = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise OptionError(f"device {str(device)!r} is unknown; choose cpu, cuda or, of several GPUs, cuda:1") from None
+    if parsed.type not in ("cpu", "cuda"):
+        raise OptionError(f"device {str(device)!r} is not supported; choose cpu or cuda")
+    try:
+        return torch.empty(0, device=parsed).device  # resolves "cuda" to the current one, and fails if there is none
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"device {str(device)!r} cannot be used here ({reason}); choose another, or cpu") from None
+
+
+def parse_dtype(dtype: torch.dtype | str, declared: torch.dtype) -> torch.dtype:
+    """The dtype of that name; ``declared``, the checkpoint's own, for ``"auto"``.
+
+    Raises:
+        OptionError: parameters cannot have this dtype.
+    """
+    if dtype == "auto":
+        return declared
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or parsed not in DTYPES.values():
+        raise OptionError(f"dtype {dtype} is not supported; choose from auto, bfloat16, float16, float32")
+    return parsed
+
+
+def resolve_moe(moe: str, device: torch.device | str, dtype: torch.dtype, config: TextConfig) -> str:
+    """``"tma"`` or ``"reference"`` for a device, dtype and sizes; ``"auto"`` takes the fused kernel where it can run.
+
+    Raises:
+        OptionError: an unknown name, or ``"tma"`` where something that it needs is missing.
+    """
+    if moe not in MOE_BACKENDS:
+        raise OptionError(f"moe={moe!r} is unknown; choose from {', '.join(MOE_BACKENDS)}")
+    if moe == "reference":
+        return moe
+    reason = tma_problem(device, dtype, config)
+    if reason is None:
+        return "tma"
+    if moe == "tma":
+        raise OptionError(f"moe='tma' cannot run here: {reason}; use moe='auto' or moe='reference'")
+    return "reference"
+
+
+def tma_problem(device: torch.device | str, dtype: torch.dtype, config: TextConfig) -> str | None:
+    """Why the fused kernel cannot run a decoder of these sizes there, or None."""
+    return tma_moe.unavailable(device, dtype, (config.hidden_size, config.expert_width))
+
+
+def require_memory(device: torch.device, model_bytes: int, name: str | Path, dtype: torch.dtype) -> None:
+    """Refuse what cannot fit before the first allocation, with both numbers.
+
+    Raises:
+        OptionError: ``device`` has less than ``model_bytes`` free.
+    """
+    free = free_bytes(device)
+    if free is not None and model_bytes > free:
+        raise OptionError(
+            f"{name} takes {model_bytes / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, but {device} has "
+            f"{free / 1e9:.1f} GB free: free some, or use another device"
+        )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that parameters could take on ``device``; None where that is not known."""
+    if device.type == "cuda":
+        # What torch holds but does not use counts as taken for the driver and as free for us.
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return sum(int(fields[name].split()[0]) * 1024 for name in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError):
+        return None

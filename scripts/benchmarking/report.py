@@ -1,0 +1,163 @@
+"""What a measurement says about itself, and how it is shown: tables, plots, the machine and the versions."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.table import Table
+
+from benchmarking.card import card
+from qwen3vl_moe import LLM
+
+STAGE_COLUMNS = ("preprocess", "queue", "host_to_device", "vision", "prefill", "sample")
+
+
+def environment(llm: LLM) -> dict[str, Any]:
+    """Card, clocks, versions, commit, command and weights, for the head of every report."""
+    on_gpu = llm.engine.model.device.type == "cuda"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if on_gpu:
+        import triton
+
+        versions |= {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "card": card(llm.engine.model.device),
+        "versions": versions,
+        "commit": _commit(),
+        "weights": "random" if llm.random_weights else "real",
+        "settings": llm.settings,
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent, timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def heading(found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    model = found["settings"]["model"]
+    return (
+        f"{found['card']['name']}; {versions}; commit {found['commit']}; model {model}\n"
+        f"weights: {found['weights'].upper()}" + ("; the answers are noise" if found["weights"] == "random" else "")
+    )
+
+
+def single_table(cells: list[dict[str, Any]]) -> Table:
+    """Time to first token by image and text length; stages are medians of the warm requests."""
+    table = Table(title="Time to first token, one request at a time, ms")
+    for name in ("image", "text", "image tokens", "count", "median", "p90", "p99", *STAGE_COLUMNS, "stages / total"):
+        table.add_column(name.replace("_", " "), justify="left" if name == "image" else "right")
+    for cell in cells:
+        stages = [f"{1e3 * cell['stages'][name]:.1f}" for name in STAGE_COLUMNS]
+        ttft = cell["ttft"]
+        numbers = [f"{ttft[name]:.1f}" for name in ("median", "p90", "p99")]
+        counts = [str(value) for value in (cell["text_tokens"], cell["vision_tokens"], ttft["count"])]
+        table.add_row(cell["image"], *counts, *numbers, *stages, f"{cell['stages_over_total']:.1%}")
+    return table
+
+
+def cold_line(cold: dict[str, Any]) -> str:
+    stages = ", ".join(f"{name} {1e3 * cold['stages'][name]:.1f}" for name in STAGE_COLUMNS)
+    line = (
+        f"cold, first request of this process ({cold['image']}): {1e3 * cold['ttft']:.1f} ms ({stages}); "
+        f"loading and warming up before it took {cold['load_seconds']:.1f} s"
+    )
+    if cold["start_to_first_token"] is not None:
+        line += f"; from the start of the process to this first token: {cold['start_to_first_token']:.1f} s"
+    return line
+
+
+def comparison_table(workload: str, comparison: dict[str, Any]) -> Table:
+    """Variants of one workload beside the first of them."""
+    first = next(iter(comparison))
+    rounds = comparison[first]["rounds"]
+    table = Table(title=f"{workload}: mean time to first token by variant, {rounds} rounds in turns")
+    for name in ("variant", "TTFT ms", "rounds", f"speed-up over {first}", "spread", "req/s", "host us / MoE layer"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for name, row in comparison.items():
+        rounds, gain, host = row["ttft_ms"], row["speed_up"], row["host_us_per_moe_layer"]
+        table.add_row(
+            name,
+            f"{statistics.median(rounds):.1f}",
+            f"{min(rounds):.1f}-{max(rounds):.1f}",
+            f"{gain['median']:.3f}",
+            f"{gain['min']:.3f}-{gain['max']:.3f}",
+            f"{statistics.median(row['requests_per_second']):.2f}",
+            "" if not host else f"{statistics.median(host):.1f} ({min(host):.1f}-{max(host):.1f})",
+        )
+    return table
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Distributions of the time to first token (by variant where variants were compared), and stages as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
+    for name, samples in _distributions(results).items():
+        ordered = sorted(1e3 * value for value in samples)
+        left.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], where="post", label=name)
+    left.set(xlabel="time to first token, ms", ylabel="share of requests", title="TTFT distribution")
+    left.legend(fontsize=7)
+    bars = _stage_bars(results)
+    bottom = [0.0] * len(bars)
+    for stage in STAGE_COLUMNS:
+        heights = [1e3 * stages.get(stage, 0.0) for stages in bars.values()]
+        right.bar(range(len(bars)), heights, bottom=bottom, label=stage.replace("_", " "))
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    right.set_xticks(range(len(bars)), list(bars), rotation=30, ha="right", fontsize=7)
+    right.set(ylabel="ms", title="stages, medians")
+    right.legend(fontsize=7)
+    environment = results["environment"]
+    figure.suptitle(f"{environment['card']['name']}, {environment['weights']} weights", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _distributions(results: dict[str, Any]) -> dict[str, list[float]]:
+    found = {}
+    for workload, comparison in results.get("comparison", {}).items():
+        for name, row in comparison.items():
+            found[f"{workload}: {name}"] = [record["ttft"] for record in row["samples"]]
+    for cell in results.get("single", []):
+        found[f"single: {cell['image']}, {cell['text_len']} text"] = [record["ttft"] for record in cell["samples"]]
+    if "closed_loop" in results:
+        found["closed loop"] = [record["ttft"] for record in results["closed_loop"]["samples"]]
+    return found
+
+
+def _stage_bars(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    bars = {f"{cell['image']}, {cell['text_len']}": cell["stages"] for cell in results.get("single", [])}
+    for workload, comparison in results.get("comparison", {}).items():
+        bars |= {f"{workload}: {name}": median_stages(row["samples"]) for name, row in comparison.items()}
+    if "closed_loop" in results and not bars:
+        bars["closed loop"] = median_stages(results["closed_loop"]["samples"])
+    return bars
+
+
+def median_stages(samples: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians of each stage, in seconds."""
+    names = samples[0]["stages"]
+    return {name: statistics.median(sample["stages"].get(name, 0.0) for sample in samples) for name in names}

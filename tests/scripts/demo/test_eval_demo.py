@@ -1,0 +1,46 @@
+"""scripts/eval_demo.py: counts by kind as JSON, a sample picture, wrong calls in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from PIL import Image
+from typer.testing import CliRunner
+
+import eval_demo
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def invoke(*options: object):
+    return CliRunner().invoke(eval_demo.app, list(map(str, options)))
+
+
+def test_counts_come_as_json(untrained):
+    done = invoke("--model", untrained[0], "--questions", 3, "--device", "cpu", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["pictures"]["all"]["of"] == 3
+
+
+def test_the_sample_is_a_picture_with_its_question_and_answer(tmp_path):
+    done = invoke("--sample", tmp_path / "new" / "picture.png")
+    assert done.exit_code == 0, done.output
+    asked = re.search(r"question: (.*)", done.stderr)[1]
+    assert f'--prompt "{asked}"' in (ROOT / "Makefile").read_text()
+    assert "expected: " in done.stderr
+    assert Image.open(tmp_path / "new" / "picture.png").mode == "RGB"
+
+
+def test_wrong_calls_are_one_line(tmp_path):
+    for options, message in (
+        ((), "--model"),
+        (("--model", tmp_path / "none"), "train_demo.py"),
+        (("--sample", tmp_path / "picture.unknown"), ".png"),
+        (("--model", tmp_path, "--questions", 0), "--questions"),
+    ):
+        done = invoke(*options)
+        assert done.exit_code == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.output

@@ -1,0 +1,40 @@
+"""scripts/compare_transformers.py: a verdict on a real directory, and clean errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*args):
+    command = [sys.executable, "scripts/compare_transformers.py", *map(str, args)]
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def test_our_bf16_is_as_good_as_transformers(plain, tmp_path):
+    image = tmp_path / "green.png"
+    Image.new("RGB", (40, 30), "green").save(image)
+    out = tmp_path / "figures.json"
+    done = run("--model", plain.published, "--image", image, "--json", out, "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())
+    assert [row["verdict"] for row in rows] == ["right", "the peer"] * 2
+    assert all(0 < row["relative"] < 1 and 0 <= row["top1"] <= 1 for row in rows)
+
+
+def test_errors_are_one_line(tmp_path):
+    done = run("--model", tmp_path, "--device", "cpu")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    done = run("--model", tmp_path, "--json", tmp_path / "no" / "figures.json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --json {tmp_path}/no/figures.json: there is no directory {tmp_path}/no\n"
+    done = run("--load-format", "dummy", "--dtype", "float32", "--device", "cpu")
+    assert done.returncode == 2
+    assert "fp32 evaluation" in done.stderr
