@@ -2,7 +2,7 @@
 #
 # TORCH is what pip is asked for. Without a GPU, the small CPU build will do:
 #   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
-TORCH  ?= 'torch>=2.11'
+TORCH  ?= 'torch>=2.11,<2.14'
 PYTHON ?= python3
 
 # One stamp per torch requirement: asking for another one installs it.
@@ -17,11 +17,12 @@ demo: $(STAMP)
 	.venv/bin/python scripts/generate.py --model demo --image $(PICTURE) --prompt "What do you see in this picture?" --max-tokens 48
 
 test: $(STAMP)
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/pyright
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
