@@ -11,16 +11,11 @@ from qwen3vl_moe.engine.llm import LLM
 from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.ops import attend, mlp, patches, residual, rotation
-from tests.interpreted import INTERPRETED, ON_GPU, run_in_interpreter
+from tests.interpreted import INTERPRETED
 from tests.model.prompts import make_prompt
 from tests.pictures import noise
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's own process")
-
-
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="a card shows it directly: tests/engine/test_gpu.py")
-def test_in_the_interpreter():
-    run_in_interpreter(__file__, at_least=3)
 
 
 @pytest.fixture

@@ -16,14 +16,9 @@ from qwen3vl_moe.ops.kernels.residual import add_norm, combine_add_norm
 from qwen3vl_moe.ops.kernels.rotation import norm_rotate_store
 from qwen3vl_moe.ops.reference import attention as plain_attention
 from qwen3vl_moe.ops.reference import rotate
-from tests.interpreted import DEVICE, DTYPES, INTERPRETED, ON_GPU, run_in_interpreter, runs_kernels
+from tests.interpreted import DEVICE, DTYPES, ON_GPU, runs_kernels
 
 ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
-
-
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run here directly")
-def test_in_the_interpreter():
-    run_in_interpreter(__file__, at_least=30)
 
 
 def within_rounding(ours, exact, plain):

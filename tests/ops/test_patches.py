@@ -8,12 +8,7 @@ from PIL import Image
 from qwen3vl_moe.inputs.images import ImageSettings, copy_pixels, cut_patches
 from qwen3vl_moe.ops.kernels import patches as kernels
 from qwen3vl_moe.ops.reference import mix_positions
-from tests.interpreted import DEVICE, DTYPES, INTERPRETED, ON_GPU, run_in_interpreter, runs_kernels
-
-
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernels run here directly")
-def test_in_the_interpreter():
-    run_in_interpreter(__file__, at_least=6)
+from tests.interpreted import DEVICE, DTYPES, runs_kernels
 
 
 @runs_kernels
