@@ -1,7 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Each makes its own .venv first and is quick the second time.
 #
 # TORCH is what pip is asked for. Without a GPU, the small CPU build will do:
-#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#   export TORCH="'torch>=2.11,<2.14' --index-url https://download.pytorch.org/whl/cpu"
 TORCH  ?= 'torch>=2.11,<2.14'
 PYTHON ?= python3
 

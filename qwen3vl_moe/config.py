@@ -23,7 +23,10 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sizes of the vision tower (checkpoint: ``vision_config``). Lengths are in patches, widths in channels."""
+    """Sizes of the vision tower (checkpoint: ``vision_config``).
+
+    ``patch_size`` is in pixels, ``temporal_patch_size`` in frames, ``merge_size`` in patches; widths are in channels.
+    """
 
     depth: int
     hidden_size: int

@@ -4,10 +4,10 @@
     python scripts/bench_engine.py --load-format dummy --profile   # and where the time of each step goes
     python scripts/bench_engine.py --model demo --quick            # anywhere; tries the program out
 
-Everything goes through the engine as a user's request does: a step's time includes scheduling, packing, sampling and
-detokenising. Medians of warm runs. Random weights choose their experts by a balanced draw (--routing), since a random
-router crowds tokens onto a few, which flatters every figure; how many experts a layer reads in the timed steps is
-printed beside each decode figure.
+Steps go through the engine as a user's request does: their time includes scheduling, packing, sampling and
+detokenising (the vision tower alone is called without the scheduler). Medians of warm runs. Random weights choose their
+experts by a balanced draw (--routing), since a random router crowds tokens onto a few, which flatters every figure; how
+many experts a layer reads in the timed steps is printed beside each figure.
 
 Floors: a step reads the touched experts, the other weights and the cache once, at the bandwidth of a device-to-device
 copy measured in the same run; prefill and vision need their matrix products, at the rate of a large bf16 product

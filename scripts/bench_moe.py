@@ -329,6 +329,11 @@ def main(
 ) -> None:
     """Times one fused MoE layer against torch's grouped_mm and the floor of the card."""
     check_outputs(json_path, plot_path)
+    if plot_path is not None:
+        try:
+            import matplotlib  # noqa: F401, a mistake should show before the measurement
+        except ImportError:
+            raise fail("--plot needs matplotlib: pip install matplotlib") from None
     if load is not None:
         try:
             results = json.loads(load.read_text())

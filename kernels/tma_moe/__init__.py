@@ -1,4 +1,4 @@
-"""Fused mixture-of-experts for Hopper GPUs, in Triton, with a plain-torch reference of the same signature.
+"""Fused mixture-of-experts for Hopper GPUs, in Triton and Gluon; `backend="reference"` is the same in plain torch.
 
     ids_TK, weights_TK = tma_moe.route(logits_TE, k)
     y_TH = tma_moe.fused_moe(x_TH, ids_TK, weights_TK, experts)     # experts: tma_moe.ExpertWeights

@@ -11,16 +11,16 @@ def weighted_sum(
     rows_ptr,  # [T * K, H]: the down products, by slot
     ids_ptr,  # [T, K]
     weights_ptr,  # [T, K]
-    t,
-    cols,
+    t,  # int64 scalar
+    cols,  # [BLOCK_H]
     H: tl.constexpr,
     E: tl.constexpr,
     TOPK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_TOPK: tl.constexpr,
     EVICT: tl.constexpr,
 ):
     """Columns of token t's sum, in float32."""
-    k = tl.arange(0, BLOCK_K)
+    k = tl.arange(0, BLOCK_TOPK)
     ids = tl.load(ids_ptr + t * TOPK + k, mask=k < TOPK, other=-1)
     # A pair whose id is no expert has no product: its row of the buffer was never written.
     real = (ids >= 0) & (ids < E)
@@ -33,20 +33,21 @@ def weighted_sum(
 
 @triton.jit
 def combine(
-    rows_ptr,
+    rows_ptr,  # as in weighted_sum
     ids_ptr,
     weights_ptr,
     y_ptr,  # [T, H]
     H: tl.constexpr,
     E: tl.constexpr,
     TOPK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_TOPK: tl.constexpr,
     BLOCK_H: tl.constexpr,
     EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """BLOCK_H columns of one token's sum."""
     t = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     take_turn(PDL)
-    y = weighted_sum(rows_ptr, ids_ptr, weights_ptr, t, cols, H, E, TOPK, BLOCK_K, EVICT)
+    y = weighted_sum(rows_ptr, ids_ptr, weights_ptr, t, cols, H, E, TOPK, BLOCK_TOPK, EVICT)
     tl.store(y_ptr + t * H + cols, y.to(y_ptr.dtype.element_ty), mask=cols < H)

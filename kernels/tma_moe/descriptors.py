@@ -19,10 +19,10 @@ from tma_moe.expert_weights import ExpertWeights
 View = Callable[[Tensor], tuple[list[int], list[int]]]
 """Shape and strides under which the blocks of a weight [E, N, K] are addressed; the gemm files have them."""
 
-built = 0  # descriptors of weights that were made in this process
+built = 0  # descriptors of weights made since `descriptor_stats(reset=True)` was last called
 
-# What is asked instead while another policy is in force; see descriptor_policies.py.
-instead: Callable[..., Any] | None = None
+# Set by descriptor_policies.py while a policy other than "owned" is active.
+override: Callable[..., Any] | None = None
 
 
 def weight_descriptor(
@@ -37,8 +37,8 @@ def weight_descriptor(
         block: of one load.
         gluon: the kind of descriptor that Gluon kernels take.
     """
-    if instead is not None:
-        return instead(experts, name, view, block, gluon)
+    if override is not None:
+        return override(experts, name, view, block, gluon)
     weight, key = experts.parameter(name), (name, view, block, gluon)
     descriptor = experts.descriptors.get(key)
     # Identity is the whole check: each launch reads the address from the parameter itself.

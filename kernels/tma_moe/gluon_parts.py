@@ -16,6 +16,17 @@ as many arrivals as it was made for:
         (the copies arrive at full[s] when done)   '- arrive at empty[(i - 1) % STAGES]                  |
           '----------------------------------------------------------------------------------------------'
 
+Words that are used below and in the kernels:
+
+- `gl.warp_specialize([(f, args), ...], warps, registers)`: the first function runs in the launch's own warps and gets
+  the registers that are left over; the two lists are for the other functions.
+- `mbarrier.expect(b, n)` is itself one arrival, and holds the phase until n bytes of TMA have landed. That is why
+  FULL_COUNT is 1 where TMA alone fills a buffer.
+- `gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])` is a wgmma accumulator: 4 warps of 16 rows each, N columns.
+- `gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])`: 8 values (16 bytes) per thread, 4 x 8 threads per warp, and
+  4 warps one above the other.
+- `.permute((1, 0))` of a buffer is a transposed view; nothing moves.
+
 The step that a barrier is in is not stored anywhere: i // STAGES is odd or even, and that is the phase to wait for. On
 the first round the producer waits for the opposite phase, so that it finds every buffer empty.
 """
@@ -25,11 +36,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from tma_moe.routing import HEADER
+
 # triton 3.9 renamed both copies.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 gather_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
-PLAN_HEADER = gl.constexpr(16)  # routing.HEADER
+PLAN_HEADER = gl.constexpr(HEADER.value)
 CONSUMERS = gl.constexpr(2)  # warp groups that multiply
 AHEAD = gl.constexpr(512)  # values of each row of weights that are prefetched: more was 2 to 4 us slower
 
@@ -57,13 +70,13 @@ def prefetch_rows(weights_ptr, first_row, N: gl.constexpr, K: gl.constexpr):
 
 @gluon.jit
 def make_barriers(STAGES: gl.constexpr, FULL_COUNT: gl.constexpr):
-    """Two barriers a buffer of a ring, (full, empty): filled by FULL_COUNT arrivals, emptied by both consumers."""
+    """Two barriers per buffer of a ring, (full, empty): filled by FULL_COUNT arrivals, emptied by both consumers."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=FULL_COUNT)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
-    # The copy engine has to see the barriers before anybody hands it one.
+    # Make the initialised barriers visible to TMA before it uses them.
     fence_async_shared()
     return full, empty
 

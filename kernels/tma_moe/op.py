@@ -101,7 +101,7 @@ def fused_moe(
 
 
 def _sound(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """All that the checks below ask for, in one cheap pass, as host time counts. They say what is wrong, if so."""
+    """Whether all checks below pass, in one cheap pass (host time counts). If not, they raise the error."""
     if down.dim() != 3 or ids_TK.dim() != 2:
         return False
     (E, H, I), (T, K), dtype, device = down.shape, ids_TK.shape, x_TH.dtype, x_TH.device  # noqa: E741

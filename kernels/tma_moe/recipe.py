@@ -2,11 +2,12 @@
 
 A `Recipe` is everything that does not depend on the call: kernels with their constants, block shapes, grids. It is made
 once per device, shape, dtype and bucket of token counts. A call then allocates its buffers and launches two kernels
-(gemv), four, or five (above 4096 pairs, where grouping takes two). Buffers come from torch's caching allocator at every
+(gemv), or four (five above 4096 pairs, where grouping takes two), and one fewer of these if the caller takes the sum
+over experts (`combine=False`), as the model does. Buffers come from torch's caching allocator at every
 call, so streams, threads and CUDA graphs each have their own, and nothing outlives the call.
 
-All kernels use programmatic dependent launch, under the contract of pdl.py: a chain of them, and the next call's first,
-may start early but never run ahead.
+All kernels use programmatic dependent launch, under the contract of pdl.py: a kernel may start early, but never reads
+what the kernels before it have not finished writing.
 """
 
 import bisect
@@ -55,12 +56,12 @@ class GroupedRecipe:
         tiles = (choice.up.rows, self.up.step, choice.down.rows, self.down.step)
         self.grouping = routing.Grouping(sizes.E, tiles)
         E, K, H = sizes.E, sizes.K, sizes.H
-        # 256 columns a warp: 16 bytes a thread of each row, and no thread shares a column with another.
-        block_k = triton.next_power_of_2(K)
-        cols = min(triton.next_power_of_2(H), max(256, 8192 // block_k))
+        # 256 columns per warp: each thread loads 16 bytes of each row, and no thread shares a column with another.
+        block_topk = triton.next_power_of_2(K)
+        cols = min(triton.next_power_of_2(H), max(256, 8192 // block_topk))
         self.combine_columns = triton.cdiv(H, cols)
         evict = "evict_first" if choice.down.keep else ""
-        constants = (H, E, K, block_k, cols, evict, not interpreting())
+        constants = (H, E, K, block_topk, cols, evict, not interpreting())
         self.combine = Launch(combine.combine, constants, warps=max(1, min(8, cols // 256)))
 
     def run(
@@ -89,6 +90,7 @@ def make_recipe(device: torch.device, E: int, K: int, H: int, I: int, choice: Ch
 
     Raises:
         ValueError: the tiles are not what their kernels take.
+        ImportError: a kernel is written in Gluon, and this triton's Gluon is incompatible.
     """
     on_gpu = not interpreting()
     processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2

@@ -24,7 +24,7 @@ from tma_moe.launcher import Launch, current_stream, device_guard
 from tma_moe.pdl import take_turn
 from tma_moe.support import interpreting
 
-HEADER = tl.constexpr(16)
+HEADER = tl.constexpr(16)  # words: two are used, and the slots behind them begin at a multiple of 64 bytes
 FEW_BLOCKS = (256, 2048, 4096)  # sizes of a block that holds all pairs of a call, which is then grouped in one launch
 MANY_BLOCKS = 128  # of more pairs: the most blocks that they are cut into
 SUB = 64  # pairs that are compared with each other at a time
@@ -35,13 +35,13 @@ CHUNK = 32  # blocks whose counts a program adds up at a time
 def route_topk(
     logits_ptr,  # [T, E]
     skip_ptr,  # [T] uint8, not 0: to no expert; read with SKIPS
-    ids_ptr,  # [T, K]
-    weights_ptr,  # [T, K]
+    ids_ptr,  # [T, K] int32
+    weights_ptr,  # [T, K] fp32
     T,
     E: tl.constexpr,
     TOPK: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_TOPK: tl.constexpr,
     BLOCK_T: tl.constexpr,
     SKIPS: tl.constexpr,
     PDL: tl.constexpr,
@@ -50,7 +50,7 @@ def route_topk(
     take_turn(PDL)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
-    k = tl.arange(0, BLOCK_K)
+    k = tl.arange(0, BLOCK_TOPK)
     inside = (t < T)[:, None] & (e < E)[None, :]
     logits = tl.load(logits_ptr + t.to(tl.int64)[:, None] * E + e[None, :], mask=inside, other=float("-inf"))
     logits = tl.where((t < T)[:, None], logits.to(tl.float32), 0.0)
@@ -59,8 +59,8 @@ def route_topk(
     # Probabilities are not negative, so their bits order as integers; below them, lower ids win ties. NaN sorts first.
     bits = (probs.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
     keys = tl.where((e < E)[None, :], (bits << 32) | (0x7FFFFFFF - e)[None, :], -1)
-    best_ids = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
-    best_probs = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+    best_ids = tl.zeros([BLOCK_T, BLOCK_TOPK], tl.int32)
+    best_probs = tl.zeros([BLOCK_T, BLOCK_TOPK], tl.float32)
     for i in range(TOPK):
         best = tl.max(keys, axis=1)
         chosen = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
@@ -80,14 +80,16 @@ def route_topk(
 
 @triton.jit
 def _load_ids(ids_ptr, pair, pairs, E: tl.constexpr):
-    """Expert ids of some pairs as int32, -1 where there is no pair or the id is no expert."""
+    """Expert ids of some pairs as int32, negative where there is no pair or the id is no expert."""
     ids = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1).to(tl.int32)
     return tl.where(ids < E, ids, -1)
 
 
 @triton.jit
 def _write_tiles(plan_ptr, tiles_at, role, counts, start, BINS: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
-    """The row tiles of all experts, expert by expert, and how many there are in all.
+    """The row tiles of all experts, expert by expert, and how many there are in all (role: 0 up, 1 down).
+
+    counts and start are [BINS]: how many rows each expert has, and its first.
 
     An expert gets as few tiles of at most ROWS rows as can be, all of one height, a multiple of STEP, but the last.
     """
@@ -108,9 +110,9 @@ def _write_tiles(plan_ptr, tiles_at, role, counts, start, BINS: tl.constexpr, RO
         tl.store(entry + 3, 8 * number + tl.minimum(tiles[:, None] - tile + number, 4), mask=mine)
     total = tl.sum(tiles, axis=0)
     tl.store(plan_ptr + role, total)
-    # weights_m_ws looks for a program's first tile before it asks whether there is one. Of none at all it takes number
-    # 0, or -1 where one tile spans all columns. The fourth words of both become 1 (alone), for no address may come from
-    # what was never written. They are free, as then no row has a slot, and the other product's table is empty, too.
+    # With no row at all, weights_m_ws still looks up tile min(id, total - 1) = -1 before it checks `total`: entry 0, or
+    # -1 if there is one column tile. Write 1 (number 0 of 1 neighbour) into the fourth word of both, so that no
+    # address is computed from uninitialised memory. Both words are unused then.
     if total == 0:
         tl.store(plan_ptr + tiles_at - 1, 1)
         tl.store(plan_ptr + tiles_at + 3, 1)
@@ -118,8 +120,8 @@ def _write_tiles(plan_ptr, tiles_at, role, counts, start, BINS: tl.constexpr, RO
 
 @triton.jit
 def _write_plan(
-    ids_ptr,
-    plan_ptr,
+    ids_ptr,  # [pairs]
+    plan_ptr,  # int32 [HEADER + pairs + 4 * (up tiles + down tiles)]
     pairs,
     total,  # [BINS] pairs of each expert
     before,  # [BINS] those of them in blocks before this one
@@ -139,6 +141,8 @@ def _write_plan(
     blocks = tl.num_programs(0) - 2
     start = tl.cumsum(total, axis=0) - total
     if block < blocks:
+        # A pair's row: where its expert starts, plus the expert's pairs in earlier blocks (`before`), in earlier pieces
+        # of this block (by which `base` grows), and earlier in this piece.
         base = start + before
         i = tl.arange(0, SUB)
         for at in tl.range(0, BLOCK, SUB, loop_unroll_factor=1):
@@ -157,8 +161,8 @@ def _write_plan(
 
 @triton.jit(do_not_specialize=["pairs", "up_tiles_at", "down_tiles_at"])
 def group_few(
-    ids_ptr,
-    plan_ptr,
+    ids_ptr,  # [pairs] int32 or int64
+    plan_ptr,  # as in _write_plan
     pairs,
     up_tiles_at,
     down_tiles_at,
@@ -186,7 +190,13 @@ def group_few(
 
 @triton.jit(do_not_specialize=["pairs"])
 def count_pairs(
-    ids_ptr, counts_ptr, pairs, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    ids_ptr,  # [pairs] int32 or int64
+    counts_ptr,  # [blocks, BINS] int32
+    pairs,
+    E: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """First of two launches for many pairs: counts[block, e], the pairs of each expert in each block of BLOCK."""
     take_turn(PDL)
@@ -198,9 +208,9 @@ def count_pairs(
 
 @triton.jit(do_not_specialize=["pairs", "up_tiles_at", "down_tiles_at"])
 def group_many(
-    ids_ptr,
-    counts_ptr,
-    plan_ptr,
+    ids_ptr,  # [pairs] int32 or int64
+    counts_ptr,  # [blocks, BINS] int32
+    plan_ptr,  # as in _write_plan
     pairs,
     up_tiles_at,
     down_tiles_at,
@@ -252,7 +262,13 @@ class Grouping:
         self.many: dict[int, tuple[Launch, Launch]] = {}
 
     def __call__(self, stream: int, ids_TK: Tensor, up_tiles: int, down_tiles: int) -> tuple[Tensor, int, int]:
-        """The plan of one call, and where its tables of row tiles begin (room for so many of up and down)."""
+        """Returns the plan of one call and the offsets of its two tables of row tiles.
+
+        Args:
+            stream: handle of the stream.
+            ids_TK: int32 or int64 [T, K], contiguous.
+            up_tiles, down_tiles: entries to reserve in each table.
+        """
         pairs = ids_TK.numel()
         up_at = HEADER.value + pairs
         down_at = up_at + 4 * up_tiles

@@ -21,6 +21,12 @@ def interpreting() -> bool:
 
 
 @functools.cache
+def has_pdl(device: torch.device) -> bool:
+    """Whether kernels on this device can be launched with programmatic dependent launch (pdl.py)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
+@functools.cache
 def triton_problem() -> str | None:
     """Why triton cannot be used in this process, or None."""
     try:

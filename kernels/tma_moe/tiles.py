@@ -51,8 +51,8 @@ class Tiles:
             the buffers of its ring.
         ctas_per_sm: programs per multiprocessor of a persistent launch; 0 launches one program per tile.
         flatten: fuse the tile loop with the loop over K (persistent launches of "weights_m").
-        keep: ask L2 to keep what the product stores, while weights stream past it, for the kernel that reads it; for
-            calls whose rows fit.
+        keep: store the product's output with evict_last, so that L2 holds it for the next kernel while weights stream
+            past; useful where the rows fit into L2.
     """
 
     kernel: str

@@ -1,4 +1,4 @@
-"""The experts' outputs before they are summed, for a kernel that has more to do with the sum than to store it."""
+"""Expert outputs not yet summed, for a kernel that fuses the sum with other work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Uncombined:
     | ids     | [T, K]    | int32 or int64; outside [0, num_experts) contributes nothing      |
     | weights | [T, K]    | float32 (or the dtype of x)                                       |
 
-    `kept` says that the rows were stored with the wish that L2 keep them, which their last reader should take back.
+    `kept`: the rows were stored with L2's evict_last policy; their last reader should load them with evict_first.
     A kernel takes the sum with `tma_moe.combine.weighted_sum`.
     """
 

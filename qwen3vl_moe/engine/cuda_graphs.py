@@ -47,7 +47,7 @@ def bucket_of(size: int, buckets: tuple[int, ...]) -> int | None:
 class _Inputs:
     """What varies from step to step, as views of one int32 buffer: filled on the host, read on the device.
 
-    Sections begin at multiples of 16 bytes, which the kernels' wide loads like.
+    Sections begin at multiples of 16 bytes, which lets kernels be launched from the cache (ops/kernels/launch.py).
     """
 
     def __init__(self, T: int, S: int, width: int, device: torch.device):
@@ -78,8 +78,8 @@ class _Inputs:
 
     def fill(self, batch: Batch) -> None:
         """Copy a step (tensors on the host) to the device, padded to this bucket."""
-        # This waits only behind steps that sample nothing. Else the tokens of the last step but one have been read, and
-        # the copy of the last one was what the device did next.
+        # The host buffer must not be overwritten while its last copy is in flight. This blocks only after steps that
+        # sampled nothing; otherwise reading their tokens has already waited past the copy.
         self._copied.synchronize()
         host, T, segments = self.host, len(batch.input_ids_T), batch.segments
         sampled = batch.input_ids_T.is_cuda  # by the step before, and not seen by the host yet
@@ -140,7 +140,7 @@ class StepGraphs:
         return len(self._decode) + len(_TOKENS)
 
     def capture_all(self) -> Iterator[None]:
-        """Make every graph, with a pause after each. A step whose graph is missing makes it."""
+        """Make every graph, yielding after each, for a progress bar. A step whose graph is missing makes it."""
         for decoding, buckets in ((True, self._decode), (False, _TOKENS)):
             for size in reversed(buckets):  # the largest first: smaller ones fit into its memory
                 self._graph(size, decoding)
@@ -188,7 +188,7 @@ class StepGraphs:
         return self._graphs[size, decoding]
 
     def _step(self, inputs: dict[str, Tensor], size: int, decoding: bool) -> None:
-        # Host lengths only choose the kernels: one new token each with a past, or any number of both.
+        # These lengths only select kernels: decode (one new token each, with a past) or mixed.
         q_lens, kv_lens = ((1,) * size, (2,) * size) if decoding else ((size,), (size + 1,))
         all_rows = self._all_rows[:size]
         batch = Batch(
@@ -235,7 +235,7 @@ class VisionGraphs:
         return len(self._buckets)
 
     def capture_all(self) -> Iterator[None]:
-        """Make every graph, with a pause after each."""
+        """Make every graph, yielding after each, for a progress bar."""
         for size in reversed(self._buckets):
             self._graph(size)
             yield

@@ -55,7 +55,8 @@ class Engine:
         self.runner.warm_up(progress)
         by_default = model.device.type == "cuda"
         self._runs_ahead = by_default if options.async_scheduling is None else options.async_scheduling
-        self._launched: deque[Launched] = deque()  # whose tokens have not been read: at most two, outside of step() one
+        # Steps whose tokens have not been read: at most two inside of step(), one outside.
+        self._launched: deque[Launched] = deque()
         self._last_read = 0.0  # when the last tokens were, in seconds since the epoch
         self._token_bytes = TokenBytes(tokenizer)
         self._decoded: dict[int, str] = {}
@@ -137,8 +138,9 @@ class Engine:
     def step(self) -> None:
         """Compute one step; the sequences in it carry the result.
 
-        If the step after it does not depend on its tokens, that one is launched before they are read. An error or
-        Ctrl-C leaves what was launched to the next call.
+        If the step after it does not depend on its tokens, that one is launched before they are read. Interrupted while
+        it waits, it leaves what was launched to the next call; if taking the tokens fails, what was launched is dropped
+        and computed again.
         """
         if not self._launched:
             self._launch(self.scheduler.schedule())
@@ -157,7 +159,7 @@ class Engine:
                 if not chunk.sequence.finished:  # else this row is of no use
                     self._take(chunk, of_chunk, result, max(0.0, model_seconds))
         except BaseException:
-            self._launched.clear()  # it goes on from tokens that may not have been taken: both are computed again
+            self._launched.clear()  # tokens may be missing from here on: both steps are computed again
             raise
         self._forget_finished()
 

@@ -198,7 +198,8 @@ class LLM:
             ``(index, output)``, each index once. Requests begin in their order and end in any.
 
         Raises:
-            PromptError, OptionError: as :meth:`generate`, unless ``return_exceptions``.
+            PromptError, OptionError: as :meth:`generate`; with ``return_exceptions`` only for what is no list of
+                requests, and for a wrong number of sampling parameters.
         """
         given = conversations_or_prompts
         many = [given] if _is_conversation(given) or _is_prompt(given) else given

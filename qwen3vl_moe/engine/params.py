@@ -10,7 +10,7 @@ from pathlib import Path
 from qwen3vl_moe.errors import CheckpointError, OptionError
 from qwen3vl_moe.json_files import read_json_object
 
-_GREEDY_BELOW = 1e-5  # dividing logits by less than this would overflow to no purpose
+_GREEDY_BELOW = 1e-5  # below this, treat as greedy: the division could overflow
 _POSSIBLE = {
     "max_tokens": (int, "an integer of at least 1", lambda n: n >= 1),
     "top_k": (int, "0 or -1 (keep all) or an integer of at least 1", lambda n: n >= -1),
@@ -167,8 +167,8 @@ class EngineOptions:
         max_model_len: most tokens of prompt and answer; None: 32768, or fewer where the model or the cache hold fewer.
         max_num_seqs: most sequences in a step.
         max_prefill_tokens: most prompt tokens in a step.
-        max_encoder_tokens: most tokens of images that are encoded in a step, which bounds the memory and the time that
-            the vision tower takes from it. A larger image is encoded in a step of its own.
+        max_encoder_tokens: most tokens of images that are encoded in a step, which bounds the tower's memory and time
+            in it. A larger image is encoded in a step of its own.
         block_size: tokens in a cache block.
         num_blocks: cache blocks; None sizes the cache from the memory of the device.
         gpu_memory_utilization: part of the device's memory that weights, steps and cache may take together.

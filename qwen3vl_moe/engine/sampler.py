@@ -1,9 +1,11 @@
 """Logits to tokens: penalties, temperature, truncation, one draw per sequence; and log-probabilities.
 
-A row's token depends on its own logits and parameters only, and on the generator of its request where that has a seed.
+A greedy row depends on its logits alone, and one with a seed also on its own generator, so neither depends on the rest
+of the batch. Rows without a seed share the engine's generator.
+
 Tokens are drawn by an exponential race: each token's arrival time is exponential with its probability as rate, and the
 first one wins. So a rounding difference in the logits changes the draw only where two tokens arrive at about the same
-time, and nothing has to be sorted or summed.
+time, and without truncation nothing has to be sorted.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class Scheduler:
     the head of the queue and is computed again. The oldest never loses its blocks, and any single sequence fits
     (``max_model_len``), so every step brings it closer to its end: nothing can block for ever.
 
-    A sequence that begins like one before it starts behind the blocks that they share, and one that was preempted
-    behind those of its own that are still there.
+    A sequence that shares a prefix with an earlier one starts after the shared blocks; a preempted one starts after
+    those of its own blocks that are still cached.
 
     Args:
         cache: blocks of all sequences.
@@ -113,11 +113,11 @@ class Scheduler:
         return chunks
 
     def ahead(self, chunks: list[Chunk]) -> list[Chunk]:
-        """The step after one whose tokens are not known yet, or nothing if it depends on them.
+        """The next step, before this one's tokens are known; empty if it depends on them.
 
-        It does not while every running sequence decodes with no need of its history, there is a cache row for each, and
-        nobody who waits can be admitted. Those whose last token is on its way are left out; one that turns out to have
-        ended is computed for nothing, and what that writes is in no block that others may find.
+        It does not depend on them while every running sequence decodes without needing its history, each has a cache
+        row free, and no waiting sequence can be admitted. Sequences about to reach their length limit are left out. One
+        that turns out to have stopped is computed in vain, and no other sequence can find what that writes.
         """
         live = [chunk for chunk in chunks if not chunk.sequence.finished]
         going = [chunk for chunk in live if not chunk.sequence.ends_next]

@@ -1,7 +1,7 @@
 """One pool of threads for the host's work on prompts: done ahead of whoever needs it, or side by side.
 
-Pillow, NumPy and sockets release the interpreter lock where they work or wait. Tasks may start tasks: a thread of the
-pool works on those that it would wait for, so the pool cannot run out of threads that make progress.
+Pillow, NumPy and sockets release the interpreter lock where they work or wait. Tasks may start tasks: a pool thread
+that waits for subtasks works on them itself, so the pool cannot deadlock.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _join_pool() -> None:
     _THIS_THREAD.is_of_pool = True
 
 
-# Even on few cores a few: some wait for a server or a disk. They start when they are first needed.
+# At least four threads even on few cores: some wait for a server or a disk. They start when first needed.
 _POOL = ThreadPoolExecutor(min(32, max(4, os.cpu_count() or 1)), "inputs", _join_pool)
 
 
@@ -41,7 +41,7 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> l
     if len(items) < 2:
         return list(map(function, items))
     if not getattr(_THIS_THREAD, "is_of_pool", False):
-        # The caller only waits: had it a share of the work, the channels of a picture would take a tenth longer.
+        # The caller only waits: sharing the work made a picture's channels a tenth slower.
         return list(_POOL.map(function, items))
     outcomes: dict[int, Future[Result]] = {}
     numbers = itertools.count()

@@ -2,8 +2,8 @@
 
 Shape letters of both packages, in names and comments: T tokens of the step, R rows whose logits are wanted, S
 sequences, U keys that a step's tokens attend to, H hidden, E experts, K chosen experts, I expert width, N query heads,
-G key/value heads, D head width, F = D / 2 rotary frequencies, A all heads side by side, L layers, V vocabulary; in the
-vision tower P patches, C its hidden width, M merged (visual) tokens.
+G key/value heads, D head width, F = D / 2 rotary frequencies, A all heads side by side, L layers, V vocabulary, B
+blocks of the cache; in the vision tower P patches, C channels of a patch, M merged (visual) tokens.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Batch:
     """One step. The model takes it with all tensors on its device.
 
     Attributes:
-        input_ids_T: int64 token ids, sequence after sequence; on the device already where a step before sampled them.
+        input_ids_T: int64 token ids, sequence after sequence; already on the device if the previous step sampled them.
         positions_3T: int64 M-RoPE positions (time, height, width).
         segments: the sequences: their boundaries, and their blocks in the cache.
         slots_T: int64 cache row of each token, ``block * block_size + offset``; None attends within the batch only.

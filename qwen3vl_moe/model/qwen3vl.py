@@ -17,14 +17,14 @@ from qwen3vl_moe.ops import Segments
 
 
 class Qwen3VLMoe(nn.Module):
-    """The model. The constructor leaves weights as they come: build it with ``Qwen3VLMoe.from_pretrained``.
+    """The model. The constructor does not load weights; use ``Qwen3VLMoe.from_pretrained``.
 
     Args:
         config: sizes.
         moe: which implementation of the experts the layers call, ``"tma"`` or ``"reference"``.
     """
 
-    # :func:`qwen3vl_moe.weights.load_model`, put here by that package: the definition knows nothing of files.
+    # Set to `load_model` when `qwen3vl_moe.weights` is imported, so that this module need not import it.
     from_pretrained: ClassVar[Callable[..., Qwen3VLMoe]]
 
     def __init__(self, config: Qwen3VLMoeConfig, moe: str = "reference"):

@@ -1,4 +1,4 @@
-"""The decoder: 48 layers of grouped-query attention and mixture of experts.
+"""The decoder: layers of grouped-query attention and mixture of experts.
 
 Checked against transformers 5.17 (``Qwen3VLMoeTextModel``).
 """
@@ -30,6 +30,7 @@ class Attention(nn.Module):
     def forward(
         self, x_TH: Tensor, cos_TF: Tensor, sin_TF: Tensor, batch: Batch, layer_cache: Tensor | None
     ) -> ops.Addend:
+        """The output for x [T, H], to be added to the stream; layer_cache as in ``ops.cached_attention``."""
         q_TND, k_TGD, v_TGD = ops.rotate_and_store(
             self.qkv(x_TH),
             self.heads,
@@ -44,7 +45,7 @@ class Attention(nn.Module):
 
 
 class MoE(nn.Module):
-    """Router and experts: each token is the weighted sum of its top-k experts' SwiGLU networks."""
+    """Router and experts: each token's output is the weighted sum of its top-k experts' SwiGLU networks."""
 
     def __init__(self, config: TextConfig, backend: str):
         super().__init__()
@@ -53,14 +54,17 @@ class MoE(nn.Module):
         self.experts = tma_moe.ExpertWeights(config.num_experts, config.hidden_size, config.expert_width)
 
     def forward(self, x_TH: Tensor, padding_T: Tensor | None = None) -> ops.Addend:
+        """The output for x [T, H], to be added to the stream; of padding rows it is 0."""
         logits_TE = self.router(x_TH)
         # Padding goes to no expert: it must not make the layer read more weights.
         ids_TK, weights_TK = tma_moe.route(logits_TE, self.experts_per_token, skip_T=padding_T, backend=self.backend)
-        # The weighted sum is left open: the residual stream takes it where it adds and norms.
+        # The sum over experts is not taken here: the residual stream fuses it with the add and the next norm.
         return tma_moe.fused_moe(x_TH, ids_TK, weights_TK, self.experts, backend=self.backend, combine=False)
 
 
 class DecoderLayer(nn.Module):
+    """Attention and experts; each reads a norm of the residual stream and adds its output to it."""
+
     def __init__(self, config: TextConfig, moe_backend: str):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -76,6 +80,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Token embeddings, the layers, and the last norm."""
+
     def __init__(self, config: TextConfig, moe_backend: str):
         super().__init__()
         self.config = config

@@ -50,14 +50,15 @@ class PatchPlan:
         return cls(index_P4, weight_P4, positions_P2, segments)
 
 
-@functools.lru_cache(maxsize=32)  # a picture of the largest size takes 4 MB of them
+@functools.lru_cache(maxsize=32)  # 64 bytes per patch: 4 MB for the largest image
 def _places(grid: Grid, side: int, merge_size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """index_P4, weight_P4 and positions_P2 of one image.
 
     Learned positions are sampled bilinearly, corners on corners: patch row r of an image with h rows reads row
     ``r * (side - 1) / (h - 1)`` of the square grid; columns alike.
     """
-    with torch.inference_mode(False):  # whoever asks first: what is kept has to serve everybody
+    # An inference tensor would be unusable outside inference mode, and this result is cached for all callers.
+    with torch.inference_mode(False):
         positions_P2 = vision_positions([grid], merge_size)
         source_P2 = positions_P2.float() * (side - 1) / (torch.tensor(grid[1:]) - 1).clamp(min=1)
         low_P2 = source_P2.long()
@@ -71,6 +72,8 @@ def _places(grid: Grid, side: int, merge_size: int, device: torch.device) -> tup
 
 
 class VisionAttention(nn.Module):
+    """Attention within a frame, with rotation by row and column."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.num_heads = config.num_heads
@@ -83,6 +86,8 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
+    """Two products with GELU between them: the tanh form here, the exact one in the mergers, as published."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -93,6 +98,8 @@ class VisionMLP(nn.Module):
 
 
 class VisionBlock(nn.Module):
+    """Attention and MLP; each reads a norm of the residual stream and adds its output to it."""
+
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=_NORM_EPS)

@@ -1,8 +1,8 @@
-"""What the model calls around its matrix products: one function an operation.
+"""What the model calls around its matrix products: one function per operation.
 
 Each function decides by itself whether plain torch or one of our Triton kernels does the work (:mod:`.dispatch` has the
-rule), so the model's definition never mentions a device. The plain forms stand together in :mod:`.reference`, which is
-also the definition of correct; the kernels are in :mod:`.kernels`, a file for each operation.
+rule), so the model's definition never mentions a device. The plain forms are in :mod:`.reference`, which is also the
+definition of correct; the kernels are in :mod:`.kernels`, a file for each operation.
 """
 
 from qwen3vl_moe.ops.attend import attention, cached_attention

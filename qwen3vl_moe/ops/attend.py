@@ -48,13 +48,14 @@ def cached_attention(
         q_TND, k_TGD, v_TGD: the step's own; its keys and values are in the cache already.
         segments: the sequences.
         layer_cache: [2, blocks, block_size, G, D], or None to attend within the step only.
+
+    Returns:
+        [T, N, D] in the dtype of the queries.
     """
     if layer_cache is None or not segments.reads_cache:
         return attention(q_TND, k_TGD, v_TGD, segments, causal=True)
     if not _in_kernels(q_TND):
-        k_rows, v_rows = layer_cache.flatten(1, 2)
-        rows_U = segments.cache_rows_U
-        return attention(q_TND, k_rows[rows_U], v_rows[rows_U], segments, causal=True)
+        return reference.cached_attention(q_TND, segments, layer_cache)
 
     from qwen3vl_moe.ops.kernels.packed_attention import paged_attention
     from qwen3vl_moe.ops.kernels.paged_decode import paged_decode

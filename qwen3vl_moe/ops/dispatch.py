@@ -1,7 +1,8 @@
-"""Which operations run in our Triton kernels, and which in plain torch: said once, for all of them.
+"""Which operations run in our Triton kernels, and which in plain torch.
 
-The kernels take bf16 and fp16 tensors on a CUDA device. The Gluon attention needs a Hopper GPU and a triton whose Gluon
-it understands as well; where only the latter is missing, one warning says so, since nobody would notice otherwise.
+The kernels take bf16 and fp16 tensors on any CUDA device; only the cutting of patches, whose input is bytes, runs in
+its kernel for every dtype. The Gluon attention also needs a Hopper GPU, rows that TMA can address, and a Triton whose
+Gluon API it supports; if only the last is missing, one warning says so, since nobody would notice otherwise.
 """
 
 from __future__ import annotations

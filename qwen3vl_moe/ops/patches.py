@@ -52,9 +52,12 @@ def add_positions(x_PC: Tensor, table_SC: Tensor, index_P4: Tensor, weight_P4: T
         x_PC: embedded patches.
         table_SC: learned positions.
         index_P4, weight_P4: which four of them a patch mixes (int64), and how (fp32).
+
+    Returns:
+        [P, C] in the dtype of x.
     """
     if takes_kernels(x_PC):
         from qwen3vl_moe.ops.kernels.patches import add_positions as add_in_place
 
         return add_in_place(x_PC, table_SC, index_P4, weight_P4)
-    return x_PC + reference.mix_positions(table_SC, index_P4, weight_P4).to(x_PC.dtype)
+    return reference.add_positions(x_PC, table_SC, index_P4, weight_P4)

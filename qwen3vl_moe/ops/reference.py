@@ -1,4 +1,6 @@
-"""Every operation of this package in plain torch, on any device and in any floating dtype: the definition of correct.
+"""The operations in plain torch, on any device and in any floating dtype: the definition of correct.
+
+That of the residual stream, an addition and the norm itself, is in :mod:`.residual`.
 
 Shape letters are those of :mod:`qwen3vl_moe.model.batch`.
 """
@@ -71,6 +73,23 @@ def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *
         out_TND[q_start : q_start + q_len] = out[0].transpose(0, 1)
         q_start, kv_start = q_start + q_len, kv_start + kv_len
     return out_TND
+
+
+def cached_attention(q_TND: Tensor, segments: Segments, layer_cache: Tensor) -> Tensor:
+    """Causal attention over all keys of each segment, gathered from the cache."""
+    k_rows, v_rows = layer_cache.flatten(1, 2)
+    rows_U = segments.cache_rows_U
+    return attention(q_TND, k_rows[rows_U], v_rows[rows_U], segments, causal=True)
+
+
+def linear_gelu(x: Tensor, linear: nn.Linear) -> Tensor:
+    """See :func:`qwen3vl_moe.ops.mlp.linear_gelu`."""
+    return F.gelu(linear(x), approximate="tanh")
+
+
+def add_positions(x_PC: Tensor, table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tensor:
+    """See :func:`qwen3vl_moe.ops.patches.add_positions`."""
+    return x_PC + mix_positions(table_SC, index_P4, weight_P4).to(x_PC.dtype)
 
 
 def mix_positions(table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tensor:

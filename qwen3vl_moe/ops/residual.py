@@ -1,8 +1,8 @@
 """The residual stream: what a layer's output is added to, and what the next layer reads a norm of.
 
 Adding and norming are two passes over the same memory, and a layer's last step (a matrix product, or the sum over a
-token's experts) is a third. The stream joins them: it keeps an output as it was left and takes it in where the next
-norm is asked for, in one launch. The model just says ``stream.add(layer(stream.normed(norm)))``.
+token's experts) is a third. The stream joins them: it holds an output back and folds the addition into the kernel that
+computes the next norm. The model just says ``stream.add(layer(stream.normed(norm)))``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ class ResidualStream:
         self._open: Tensor | Uncombined | None = None  # added where the next norm is taken
 
     def add(self, y: Addend) -> None:
-        """Add a layer's output. Between two calls there has to be a :meth:`normed`."""
+        """Add a layer's output.
+
+        Raises:
+            RuntimeError: the output before this one was no :class:`OpenProduct`, and :meth:`normed` has not been called
+                since.
+        """
         if self._open is not None:
             raise RuntimeError("ResidualStream.add: the output before this one has not been taken in by normed() yet")
         if isinstance(y, OpenProduct):
@@ -65,7 +70,7 @@ class ResidualStream:
         return norm(self._x_TH)
 
     def total(self) -> Tensor:
-        """All that was added so far, [T, H]. The stream goes on as if it had not been asked."""
+        """All that was added so far, [T, H]. It may be the stream's own memory: read it before the next call."""
         return _sum(self._x_TH, self._open)
 
     def rows(self, rows_R: Tensor | None) -> ResidualStream:
@@ -79,5 +84,5 @@ class ResidualStream:
 
 def _sum(x_TH: Tensor, y: Tensor | Uncombined | None) -> Tensor:
     if isinstance(y, Uncombined):
-        raise TypeError("ResidualStream: only normed() takes the sum over experts, in its kernel")
+        raise TypeError("ResidualStream: a pending sum over experts can only be consumed by normed(), on the GPU")
     return x_TH if y is None else x_TH + y

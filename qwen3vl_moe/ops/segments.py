@@ -43,7 +43,13 @@ class Segments:
         block_tables: Tensor | None = None,
         block_size: int = 0,
     ) -> Segments:
-        """Args: query and key lengths of each segment (keys default to the queries: nothing is cached)."""
+        """Segments of given lengths, with their cumulative starts on a device.
+
+        Args:
+            q_lens, kv_lens: of each segment; no kv_lens: nothing is cached, and they are the q_lens.
+            device: where the starts go.
+            block_tables, block_size: see the class.
+        """
         kv_lens = q_lens if kv_lens is None else kv_lens
 
         def starts(lengths: Sequence[int]) -> Tensor:

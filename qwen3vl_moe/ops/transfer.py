@@ -22,7 +22,7 @@ def all_to_device(tensors: Sequence[Tensor], device: torch.device | str) -> list
     if device.type != "cuda":
         return [x.to(device) for x in tensors]
     moved = [x for x in tensors if not x.is_cuda]
-    # Sections begin at multiples of 16 bytes, which the kernels' wide loads need.
+    # Sections begin at multiples of 16 bytes, which lets kernels be launched from the cache (kernels/launch.py).
     ends = list(itertools.accumulate(-(-x.nbytes // 16) * 16 for x in moved))
     buffer = torch.empty(ends[-1] if ends else 0, dtype=torch.uint8, pin_memory=True)
     for x, section in zip(moved, _sections(buffer, moved, ends), strict=True):

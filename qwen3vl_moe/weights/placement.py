@@ -89,7 +89,7 @@ def require_memory(device: torch.device, model_bytes: int, name: str | Path, dty
 def free_bytes(device: torch.device) -> int | None:
     """Memory that parameters could take on ``device``; None where that is not known."""
     if device.type == "cuda":
-        # What torch holds but does not use counts as taken for the driver and as free for us.
+        # Torch's cached but unused memory is free for us, though the driver counts it as used.
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
     try:

@@ -71,7 +71,10 @@ def _type(argument: object) -> str:
     return "fp32" if isinstance(argument, float) else "i32"
 
 
-def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict) -> Compiled:
+HOPPER = GPUTarget("cuda", 90, 32)
+
+
+def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict, target: GPUTarget = HOPPER) -> Compiled:
     names = kernel.arg_names
     signature, constexprs, attrs = {}, {}, {}
     for index, name in enumerate(names):
@@ -86,7 +89,7 @@ def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict) -> 
             signature[name] = "constexpr"
             constexprs[(index,)] = constants[index - len(args)]
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, attrs)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    made = triton.compile(source, target=target, options=options)
     registers, spilled = _resources(made.asm["cubin"])
     return Compiled(
         name=made.metadata.name,

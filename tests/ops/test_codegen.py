@@ -1,5 +1,8 @@
 """What the compiler makes of the decoder's and the tower's kernels for Hopper, at the published sizes, with no GPU."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,8 +11,16 @@ from tests.interpreted import INTERPRETED
 if INTERPRETED:
     pytest.skip("compiles, so not in the interpreter", allow_module_level=True)
 
-from qwen3vl_moe.ops.kernels import hopper_attention, packed_attention, paged_decode, patches, residual, rotation
-from tests.kernels.codegen import compile_for_hopper
+from qwen3vl_moe.ops.kernels import (
+    hopper_attention,
+    launch,
+    packed_attention,
+    paged_decode,
+    patches,
+    residual,
+    rotation,
+)
+from tests.kernels.codegen import GPUTarget, compile_for_hopper
 
 BF16, FP32, INT32 = (torch.empty(16, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.int32))
 
@@ -22,6 +33,35 @@ def test_add_and_norm(width, has_bias):
     )
     assert made.spilled == 0
     made.assert_takes_turn(reads_early=False)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_cards_before_hopper_are_launched_without_pdl(monkeypatch, capability):
+    """Their assembler refuses the instruction."""
+    seen = {}
+
+    class Recorded:
+        def __init__(self, kernel, constants, warps, pdl):
+            seen.update(pdl=pdl, constant=constants[-1])
+
+        def __call__(self, *_):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(launch, "Launch", Recorded)
+    monkeypatch.setattr(launch, "device_guard", lambda device: nullcontext())
+    monkeypatch.setattr(launch, "current_stream", lambda device: 0)
+    for cached in (launch._kept, launch.has_pdl):
+        cached.cache_clear()
+    x = SimpleNamespace(data_ptr=lambda: 0, device=torch.device("cuda:0"), dtype=torch.bfloat16)
+    launch.run_kept(residual._add_norm, (1, 1, 1), (x,), (), (), 4)
+    for cached in (launch._kept, launch.has_pdl):
+        cached.cache_clear()
+    assert seen == {"pdl": capability >= (9, 0), "constant": capability >= (9, 0)}
+    if capability < (9, 0):
+        target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+        arguments, constants = (BF16,) * 5 + (1e-6,), (2048, True, False, 2048, seen["constant"])
+        assert compile_for_hopper(residual._add_norm, arguments, constants, {"num_warps": 8}, target).spilled == 0
 
 
 @pytest.mark.parametrize("evict", ["", "evict_first"])
@@ -102,10 +142,10 @@ def test_packed_attention(heads, width, causal, tile, block_size):
 def test_hopper_attention(heads, width, causal):
     (N, G), dtype = heads, torch.bfloat16
     q, k = (torch.empty(300, n, width, dtype=dtype, device="meta") for n in (N, G))
-    widths, launch, _ = hopper_attention._launch(torch.device("meta"), dtype, N, G, width, causal)
+    widths, kept, _ = hopper_attention._launch(torch.device("meta"), dtype, N, G, width, causal)
     descriptors = [d for x in (q, k, k) for d in hopper_attention._descriptors(x, widths)]
     arguments = (*descriptors, BF16, INT32, INT32, 3, 0.1)
-    made = compile_for_hopper(hopper_attention.attend_packed, arguments, launch.constants, launch.options)
+    made = compile_for_hopper(hopper_attention.attend_packed, arguments, kept.constants, kept.options)
     assert made.count("wgmma.mma_async") > 0
     assert made.count("mma.sync") == 0
     assert made.count("cp.async.bulk.tensor") >= 3

@@ -9,18 +9,25 @@ A warpgroup MMA of Hopper takes 64 rows of its M operand at a time and from 8 to
 first name says which operand is M, and a suffix how the warps of a program share the work:
 
                           all warps do the same (Triton)       warps have roles (Gluon, `_ws`)
-    weights are M         weights_m     up to about 100        weights_m_ws   about 30 to 300
-                                        rows an expert                        rows an expert
-    tokens are M          -                                    tokens_m_ws    from 256 rows an expert
+    weights are M         weights_m                            weights_m_ws
+    tokens are M          -                                    tokens_m_ws
 
-    no matrix unit        gemv          up to a token an expert
+    no matrix unit        gemv
+
+Rows per expert at which the shipped tiles use each way (128 experts, top-8; configs/):
+
+    gemv            below 0.5
+    weights_m       0.5 to 48; also the up product above 256 (H100), or from 128 to 256 (H200)
+    weights_m_ws    48 to 256 (H100), 48 to 128 (H200)
+    tokens_m_ws     down above 256 (H100) or 128 (H200); up above 256 (H200)
 
 - **weights_m** is what others call swap AB. With few tokens the 64 rows have to be weights, of which there are plenty;
   the tokens, on the N side, are padded to 16 only.
 - **_ws** is warp-specialised: one warp or warp group copies, two warp groups multiply, and they meet at a ring of
   buffers. Triton's own pipeline cannot let one consumer store its result while the other one multiplies.
-- The fourth corner, tokens as M in plain Triton, was measured and won nowhere; docs/log.md has its figures.
+- The fourth corner, tokens as M in plain Triton, was measured: it won only at 768 tokens, by 1 %, and was removed
+  (docs/log.md).
 
-Every file owns all that is particular to its way: the kernels, how it views the weights, its blocks, its grid, and
-which tiles it takes (`Up` and `Down`, made by `product`). `tma_moe.recipe` puts them together.
+Each file holds its kernels, its views of the weights and the check of its tiles. The grid is shared (product.py). gemv
+takes ids rather than a plan, so `recipe.GemvRecipe` builds its `Up` and `Down` directly.
 """

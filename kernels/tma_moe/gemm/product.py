@@ -42,7 +42,7 @@ class Product:
         return pairs if pairs <= E else E + (pairs - E) // self.tiles.rows
 
     def grid(self, pairs: int) -> tuple[int, int, int]:
-        """One program a tile, or as many as run at once: those walk over the tiles."""
+        """One program per tile, or as many as run at once, which then walk over the tiles."""
         count = self.row_tiles(pairs) * self.columns
         if self.tiles.ctas_per_sm:
             count = min(count, self.tiles.ctas_per_sm * self.sizes.multiprocessors)
@@ -69,7 +69,7 @@ def product(role: str, tiles: Tiles, sizes: Sizes) -> Product:
 
     Raises:
         ValueError: this way does not take such tiles.
-        ImportError: it is written in Gluon, which this triton does not have as it should.
+        ImportError: it is written in Gluon, and this triton's Gluon is incompatible.
     """
     way = import_module(f"tma_moe.gemm.{tiles.kernel}")
     return (way.Up if role == "up" else way.Down)(tiles, sizes)

@@ -1,4 +1,4 @@
-"""Tokens as the M operand, warp-specialised, for the largest loads: from some 256 rows an expert.
+"""Tokens as the M operand, warp-specialised, for the largest loads: from 128 or 256 rows per expert.
 
     up      128 tokens  x  256 rows of gate_up (128 of gate, 128 of up)  ->  h [128, 128]
     down    128 rows    x  256 rows of down                             ->  rows [128, 256]
@@ -11,9 +11,14 @@ A producer copies; consumers 0 and 1 multiply 64 of the tile's 128 rows each, an
 gluon_parts.py, so one consumer's epilogue runs under the other's products and under the copies for the next tile. A
 consumer that has no rows in an expert's last tile only gives the buffers back.
 
-    registers a thread      consumers (4 warps each)    producer
+    registers per thread    consumers (4 warps each)    producer
     up                      216                         56 (4 warps, which gather tokens by ordinary copies)
     down                    216                         24 (1 warp, which only issues TMA)
+
+    shared memory per stage  128 x 64 tokens (16 KB) and 256 x 64 weights (32 KB); 4 stages are 192 KB
+
+One producer and two consumers that share a tile's rows are the division of work of CUTLASS's "cooperative" kernels for
+Hopper, written anew here.
 """
 
 from torch import Tensor
@@ -86,6 +91,7 @@ def _multiply(ring, step, half, K_STEPS: gl.constexpr, COLS: gl.constexpr, GATHE
         acc = warpgroup_mma(a, b_ring.index(stage).permute((1, 0)), acc, is_async=True)
         # With one product under way, the one before it has read its buffers.
         acc = warpgroup_mma_wait(1, deps=(acc,))
+        # Not at k = 0: the last tile's last buffer was given back after its loop.
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
         step += 1
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -122,6 +128,7 @@ def _store(values, row_ptrs, inside, first_col, width, layout: gl.constexpr):
 
 @gluon.jit
 def _consume_up(half: gl.constexpr, ring, plan_ptr, h_ptr, tiles_at, total, sizes: gl.constexpr):
+    """This consumer's half of each tile of h."""
     H: gl.constexpr = sizes[0]
     I: gl.constexpr = sizes[1]  # noqa: E741
     COLS: gl.constexpr = sizes[3]
@@ -144,6 +151,7 @@ def _consume_up(half: gl.constexpr, ring, plan_ptr, h_ptr, tiles_at, total, size
 
 @gluon.jit
 def _produce_up(x_ptr, gate_up_desc, ring, plan_ptr, tiles_at, total, TOPK: gl.constexpr, sizes: gl.constexpr):
+    """Gathers tokens and copies gate and up rows, step by step of every tile."""
     H: gl.constexpr = sizes[0]
     I: gl.constexpr = sizes[1]  # noqa: E741
     COLS: gl.constexpr = sizes[3]
@@ -180,7 +188,7 @@ def _produce_up(x_ptr, gate_up_desc, ring, plan_ptr, tiles_at, total, TOPK: gl.c
 def tokens_m_ws_up(
     x_ptr,  # [T, H]
     gate_up_desc,  # [E * 2I, H], blocks [COLS, BLOCK_K]
-    plan_ptr,
+    plan_ptr,  # int32, see routing.py
     h_ptr,  # [T * K, I], by row of the plan
     tiles_at,
     H: gl.constexpr,
@@ -196,7 +204,7 @@ def tokens_m_ws_up(
     total = gl.load(plan_ptr) * ((I + COLS - 1) // COLS)
     swizzled: gl.constexpr = gate_up_desc.layout
     dtype: gl.constexpr = gate_up_desc.dtype
-    # A buffer is full after the producer's announcement of TMA's bytes and the copies of each of its 128 threads.
+    # 129 arrivals fill a buffer: `expect`, which also announces TMA's bytes, and each of the producer's 128 threads.
     ring = _make_ring(swizzled, dtype, STAGES, ROWS, 2 * COLS, BLOCK_K, 1 + 128)
     sizes: gl.constexpr = (H, I, ROWS, COLS, BLOCK_K)
     gl.warp_specialize(
@@ -205,7 +213,7 @@ def tokens_m_ws_up(
             (_consume_up, (gl.constexpr(1), ring, plan_ptr, h_ptr, tiles_at, total, sizes)),
             (_produce_up, (x_ptr, gate_up_desc, ring, plan_ptr, tiles_at, total, TOPK, sizes)),
         ],
-        # The first consumer's four warps are the kernel's own. An accumulator of 64 x 256 takes 128 registers a thread.
+        # The first consumer's four warps are the kernel's own. An accumulator [64, 256] takes 128 registers per thread.
         [4, 4],
         [216, 56],
     )
@@ -213,6 +221,7 @@ def tokens_m_ws_up(
 
 @gluon.jit
 def _consume_down(half: gl.constexpr, ring, plan_ptr, rows_ptr, tiles_at, total, sizes: gl.constexpr):
+    """This consumer's half of each tile of rows."""
     H: gl.constexpr = sizes[0]
     COLS: gl.constexpr = sizes[3]
     ROWS: gl.constexpr = sizes[2] // CONSUMERS
@@ -233,14 +242,17 @@ def _consume_down(half: gl.constexpr, ring, plan_ptr, rows_ptr, tiles_at, total,
 
 @gluon.jit
 def _produce_down(h_desc, down_desc, ring, plan_ptr, tiles_at, total, sizes: gl.constexpr):
+    """Copies h and down by TMA, step by step of every tile."""
     H: gl.constexpr = sizes[0]
     COLS: gl.constexpr = sizes[3]
     a_ring, b_ring, full, empty = ring
     STAGES: gl.constexpr = a_ring.shape[0]
+    I: gl.constexpr = sizes[1]  # noqa: E741
+    BLOCK_K: gl.constexpr = sizes[4]
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         e, first, _, n = _tile(plan_ptr, tiles_at, tile, (H + COLS - 1) // COLS, COLS)
-        for at in range(0, sizes[1], sizes[4]):
+        for at in range(0, I, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), h_desc.block_type.nbytes + down_desc.block_type.nbytes)
@@ -253,7 +265,7 @@ def _produce_down(h_desc, down_desc, ring, plan_ptr, tiles_at, total, sizes: gl.
 def tokens_m_ws_down(
     h_desc,  # [T * K, I], by row of the plan, blocks [ROWS, BLOCK_K]
     down_desc,  # [E * H, I], blocks [COLS, BLOCK_K]
-    plan_ptr,
+    plan_ptr,  # int32, see routing.py
     rows_ptr,  # [T * K, H], by slot
     tiles_at,
     H: gl.constexpr,

@@ -1,12 +1,14 @@
-"""Weights as the M operand in plain Triton, for few rows an expert; others call it swap AB.
+"""Weights as the M operand, in plain Triton; others call it swap AB.
+
+Made for few rows per expert; with tiles of 128 x 128 it is the up product of the largest loads on an H100, too.
 
     up      [COLS, BLOCK_K] of gate, the same of up  x  [BLOCK_K, ROWS] of tokens  ->  h^T [COLS, ROWS]
     down    [COLS, BLOCK_K] of down                  x  [BLOCK_K, ROWS] of h       ->  rows^T [COLS, ROWS]
 
 Weights arrive by TMA, gate and up rows in a block each. Tokens are gathered through the plan (routing.py) with ordinary
 asynchronous copies, since TMA on Hopper gathers nothing. All warps do the same; Triton's pipeline has the copies of the
-next STAGES - 1 steps under way while one is multiplied. 64 rows of gate and 64 of up by 16 tokens take 16 registers of
-accumulators a thread of 128, so several programs share a multiprocessor and hide each other's beginning and end.
+next STAGES - 1 steps under way while one is multiplied. With 64 rows of gate, 64 of up and 16 tokens, each of the 128
+threads holds 16 accumulators, so several programs share a multiprocessor and hide each other's beginning and end.
 
 Both kernels loop over output tiles. With a grid as large as the number of tiles the loop runs once; with a grid as
 large as the machine it makes the kernel persistent, and FLATTEN fuses it with the loop over K, so that the next tile's
@@ -38,14 +40,14 @@ def silu_times(gate, up):
 def weights_m_up(
     x_ptr,  # [T, H]
     gate_up_desc,  # [E * 2I, H], blocks [COLS, BLOCK_K]
-    plan_ptr,
+    plan_ptr,  # int32, see routing.py
     h_ptr,  # [T * K, I], by row of the plan
     tiles_at,
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     TOPK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    ROWS: tl.constexpr,  # pairs per tile
+    COLS: tl.constexpr,  # output channels per tile
     BLOCK_K: tl.constexpr,
     FLATTEN: tl.constexpr,
     EVICT: tl.constexpr,
@@ -82,13 +84,13 @@ def weights_m_up(
 def weights_m_down(
     h_ptr,  # [T * K, I], by row of the plan
     down_desc,  # [E * H, I], blocks [COLS, BLOCK_K]
-    plan_ptr,
+    plan_ptr,  # int32, see routing.py
     rows_ptr,  # [T * K, H], by slot
     tiles_at,
     H: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    ROWS: tl.constexpr,  # pairs per tile
+    COLS: tl.constexpr,  # output channels per tile
     BLOCK_K: tl.constexpr,
     FLATTEN: tl.constexpr,
     EVICT: tl.constexpr,

@@ -1,11 +1,11 @@
-"""Weights as the M operand, warp-specialised, for some 30 to 300 rows an expert: its weights are read once.
+"""Weights as the M operand, warp-specialised, for 48 to 256 rows per expert: its weights are read once.
 
     up      128 rows of gate_up (64 of gate, 64 of up)  x  up to 288 tokens  ->  h [tokens, 64]
     down    128 rows of down                            x  up to 288 rows    ->  rows [rows, 128]
 
 Why: with tokens as M, the row tiles of one expert run at different times, each reads all of its weights, and an L2 of
 50 MB does not hold the 55 MB of weights that one wave of tiles reads. Nsight Compute counted 1.23 GB read for the 0.80
-GB of an up product's weights at 4096 tokens. Here a tile holds all tokens of an expert (up to about 280, cut evenly
+GB of an up product's weights at 4096 tokens. Here a tile holds all tokens of an expert (up to 288, cut evenly
 above), so each weight goes to a multiprocessor once; the tensor cores work on the tokens that are there, as a tile's
 width is chosen on the device among a few (weights_m_ws_tile.py).
 
@@ -13,9 +13,12 @@ One program a multiprocessor walks over its tiles. A producer copies; consumers 
 weight rows each, and store. They meet at the ring of gluon_parts.py, so one consumer's SwiGLU and store run under the
 other's products and under the copies for the next tile.
 
-    registers a thread      consumers (4 warps each)    producer
+    registers per thread    consumers (4 warps each)    producer
     up                      208                         88 (4 warps, which gather tokens by ordinary copies)
     down                    216                         24 (1 warp, which only issues TMA)
+
+    shared memory per stage  128 x 64 weights (16 KB) and ROWS x 64 tokens; 7, 5 and 4 stages of 96, 160 and 288 tokens
+                             are 196, 180 and 208 KB
 
 EVICT is L2's policy for what is stored, as in weights_m.py.
 """
@@ -76,15 +79,17 @@ def _store_h(h, h_ptr, row, last, col, I: gl.constexpr, EVICT: gl.constexpr):  #
 
 @gluon.jit
 def _consume_up(A: gl.constexpr, B: gl.constexpr, tile, half: gl.constexpr, ring, h_ptr, sizes: gl.constexpr):
+    """This consumer's half of one tile of h."""
     H: gl.constexpr = sizes[0]
     I: gl.constexpr = sizes[1]  # noqa: E741
+    EVICT: gl.constexpr = sizes[3]
     step, _, first, last, n = tile
     acc_a, acc_b = multiply(ring, step, half, (H + BLOCK_K - 1) // BLOCK_K, A, B, True)
     # 64 rows of weights are 32 values of h: this consumer's half of the tile's 64.
     col = n + half * 32
-    _store_h(_swiglu(acc_a, h_ptr.dtype.element_ty), h_ptr, first, last, col, I, sizes[3])
+    _store_h(_swiglu(acc_a, h_ptr.dtype.element_ty), h_ptr, first, last, col, I, EVICT)
     if B > 0:
-        _store_h(_swiglu(acc_b, h_ptr.dtype.element_ty), h_ptr, first + A, last, col, I, sizes[3])
+        _store_h(_swiglu(acc_b, h_ptr.dtype.element_ty), h_ptr, first + A, last, col, I, EVICT)
 
 
 @gluon.jit
@@ -107,6 +112,7 @@ def _row_pointers(x_ptr, plan_ptr, first, last, N: gl.constexpr, TOPK: gl.conste
 
 @gluon.jit
 def _produce_up(A: gl.constexpr, B: gl.constexpr, tile, ring, x_ptr, desc, plan_ptr, sizes: gl.constexpr):
+    """Gathers tokens and copies gate and up rows for every step of one tile."""
     H: gl.constexpr = sizes[0]
     TOPK: gl.constexpr = sizes[2]
     step, e, first, last, n = tile
@@ -140,7 +146,7 @@ def weights_m_ws_up(
     x_ptr,  # [T, H]
     gate_up_ptr,  # [E, 2I, H]
     gate_up_desc,  # the same as [E, I/8, 2, 8, H], blocks [1, 8, 2, 8, BLOCK_K]: 8 rows of gate and 8 of up in turns
-    plan_ptr,
+    plan_ptr,  # int32, see routing.py
     h_ptr,  # [T * K, I], by row of the plan
     tiles_at,
     H: gl.constexpr,
@@ -165,7 +171,7 @@ def weights_m_ws_up(
     ring = make_ring(gate_up_desc, STAGES, ROWS, 1 + 128)
     sizes: gl.constexpr = (H, I, TOPK, EVICT)
     walk: gl.constexpr = (ROWS, COL_TILES, 64, (H + BLOCK_K - 1) // BLOCK_K)
-    consume: gl.constexpr = _consume_up
+    consume: gl.constexpr = _consume_up  # as a constexpr a function can be passed to a worker
     produce: gl.constexpr = _produce_up
     gl.warp_specialize(
         [
@@ -203,6 +209,7 @@ def _store_rows(out, rows_ptr, slots, row, last, col, H: gl.constexpr, EVICT: gl
 def _consume_down(
     A: gl.constexpr, B: gl.constexpr, tile, half: gl.constexpr, ring, plan_ptr, rows_ptr, sizes: gl.constexpr
 ):
+    """This consumer's half of one tile of rows."""
     H: gl.constexpr = sizes[0]
     step, _, first, last, n = tile
     slots_a = _slots(plan_ptr, first, last, A)
@@ -217,6 +224,7 @@ def _consume_down(
 
 @gluon.jit
 def _produce_down(A: gl.constexpr, B: gl.constexpr, tile, ring, h_desc, down_desc, sizes: gl.constexpr):
+    """Copies h and down rows by TMA for every step of one tile."""
     weights, _, _, full, empty = ring
     STAGES: gl.constexpr = full.shape[0]
     step, e, first, _, n = tile
@@ -240,7 +248,7 @@ def weights_m_ws_down(
     h_desc,  # [T * K, I], by row of the plan, blocks [TAIL, BLOCK_K]
     down_ptr,  # [E, H, I]
     down_desc,  # the same as [E * H, I], blocks [WEIGHT_ROWS, BLOCK_K]
-    plan_ptr,
+    plan_ptr,  # int32, see routing.py
     rows_ptr,  # [T * K, H], by slot
     tiles_at,
     H: gl.constexpr,
@@ -262,7 +270,7 @@ def weights_m_ws_down(
     ring = make_ring(down_desc, STAGES, ROWS, 1)
     sizes: gl.constexpr = (H, I, EVICT)
     walk: gl.constexpr = (ROWS, COL_TILES, WEIGHT_ROWS, (I + BLOCK_K - 1) // BLOCK_K)
-    consume: gl.constexpr = _consume_down
+    consume: gl.constexpr = _consume_down  # see weights_m_ws_up
     produce: gl.constexpr = _produce_down
     gl.warp_specialize(
         [

@@ -40,7 +40,7 @@ def make_ring(desc, STAGES: gl.constexpr, ROWS: gl.constexpr, FULL_COUNT: gl.con
 
 @gluon.jit
 def _find_tile(plan_ptr, tiles_at, tile, total, COL_TILES: gl.constexpr):
-    """Expert, first row, last row + 1 and column tile of an output tile; of the last one past the end.
+    """Expert, first row, last row + 1 and column tile of an output tile; past the end, of the last tile.
 
     Neighbouring row tiles of an expert go through the columns together, so that one of them finds the weights in L2.
     If there is no tile at all, what it finds means nothing, but it looks inside the plan (see routing._write_tiles).
@@ -98,6 +98,7 @@ def multiply(
             acc_a, acc_b = warpgroup_mma_wait(2, deps=(acc_a, acc_b))
         else:
             acc_a = warpgroup_mma_wait(1, deps=(acc_a,))
+        # Not at k = 0: the last tile's last buffer was given back after its loop.
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
         step += 1
     if B > 0:
@@ -112,8 +113,8 @@ def multiply(
 def _by_width(rows, ROWS: gl.constexpr, fn: gl.constexpr, tile, args):
     """Calls fn(A, B, tile, *args) with the narrowest A + B that holds a tile's tokens.
 
-    Each pair is compiled into a loop of its own, so there are few of them: for a kernel whose tiles have at most 96,
-    160 or 288 tokens three, five or eight.
+    Each pair is compiled into a loop of its own, so there are few of them: three, four or seven for a kernel whose
+    tiles have at most 96, 160 or 288 tokens.
     """
     if ROWS < 160:
         if rows <= 32:
@@ -144,7 +145,7 @@ def _by_width(rows, ROWS: gl.constexpr, fn: gl.constexpr, tile, args):
 def each_tile(fn: gl.constexpr, args, plan_ptr, tiles_at, total, walk: gl.constexpr):
     """Calls fn(A, B, tile, *args) for this program's tiles one after the other, A + B tokens wide.
 
-    Producer and consumers walk over the same tiles, each for itself: what a tile is need not be passed between them. A
+    Producer and consumers compute the same tiles independently, so nothing about a tile has to be passed. A
     tile is (steps so far, expert, first row, last row + 1, first column). walk: most rows of a tile, column tiles,
     columns of one, steps of a tile.
     """

@@ -7,13 +7,13 @@ one after the other, grouped queries, head widths 128 (decoder) and 72 (vision t
 **One program** has a multiprocessor to itself and takes one tile after the other until none is left ("persistent"), so
 that the copies for the next tile run under the end of this one. A tile is 128 queries of one head of one sequence::
 
-    warps 0-3    consumer 0   queries   0..63 of the tile   240 registers a thread
+    warps 0-3    consumer 0   queries   0..63 of the tile   240 registers per thread
     warps 4-7    consumer 1   queries 64..127               240
     warp  8      producer     issues TMA copies              24
 
 Registers are dealt to groups of four warps, so the producer comes with three idle ones: 128 * (240 + 240 + 24) = 64,512
 of the multiprocessor's 65,536. A consumer's thread holds 64 registers of output (its part of [64, 128] in fp32), 64 of
-scores, and twice 32 of weights in bf16: this block's and those of the block before.
+scores, and twice 32 of p (the softmax's numerators, in bf16): this block's and those of the block before.
 
 **Shared memory**, for heads of 128 (of 72: two parts of 64 and 16 channels, 3 stages)::
 
@@ -28,14 +28,14 @@ arrivals, one each)::
     wait q_empty;  copy q   ---- q_full --------->  wait
     per block of keys:
     wait k_empty[s]; copy k ---- k_full[s] ------>  wait; start scores = q k^T
-    wait v_empty[s]; copy v ---- v_full[s] ------>  wait; start out += weights v   (of the block BEFORE)
+    wait v_empty[s]; copy v ---- v_full[s] ------>  wait; start out += p v   (of the block BEFORE)
                         <------- k_empty[s] ------  scores are there: k is free
                                                     softmax of the scores, while the tensor cores still add values
                         <------- v_empty[s] ------  out is there: v of the block before is free
                         <------- q_empty ---------  after the last scores
 
-The use of a buffer number u waits for phase u & 1 of *full*; to fill it the producer waits for phase (u & 1) ^ 1 of
-*empty*, which a barrier that nobody has used yet grants at once.
+The u-th use of a buffer waits for phase u & 1 of *full*; before filling it, the producer waits for phase (u & 1) ^ 1 of
+*empty*, which a fresh barrier passes at once.
 
 Gluon is part of triton, has no interpreter, and is still called experimental; ``ops/dispatch.py`` decides whether this
 file is used at all.
@@ -68,6 +68,7 @@ from qwen3vl_moe.ops.kernels.hopper_attention_tile import (
     store,
     wait_for_values,
 )
+from qwen3vl_moe.ops.kernels.launch import softmax_scale
 from tma_moe.gluon_parts import make_barriers, tma_load
 from tma_moe.launcher import Launch, current_stream, device_guard
 
@@ -184,7 +185,7 @@ def _consume(
     layout_2: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, width_2, 16]
     )
-    # The same walk over tiles and blocks as the producer's: the counters agree without a word.
+    # The same walk as the producer's, so both count steps alike without communicating.
     step = 0
     count = 0
     tile = gl.program_id(0)
@@ -202,8 +203,8 @@ def _consume(
             past = kv_len - (q_stop - q_start)
             limit = gl.minimum(past + rows + 1, kv_len)
             seen = gl.minimum(past + query + 1, kv_len)
-        best = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
-        total = gl.zeros([64], gl.float32, gl.SliceLayout(1, layout))
+        row_max = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
+        row_sum = gl.zeros([64], gl.float32, gl.SliceLayout(1, layout))
         if PARTS == 1:
             out = (gl.zeros([64, width_1], gl.float32, layout_1),)
         else:
@@ -216,7 +217,7 @@ def _consume(
         scores = scores_of(q_buffers, k_rings, stage, half, PARTS)
         scores = warpgroup_mma_wait(0, deps=(scores,))
         mbarrier.arrive(k_empty.index(stage), count=1)
-        weights, best, total, _ = softmax(scores, 0, limit, seen, best, total, scale, dtype)
+        p, row_max, row_sum, _ = softmax(scores, 0, limit, seen, row_max, row_sum, scale, dtype)
         for block in range(1, blocks):
             before = step % STAGES
             before_phase = (step // STAGES) & 1
@@ -225,15 +226,15 @@ def _consume(
             mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
             scores = scores_of(q_buffers, k_rings, stage, half, PARTS)
             mbarrier.wait(v_full.index(before), before_phase)
-            out = add_values(weights, v_rings, before, out, PARTS)
+            out = add_values(p, v_rings, before, out, PARTS)
             # Products end in the order they were started: with PARTS of them left over, the scores are there.
             scores = warpgroup_mma_wait(PARTS, deps=(scores,))
             mbarrier.arrive(k_empty.index(stage), count=1)
-            next_weights, best, total, fade = softmax(scores, block, limit, seen, best, total, scale, dtype)
-            out, weights = wait_for_values(out, weights, PARTS)
+            next_p, row_max, row_sum, rescale = softmax(scores, block, limit, seen, row_max, row_sum, scale, dtype)
+            out, p = wait_for_values(out, p, PARTS)
             mbarrier.arrive(v_empty.index(before), count=1)
-            out = scaled(out, fade, PARTS)
-            weights = next_weights
+            out = scaled(out, rescale, PARTS)
+            p = next_p
         # No more scores: the producer may fetch the next tile's queries while the last values are added.
         mbarrier.arrive(q_empty.index(0), count=1)
         stage = step % STAGES
@@ -241,13 +242,13 @@ def _consume(
         if blocks * KEYS > kv_len:  # only the last block can run past the end
             for part in gl.static_range(PARTS):
                 clear_rows(v_rings[part].index(stage), kv_len - (blocks - 1) * KEYS)
-            fence_async_shared()  # the tensor cores read shared memory past the ordinary stores unless told
-        out = add_values(weights, v_rings, stage, out, PARTS)
-        out, weights = wait_for_values(out, weights, PARTS)
+            fence_async_shared()  # tensor cores read through the async proxy: make the ordinary stores visible to it
+        out = add_values(p, v_rings, stage, out, PARTS)
+        out, p = wait_for_values(out, p, PARTS)
         mbarrier.arrive(v_empty.index(stage), count=1)
         step += 1
-        # A query past the sequence's end has a total, too, and is not stored.
-        out = scaled(out, 1.0 / total, PARTS)
+        # A query past the sequence's end has a row_sum, too, and is not stored.
+        out = scaled(out, 1.0 / row_sum, PARTS)
         store(out[0], out_ptr, q_start + query, q_stop, n, 0, N, D)
         if PARTS == 2:
             store(out[1], out_ptr, q_start + query, q_stop, n, width_1, N, D)
@@ -259,7 +260,7 @@ def _consume(
 @gluon.jit
 def _rings(descs, STAGES: gl.constexpr, PARTS: gl.constexpr):
     """Shared memory for STAGES blocks of each part, in the swizzled layout in which TMA writes and wgmma reads."""
-    # Kernels know no unpacking.
+    # @gluon.jit supports no starred unpacking.
     shape_1: gl.constexpr = [STAGES] + descs[0].block_type.shape  # noqa: RUF005
     first = gl.allocate_shared_memory(descs[0].dtype, shape_1, descs[0].layout)
     if PARTS == 1:
@@ -304,8 +305,12 @@ def attend_packed(
             (_produce, ((q1, q2), (k1, k2), (v1, v2), buffers, barriers, q_starts_ptr, kv_starts_ptr, S, sizes)),
         ],
         [4, 1],  # warps of all but the first, which has the launch's four
-        [240, 24],  # registers a thread, of the same
+        [240, 24],  # registers per thread, of the same
     )
+
+
+ROWS = KEYS.value  # of a TMA block, of queries and of keys
+assert QUERIES.value == ROWS
 
 
 def _descriptors(x_TND: Tensor, widths: tuple[int, ...]) -> list[TensorDescriptor | None]:
@@ -314,7 +319,7 @@ def _descriptors(x_TND: Tensor, widths: tuple[int, ...]) -> list[TensorDescripto
     found: list[TensorDescriptor | None] = [None, None]
     for part, width in enumerate(widths):
         layout = gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * width), element_bitwidth=bits, rank=3)
-        found[part] = TensorDescriptor(x_TND, shape, strides, [KEYS.value, 1, width], layout=layout)
+        found[part] = TensorDescriptor(x_TND, shape, strides, [ROWS, 1, width], layout=layout)
     return found
 
 
@@ -361,7 +366,7 @@ def hopper_attention(
         widths, launch, multiprocessors = _launch(q_TND.device, q_TND.dtype, N, G, D, causal)
         descriptors = [d for x in (q_TND, k_UGD, v_UGD) for d in _descriptors(x, widths)]
         programs = min((-(-T // QUERIES.value) + S) * N, multiprocessors)
-        scale = D**-0.5 * 1.4426950408889634
+        scale = softmax_scale(D)
         with device_guard(q_TND.device):
             stream = current_stream(q_TND.device)
             launch(stream, (programs, 1, 1), *descriptors, out_TND, q_starts, kv_starts, S, scale)

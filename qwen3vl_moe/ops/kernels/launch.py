@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from tma_moe.launcher import Launch, current_stream, device_guard
-from tma_moe.support import interpreting
+from tma_moe.support import has_pdl
 
 
 @functools.cache
@@ -35,19 +35,27 @@ def run_kept(
 ) -> None:
     """Launch a small kernel with little work on the host.
 
-    Its arguments are tensors, numbers and constants; it does not specialise on its numbers. One that may begin before
-    the kernel before it has ended (``early``; not behind a copy) has a last constant that says whether it does.
+    Args:
+        kernel: it takes tensors, numbers and constants, in this order, and does not specialise on its numbers.
+        early: launch it with PDL where the device can. Its last constant, which is added here, tells it so. Not for a
+            kernel that follows a copy.
     """
     if early:
-        constants = (*constants, not interpreting())
+        early = has_pdl(tensors[0].device)
+        constants = (*constants, early)
     if any(x.data_ptr() % 16 for x in tensors):
-        # A kept kernel relies on addresses that are multiples of 16 bytes, which the engine's are.
+        # A kept kernel relies on addresses that are multiples of 16 bytes, as the engine's are.
         kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
         return
     device = tensors[0].device
     launch = _kept(kernel, device, tuple(x.dtype for x in tensors), constants, warps, early)
     with device_guard(device):
         launch(current_stream(device), grid, *tensors, *numbers)
+
+
+def softmax_scale(D: int) -> float:
+    """1 / sqrt(D), times log2(e): kernels take powers of two, which are one instruction where those of e are two."""
+    return D**-0.5 * 1.4426950408889634
 
 
 def row_block(width: int) -> tuple[int, int]:

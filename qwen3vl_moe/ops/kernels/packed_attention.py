@@ -5,8 +5,8 @@ softmax. Keys are packed like the queries, or lie in the blocks of the cache. Bo
 the device and the grid depends on the number of tokens and of sequences only, so a launch can be captured in a CUDA
 graph for a bucket of shapes.
 
-A head is cut into two parts whose widths are powers of two: 128 = 128, and the vision tower's 72 = 64 + 8, so that its
-products are not padded to 128.
+A head is cut into two parts whose widths are powers of two: 128 = 128, and the vision tower's 72 = 64 + 8 (padded to
+16), so that its products are not padded to 128.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3vl_moe.ops.kernels.launch import softmax_scale
+
 TILE = (64, 64, 4, 3)  # queries, keys, warps, stages: what measured best, for the decoder and the tower
 
 
 @triton.jit
 def _visit(
-    q1, q2, k_at, v_at, table_at, token, best, total, acc1, acc2, limit, kv_len, scale, stride_k, stride_v,
+    q1, q2, k_at, v_at, table_at, token, row_max, row_sum, acc1, acc2, limit, kv_len, scale, stride_k, stride_v,
     WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold one block of keys into the running softmax of a tile of queries.
 
-    q1 [QUERIES, WIDTH1] and q2 [QUERIES, WIDTH2] are the two parts of a head, as are acc1 and acc2 of the output; best,
-    total and limit are [QUERIES], token [KEYS].
+    q1 [QUERIES, WIDTH1] and q2 [QUERIES, WIDTH2] are the two parts of a head, as are acc1 and acc2 of the output;
+    row_max, row_sum and limit are [QUERIES], token [KEYS].
     """
     d1 = tl.arange(0, WIDTH1)
     inside = (token < kv_len)[:, None]
@@ -45,17 +47,17 @@ def _visit(
         scores = tl.dot(q2, k2.T, scores)
     if MASKED:
         scores = tl.where(token[None, :] < limit[:, None], scores, float("-inf"))
-    new_best = tl.maximum(best, tl.max(scores, axis=1) * scale)
-    weights = tl.exp2(scores * scale - new_best[:, None])
-    fade = tl.exp2(best - new_best)
-    total = total * fade + tl.sum(weights, axis=1)
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)
+    p = tl.exp2(scores * scale - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(p, axis=1)
     v1 = tl.load(rows_v + d1[None, :], mask=inside, other=0.0) if MASKED else tl.load(rows_v + d1[None, :])
-    weights = weights.to(v1.dtype)
-    acc1 = tl.dot(weights, v1, acc1 * fade[:, None])
+    p = p.to(v1.dtype)
+    acc1 = tl.dot(p, v1, acc1 * rescale[:, None])
     if WIDTH2 > 0:
         v2 = tl.load(rows_v + d2[None, :], mask=part, other=0.0)
-        acc2 = tl.dot(weights, v2, acc2 * fade[:, None])
-    return new_best, total, acc1, acc2
+        acc2 = tl.dot(p, v2, acc2 * rescale[:, None])
+    return new_max, row_sum, acc1, acc2
 
 
 # What changes from step to step is not specialised on: compiling takes a second. Strides are eighths, so that loads are
@@ -88,7 +90,7 @@ def _attend_packed(
     KEYS: tl.constexpr,  # of a block
     SEQUENCES: tl.constexpr,  # S or more
 ):
-    """One program a head and tile of queries."""
+    """One program per head and tile of queries."""
     stride_q, stride_k, stride_v = stride_q * 8, stride_k * 8, stride_v * 8
     # Which tile of which sequence: the grid has one program for each, and a few more than there turn out to be.
     each = tl.arange(0, SEQUENCES)
@@ -125,29 +127,29 @@ def _attend_packed(
     if BLOCK_SIZE == 0:
         k_at, v_at = k_at + kv_start * stride_k, v_at + kv_start * stride_v
 
-    best = tl.full([QUERIES], float("-inf"), tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
+    row_max = tl.full([QUERIES], float("-inf"), tl.float32)
+    row_sum = tl.zeros([QUERIES], tl.float32)
     acc1 = tl.zeros([QUERIES, WIDTH1], tl.float32)
     # Keys that every query of the tile sees need no mask; those at the diagonal or the end do.
     limit = past + query + 1 if CAUSAL else tl.zeros_like(query) + kv_len
     stop = tl.minimum(kv_len, past + first + QUERIES) if CAUSAL else kv_len
     whole = (past + first + 1 if CAUSAL else kv_len) // KEYS * KEYS
     for at in range(0, whole, KEYS):
-        best, total, acc1, acc2 = _visit(
-            q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
+        row_max, row_sum, acc1, acc2 = _visit(
+            q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), row_max, row_sum, acc1, acc2, limit, kv_len, scale,
             stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, False,
         )  # fmt: skip
     for at in range(whole, stop, KEYS):
-        best, total, acc1, acc2 = _visit(
-            q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), best, total, acc1, acc2, limit, kv_len, scale,
+        row_max, row_sum, acc1, acc2 = _visit(
+            q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), row_max, row_sum, acc1, acc2, limit, kv_len, scale,
             stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, True,
         )  # fmt: skip
     out_at = out_ptr + ((q_start + query) * N + n)[:, None] * D
-    tl.store(out_at + d1[None, :], (acc1 / total[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_at + d1[None, :], (acc1 / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
     if WIDTH2 > 0:
         tl.store(
             out_at + d2[None, :],
-            (acc2 / total[:, None]).to(out_ptr.dtype.element_ty),
+            (acc2 / row_sum[:, None]).to(out_ptr.dtype.element_ty),
             mask=inside & (d2 < D)[None, :],
         )
 
@@ -227,7 +229,7 @@ def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_siz
         v_UGD.stride(0) // 8,
         tables.stride(0),
         S,
-        D**-0.5 * 1.4426950408889634,
+        softmax_scale(D),
         N,
         G,
         D,
@@ -237,7 +239,7 @@ def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_siz
         causal,
         queries,
         keys,
-        triton.next_power_of_2(max(S, 128)),  # one variant, however many sequences a step has
+        triton.next_power_of_2(max(S, 128)),  # one variant for up to 128 sequences, then one per power of two
         num_warps=warps,
         num_stages=stages,
     )

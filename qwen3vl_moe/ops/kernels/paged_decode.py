@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3vl_moe.ops.kernels.launch import softmax_scale
+
 _TOKENS = 64  # of a span per pass: 64 rows of 128 channels are 16 KB of keys and as much of values
 
 
@@ -40,7 +42,7 @@ def _attend_span(
     SPLITS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """One program a sequence, key/value head and span of the cache."""
+    """One program per sequence, key/value head and span of the cache."""
     s, g, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     SHARING: tl.constexpr = N // G
     t = tl.load(q_starts_ptr + s)
@@ -55,8 +57,8 @@ def _attend_span(
     d = tl.arange(0, WIDTH)
     q_at = q_ptr + (t.to(tl.int64) * N + g * SHARING + row[:, None]) * D + d[None, :]
     q = tl.load(q_at, mask=(row < SHARING)[:, None] & (d < D)[None, :], other=0.0)
-    best = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    row_sum = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for at in range(start, stop, TOKENS):
         token = at + tl.arange(0, TOKENS)
@@ -67,19 +69,19 @@ def _attend_span(
         keep = seen[:, None] & (d < D)[None, :]
         k = tl.load(k_rows_ptr + where, mask=keep, other=0.0)
         scores = tl.where(seen[None, :], tl.dot(q, k.T) * scale, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_best[:, None])
-        fade = tl.exp2(best - new_best)
-        total = total * fade + tl.sum(weights, axis=1)
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        p = tl.exp2(scores - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, axis=1)
         v = tl.load(v_rows_ptr + where, mask=keep, other=0.0)
-        acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v)
-        best = new_best
+        acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v)
+        row_max = new_max
 
-    # An empty span has total 0: its weight in the join is 2^-inf = 0, and its values must not be NaN.
-    out = acc / tl.maximum(total, 1e-38)[:, None]
+    # An empty span has row_sum 0: its weight in the join is 2^-inf = 0, and its values must not be NaN.
+    out = acc / tl.maximum(row_sum, 1e-38)[:, None]
     head = (s * N + g * SHARING + row) * SPLITS + split
     tl.store(partial_ptr + head[:, None] * D + d[None, :], out, mask=(row < SHARING)[:, None] & (d < D)[None, :])
-    lse = tl.where(total > 0, best + tl.log2(tl.maximum(total, 1e-38)), float("-inf"))
+    lse = tl.where(row_sum > 0, row_max + tl.log2(tl.maximum(row_sum, 1e-38)), float("-inf"))
     tl.store(lse_ptr + head, lse, mask=row < SHARING)
 
 
@@ -94,7 +96,7 @@ def _join_spans(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One program a sequence and head: the spans' outputs, each by its share of the whole softmax."""
+    """One program per sequence and head: the spans' outputs, each by its share of the whole softmax."""
     head = tl.program_id(0).to(tl.int64)
     s = head // N
     t = tl.load(q_starts_ptr + s)
@@ -103,12 +105,12 @@ def _join_spans(
     split = tl.arange(0, SPLITS)
     d = tl.arange(0, WIDTH)
     lse = tl.load(lse_ptr + head * SPLITS + split)
-    best = tl.max(lse)
-    weights = tl.where(lse > float("-inf"), tl.exp2(lse - tl.maximum(best, -1e30)), 0.0)
-    weights = weights / tl.maximum(tl.sum(weights), 1e-38)
+    row_max = tl.max(lse)
+    p = tl.where(lse > float("-inf"), tl.exp2(lse - tl.maximum(row_max, -1e30)), 0.0)
+    p = p / tl.maximum(tl.sum(p), 1e-38)
     at = partial_ptr + (head * SPLITS + split[:, None]) * D + d[None, :]
     values = tl.load(at, mask=(d < D)[None, :], other=0.0)
-    out = tl.sum(values * weights[:, None], axis=0)
+    out = tl.sum(values * p[:, None], axis=0)
     out_at = out_ptr + (t.to(tl.int64) * N + head % N) * D + d
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
@@ -129,7 +131,8 @@ def paged_decode(
         q_TND: contiguous queries of all sequences; bf16 or fp16 (fp32 in the interpreter).
         layer_cache: [2, blocks, block_size, G, D], contiguous, with the new token's key and value in it.
         out_TND: contiguous, like q.
-        q_starts, kv_starts: int32 [S + 1] cumulative lengths of new and of all tokens; with no key at all, zeros.
+        q_starts, kv_starts: int32 [S + 1] cumulative lengths of new and of all tokens; a sequence without keys gets
+            zeros.
         block_tables: int32 [S, B], contiguous.
     """
     (_, N, D), S = q_TND.shape, len(q_starts) - 1
@@ -150,7 +153,7 @@ def paged_decode(
         partial,
         lse,
         block_tables.shape[1],
-        D**-0.5 * 1.4426950408889634,
+        softmax_scale(D),
         block_size,
         N,
         G,

@@ -27,7 +27,7 @@ def _cut_patches(
     STD_2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a patch and channel. Patches go square by merged square, as the tower merges them."""
+    """One program per patch and channel. Patches go square by merged square, as the tower merges them."""
     p, c = tl.program_id(0), tl.program_id(1)
     square, corner = p // (MERGE * MERGE), p % (MERGE * MERGE)
     row = square // (columns // MERGE) * MERGE + corner // MERGE
@@ -77,7 +77,7 @@ def _add_positions(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program a patch."""
+    """One program per patch."""
     take_turn(PDL)
     p = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)

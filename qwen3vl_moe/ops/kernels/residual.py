@@ -27,7 +27,7 @@ def _add_norm(
     BLOCK: tl.constexpr,  # H, rounded up to a power of two
     PDL: tl.constexpr,
 ):
-    """One program a row."""
+    """One program per row."""
     take_turn(PDL)
     # The last rows first: they were written last, and are more likely to be in L2 still.
     at = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * H
@@ -76,19 +76,19 @@ def _combine_add_norm(
     H: tl.constexpr,
     E: tl.constexpr,
     TOPK: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # TOPK and H, rounded up to powers of two
+    BLOCK_TOPK: tl.constexpr,  # TOPK and H, rounded up to powers of two
     BLOCK: tl.constexpr,
     EVICT: tl.constexpr,  # "evict_first" if the rows are in L2 and nobody reads them again
     PDL: tl.constexpr,
 ):
-    """One program a token."""
+    """One program per token."""
     take_turn(PDL)
     t = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < H
     x = tl.load(x_ptr + t * H + i, mask=inside, other=0.0).to(tl.float32)
     norm = tl.load(norm_ptr + i, mask=inside, other=0.0).to(tl.float32)
-    x += weighted_sum(rows_ptr, ids_ptr, weights_ptr, t, i, H, E, TOPK, BLOCK_K, EVICT)
+    x += weighted_sum(rows_ptr, ids_ptr, weights_ptr, t, i, H, E, TOPK, BLOCK_TOPK, EVICT)
     stored = x.to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + t * H + i, stored, mask=inside)
     x = stored.to(tl.float32)
