@@ -269,7 +269,7 @@ class LLM:
                         except UserError as error:
                             if not return_exceptions:
                                 where = f"{kind} {number}: " if len(items) > 1 else ""
-                                raise type(error)(f"{where}{error}") from None
+                                raise type(error)(f"{where}{error}") from error.__cause__
                             yield number, error
                         else:
                             going[number] = sequence
@@ -288,9 +288,18 @@ class LLM:
 
 
 def _timed(prepare: Prepare, item: Any) -> tuple[Prompt, float, float]:
-    """A prompt, when work on it began (seconds since the epoch), and how many seconds that took."""
+    """A prompt, when work on it began (seconds since the epoch), and how many seconds that took.
+
+    Raises:
+        PromptError: it cannot be prepared, for whatever reason: one bad request is that request's error alone.
+    """
     arrival = time.time()
-    return prepare(item), arrival, time.time() - arrival
+    try:
+        return prepare(item), arrival, time.time() - arrival
+    except UserError:
+        raise
+    except Exception as error:  # of a library that met what nobody foresaw; the cause keeps its traceback
+        raise PromptError(f"the request cannot be prepared: {type(error).__name__}: {error}") from error
 
 
 def _engine_options(given: dict[str, Any]) -> EngineOptions:
