@@ -22,6 +22,7 @@ from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, Samplin
 from qwen3vl_moe.engine.runner import uses_graphs
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
+from qwen3vl_moe.inputs.access import media_access
 from qwen3vl_moe.inputs.processor import Processor, Prompt
 from qwen3vl_moe.inputs.workers import prefetch
 from qwen3vl_moe.model import Qwen3VLMoe
@@ -48,6 +49,10 @@ class LLM:
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
         moe: "tma" (Hopper), "reference" (plain torch), "auto".
         min_pixels, max_pixels: area to which images are resized, in pixels; None: the checkpoint's.
+        alpha: what transparent images become: "white", on a white ground; "drop", as transformers has them.
+        media_root: the directory that the files of images have to lie in; None: anywhere.
+        allow_hosts: the hosts that images are downloaded from, ".example.org" for all below it; None: any.
+        allow_private_hosts: whether images may be downloaded from this machine and from private networks.
         expert_layout: "published" or "transformers5", for checkpoints that do not tell.
         progress: show the bars of loading and warming up.
         engine_options: fields of :class:`EngineOptions`: ``max_model_len``, ``max_num_seqs``, ``max_prefill_tokens``,
@@ -67,6 +72,10 @@ class LLM:
         moe: str = "auto",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        alpha: str = "white",
+        media_root: str | Path | None = None,
+        allow_hosts: Iterable[str] | str | None = None,
+        allow_private_hosts: bool = True,
         expert_layout: str | None = None,
         progress: bool = True,
         **engine_options: Any,
@@ -78,8 +87,11 @@ class LLM:
         # All that is small is read before the weights, so that a mistake in it shows at once.
         config = Qwen3VLMoeConfig.from_pretrained(directory)
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        access = media_access(media_root, allow_hosts, allow_private_hosts)
         longest = options.model_len(config.text.max_positions)
-        self.processor = Processor.from_pretrained(directory, config, **limits, max_model_len=longest)
+        self.processor = Processor.from_pretrained(
+            directory, config, **limits, max_model_len=longest, access=access, alpha=alpha
+        )
         tokenizer = self.processor.tokenizer
         defaults = GenerationDefaults.from_pretrained(directory, self.processor.eos_token_id)
         weights = load_model(directory, device, dtype, moe, expert_layout=expert_layout, progress=progress)

@@ -26,10 +26,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from qwen3vl_moe.errors import PromptError
+from qwen3vl_moe.errors import OptionError, PromptError
+from qwen3vl_moe.inputs.access import MediaAccess
 
 MAX_FILE_BYTES = 256 * 2**20  # of an encoded image, whatever it comes from
 DOWNLOAD_TIMEOUT_S = 30.0  # for a whole download, and for each wait within it
+
+ALPHA = ("white", "drop")
 
 _EXIF_ORIENTATION = 0x0112
 # A caller may hand the same lazily opened PIL image to several threads, and Pillow's load() is not safe for that.
@@ -49,7 +52,13 @@ class OpenedImage:
         return f"{self.image.width}x{self.image.height}"
 
 
-def open_image(source: Any, index: int) -> OpenedImage:
+def check_alpha(alpha: str) -> str:
+    if alpha not in ALPHA:
+        raise OptionError(f"alpha is {alpha!r}; known are {', '.join(ALPHA)}")
+    return alpha
+
+
+def open_image(source: Any, index: int, access: MediaAccess | None = None) -> OpenedImage:
     """Fetch ``source`` and read its header; no pixel is decoded.
 
     Args:
@@ -83,7 +92,7 @@ def open_image(source: Any, index: int) -> OpenedImage:
     return OpenedImage(image, where, callers=image is source)
 
 
-def decode_rgb(opened: OpenedImage) -> Image.Image:
+def decode_rgb(opened: OpenedImage, alpha: str = "white") -> Image.Image:
     """Decode, turn upright (EXIF orientation) and convert to RGB; of an animation, the current (first) frame.
 
     Raises:

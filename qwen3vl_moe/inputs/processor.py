@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, ConfigError, PromptError
-from qwen3vl_moe.inputs.image_source import OpenedImage, decode_rgb, open_image
+from qwen3vl_moe.inputs.access import MediaAccess
+from qwen3vl_moe.inputs.image_source import OpenedImage, check_alpha, decode_rgb, open_image
 from qwen3vl_moe.inputs.images import ImageSettings, Picture, copy_pixels, cut_patches
 from qwen3vl_moe.inputs.messages import split_images
 from qwen3vl_moe.inputs.workers import side_by_side
@@ -91,12 +92,16 @@ class Processor:
         image_settings: ImageSettings,
         config: Qwen3VLMoeConfig,
         max_model_len: int | None = None,
+        access: MediaAccess | None = None,
+        alpha: str = "white",
     ):
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.image_settings = image_settings
         self.config = config
         self.max_model_len = max_model_len
+        self.access = access or MediaAccess()
+        self.alpha = check_alpha(alpha)
 
     @classmethod
     def from_pretrained(
@@ -107,6 +112,8 @@ class Processor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         max_model_len: int | None = None,
+        access: MediaAccess | None = None,
+        alpha: str = "white",
     ) -> Processor:
         """Read tokenizer, chat template and image settings from a checkpoint directory.
 
@@ -117,17 +124,20 @@ class Processor:
             min_pixels, max_pixels: bounds of the area (width x height, in pixels) that an image is resized to; None
                 takes the checkpoint's.
             max_model_len: longest prompt in tokens, image tokens included; None for no limit.
+            access: limits on the files and hosts that images are read from; None: no limits.
+            alpha: what transparent images become: "white", on a white ground; "drop", the colours stored under the
+                transparency, which is what transformers' processor sees.
 
         Raises:
             CheckpointError: the tokenizer is missing or damaged.
             ConfigError: the settings are missing, not supported, or not those of ``config``.
-            OptionError: the pixel bounds leave no room.
+            OptionError: the pixel bounds leave no room, or ``alpha`` is not known.
         """
         directory = Path(directory)
         tokenizer = _load_tokenizer(directory)
         settings = ImageSettings.from_pretrained(directory, min_pixels=min_pixels, max_pixels=max_pixels)
         _check_agreement(directory, tokenizer, settings, config)
-        return cls(tokenizer, _load_chat_template(directory), settings, config, max_model_len)
+        return cls(tokenizer, _load_chat_template(directory), settings, config, max_model_len, access, alpha)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -209,7 +219,7 @@ class Processor:
                 f"the prompt has {len(runs)} image placeholders ({IMAGE_PLACEHOLDER}) for {len(sources)} images; "
                 "each image needs exactly one"
             )
-        opened = side_by_side(lambda pair: open_image(*pair), [(s, i) for i, s in enumerate(sources)])
+        opened = side_by_side(lambda pair: open_image(*pair, self.access), [(s, i) for i, s in enumerate(sources)])
         counts = [self._count_tokens(image) for image in opened]
         for (start, stop), count, image in zip(runs, counts, opened, strict=True):
             if stop - start not in (1, count):
@@ -290,7 +300,7 @@ class Processor:
         )
 
     def _prepare(self, opened: OpenedImage, count: int) -> Picture:
-        image = decode_rgb(opened)
+        image = decode_rgb(opened, self.alpha)
         picture = self.image_settings.resize(image)
         if self.image_settings.num_tokens(picture.grid) != count:  # would put every later token in the wrong place
             raise PromptError(

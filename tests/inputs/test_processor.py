@@ -94,7 +94,7 @@ class TestChat:
         assert torch.equal(prompt.images[0].pixel_values, processor.chat(user(upright)).images[0].pixel_values)
 
     def test_header_that_lies_about_the_size(self, processor, monkeypatch):
-        monkeypatch.setattr("qwen3vl_moe.inputs.processor.decode_rgb", lambda _: picture(80, 80))
+        monkeypatch.setattr("qwen3vl_moe.inputs.processor.decode_rgb", lambda *_: picture(80, 80))
         with pytest.raises(PromptError, match=r"image 0 .* its header gives: it decodes to 80x80"):
             processor.chat(user(picture(8, 8)))
 
