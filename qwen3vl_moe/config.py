@@ -18,6 +18,31 @@ import torch
 from qwen3vl_moe.errors import ConfigError
 from qwen3vl_moe.json_files import read_json_object
 
+# The largest sizes that are believed. The loader writes names and shapes out for all layers before it compares them
+# with the files, so a size far above every model ever trained is refused here. No product of these exceeds 64 bits.
+_MOST = {
+    "num_hidden_layers": 1000,
+    "depth": 1000,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "num_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "hidden_size": 1 << 18,
+    "out_hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "moe_intermediate_size": 1 << 20,
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "num_experts_per_tok": 1 << 10,
+    "vocab_size": 1 << 24,
+    "num_position_embeddings": 1 << 20,
+    "patch_size": 1 << 8,
+    "temporal_patch_size": 1 << 5,
+    "spatial_merge_size": 1 << 4,
+}
+_MOST_ELSEWHERE = (1 << 31) - 1  # token ids and positions are 32-bit integers here and there
+# Outside of these, float32 loses what the number is for: an eps that rounds to 0, frequencies that are all the same.
+_RANGES = {"rope_theta": (1.0, 1e12), "rms_norm_eps": (1e-20, 1e-1)}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -309,7 +334,7 @@ def _block_numbers(fields: _Fields, key: str) -> tuple[int, ...]:
 
 def _three_integers(fields: _Fields, key: str) -> tuple[int, int, int]:
     value = fields.get(key)
-    if not (isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(v, int) and v >= 0 for v in value)):
+    if not (isinstance(value, list | tuple) and len(value) == 3 and all(type(v) is int and v >= 0 for v in value)):
         raise ConfigError(f"{fields.source}: {key} is {value!r}; three sizes (time, height, width) are needed")
     return tuple(value)
 
@@ -333,15 +358,17 @@ class _Fields:
 
     def require(self, key: str, expected: Any, *, default: Any = None, hint: str = "") -> None:
         value = self.get(key, default)
-        if value != expected:
+        if type(value) is not type(expected) or value != expected:  # 1 is not true, though Python finds them equal
             raise ConfigError(
                 f"{self.source}: {key} is {value!r}; only {expected!r} is supported" + (f" ({hint})" if hint else "")
             )
 
     def number(self, key: str, *, default: float | None = None) -> float:
+        """A float within the range of ``key``."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ConfigError(f"{self.source}: {key} is {value!r}; a positive number is needed")
+        low, high = _RANGES[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ConfigError(f"{self.source}: {key} is {value!r}; a number from {low:g} to {high:g} is needed")
         return float(value)
 
     def integer(self, *keys: str, default: int | None = None, minimum: int = 1) -> int:
@@ -350,8 +377,11 @@ class _Fields:
             value = self.get(key)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            if type(value) is not int or value < minimum:
                 raise ConfigError(f"{self.source}: {key} is {value!r}; an integer of at least {minimum} is needed")
+            most = _MOST.get(key, _MOST_ELSEWHERE)
+            if value > most:
+                raise ConfigError(f"{self.source}: {key} is {value}; models up to {most} are supported")
             return value
         if default is None:
             raise ConfigError(f"{self.source}: {' or '.join(keys)} is missing")

@@ -2,12 +2,15 @@
 
 import copy
 import json
+import math
+import time
 
 import pytest
 import torch
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import ConfigError
+from qwen3vl_moe.weights.checkpoint import expand_table
 
 
 def test_both_spellings_give_the_same_config(tiny):
@@ -37,6 +40,10 @@ def test_the_preset_is_the_published_config(shared_dir):
     assert Qwen3VLMoeConfig.from_pretrained(shared_dir / "checkpoint-30b") == Qwen3VLMoeConfig.qwen3_vl_30b_a3b()
 
 
+_NO_EPS = (0, -1e-6, 1e-300, 1, 1e300, math.inf, -math.inf, math.nan, True, 10**400)
+_NO_THETA = (0, 0.5, 1e-300, -5e6, 1e300, math.inf, -math.inf, math.nan, True, 10**400)
+
+
 def _set(raw, path, value):
     *parents, last = path.split(".")
     for key in parents:
@@ -64,9 +71,15 @@ def _set(raw, path, value):
         ("text_config.rope_parameters.mrope_section", [4, 4], "mrope_section"),
         ("text_config.rope_parameters.mrope_section", [4, 4, 4], "half of head_dim"),
         ("text_config.rope_parameters.rope_theta", None, "rope_theta"),
-        ("text_config.rope_parameters.rope_theta", "1e6", "rope_theta is '1e6'; a positive number"),
-        ("text_config.rms_norm_eps", "tiny", "rms_norm_eps is 'tiny'; a positive number"),
-        ("text_config.rms_norm_eps", -1e-6, "rms_norm_eps is -1e-06"),
+        ("text_config.rope_parameters.rope_theta", "1e6", "rope_theta is '1e6'; a number from 1 to 1e+12"),
+        ("text_config.rms_norm_eps", "tiny", "rms_norm_eps is 'tiny'; a number from 1e-20 to 0.1"),
+        *[("text_config.rms_norm_eps", eps, f"rms_norm_eps is {eps!r}; a number") for eps in _NO_EPS],
+        *[("text_config.rope_parameters.rope_theta", t, f"rope_theta is {t!r}; a number") for t in _NO_THETA],
+        *[("vision_config.rope_parameters.rope_theta", t, f"rope_theta is {t!r}; a number") for t in _NO_THETA],
+        ("text_config.attention_bias", 0, "attention_bias is 0; only False"),
+        ("text_config.norm_topk_prob", 1.0, "norm_topk_prob is 1.0; only True"),
+        ("text_config.decoder_sparse_step", True, "decoder_sparse_step is True; only 1"),
+        ("text_config.rope_parameters.mrope_section", [True, 4, 3], "three sizes"),
         ("text_config.num_experts_per_tok", 99, "num_experts_per_tok is 99 of only 8 experts"),
         ("text_config.num_key_value_heads", 3, "key/value heads"),
         ("text_config.hidden_size", "32", "hidden_size is '32'"),
@@ -82,7 +95,6 @@ def _set(raw, path, value):
         ("vision_config.deepstack_visual_indexes", [1, 1], "distinct"),
         ("vision_config.deepstack_visual_indexes", 2, "deepstack_visual_indexes is 2; a list"),
         ("vision_config.deepstack_visual_indexes", [[1], [2]], "a list of block numbers is needed"),
-        ("vision_config.rope_parameters.rope_theta", float("nan"), "rope_theta is nan"),
         ("vision_config.out_hidden_size", 64, "out_hidden_size is 64"),
         ("vision_config.rope_parameters.rope_type", "default", "rope_type"),
         ("image_token_id", 100_000, "outside vocab_size"),
@@ -101,6 +113,40 @@ def test_what_is_not_supported_is_refused_by_name(plain, path, value, named):
     assert "\n" not in message
 
 
+_SIZES = {
+    "text_config": (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings",
+    ),
+    "vision_config": (
+        "depth", "hidden_size", "intermediate_size", "num_heads", "patch_size", "temporal_patch_size",
+        "spatial_merge_size", "out_hidden_size", "num_position_embeddings",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("value", [10**10, 2**40, 2**64, 10**400, 2.0, True, -1])
+@pytest.mark.parametrize(("section", "name"), [(section, name) for section in _SIZES for name in _SIZES[section]])
+def test_a_size_that_no_model_has_is_refused_before_anything_is_made_of_it(plain, section, name, value):
+    raw = json.loads((plain.path / "config.json").read_text())
+    _set(raw, f"{section}.{name}", value)
+    with pytest.raises(ConfigError, match=rf"^config: {section}: {name} is {value}"):
+        Qwen3VLMoeConfig.from_dict(raw)
+
+
+@pytest.mark.timeout(60)
+def test_the_largest_sizes_that_are_believed_are_still_written_out_in_no_time(plain):
+    """The loader writes out names and shapes for all layers, then compares them with the files."""
+    raw = json.loads((plain.path / "config.json").read_text())
+    _set(raw, "text_config.num_hidden_layers", 1000)
+    _set(raw, "vision_config.depth", 1000)
+    _set(raw, "vision_config.deepstack_visual_indexes", list(range(1000)))
+    started = time.monotonic()
+    assert len(expand_table(Qwen3VLMoeConfig.from_dict(raw))) > 20_000
+    assert time.monotonic() - started < 10
+
+
 def test_a_missing_or_damaged_file_is_one_clear_line(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json is missing"):
         Qwen3VLMoeConfig.from_pretrained(tmp_path)
@@ -110,3 +156,7 @@ def test_a_missing_or_damaged_file_is_one_clear_line(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match="a JSON object is needed"):
         Qwen3VLMoeConfig.from_pretrained(tmp_path)
+    for number in ("NaN", "-Infinity", "1e999", "9" * 400):
+        (tmp_path / "config.json").write_text(f'{{"initializer_range": {number}}}')  # even where it is not looked at
+        with pytest.raises(ConfigError, match=r"config\.json cannot be read as JSON: "):
+            Qwen3VLMoeConfig.from_pretrained(tmp_path)
