@@ -12,19 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
-from qwen3vl_moe.errors import CheckpointError, ConfigError, PromptError
+from qwen3vl_moe.errors import ConfigError, PromptError
 from qwen3vl_moe.inputs.access import MediaAccess
+from qwen3vl_moe.inputs.chat_template import load_chat_template, render_chat
 from qwen3vl_moe.inputs.image_source import OpenedImage, check_alpha, decode_rgb, open_image
 from qwen3vl_moe.inputs.images import ImageSettings, Picture, copy_pixels, cut_patches
 from qwen3vl_moe.inputs.messages import split_images
+from qwen3vl_moe.inputs.prompt_forms import checked_ids, split_prompt
+from qwen3vl_moe.inputs.tokenizer import encode, load_tokenizer
 from qwen3vl_moe.inputs.workers import side_by_side
-from qwen3vl_moe.json_files import read_json_object
 from qwen3vl_moe.model.rope import mrope_positions
 
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
@@ -134,10 +135,10 @@ class Processor:
             OptionError: the pixel bounds leave no room, or ``alpha`` is not known.
         """
         directory = Path(directory)
-        tokenizer = _load_tokenizer(directory)
+        tokenizer = load_tokenizer(directory)
         settings = ImageSettings.from_pretrained(directory, min_pixels=min_pixels, max_pixels=max_pixels)
         _check_agreement(directory, tokenizer, settings, config)
-        return cls(tokenizer, _load_chat_template(directory), settings, config, max_model_len, access, alpha)
+        return cls(tokenizer, load_chat_template(directory), settings, config, max_model_len, access, alpha)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -145,24 +146,51 @@ class Processor:
         token = self.tokenizer.eos_token_id
         return token if isinstance(token, int) else None
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as the model reads it, with one placeholder an image.
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The conversation as the model reads it, with one placeholder an image; the arguments are those of
+        :meth:`chat`.
 
         Raises:
             PromptError: the messages are malformed, there is no template, or it refuses them.
+            OptionError: the flags contradict each other, or the template does not read one of the variables.
         """
         plain, _ = split_images(messages, _VISION_TOKENS)
-        return self._render(plain, add_generation_prompt)
+        return self._render(plain, tools, chat_template_kwargs, add_generation_prompt, continue_final_message)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
-        """The prompt that asks for the next answer in a conversation (see :func:`.messages.split_images` for its form).
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> Prompt:
+        """The prompt that asks for the next answer in a conversation.
+
+        Args:
+            messages: see :func:`.messages.split_images` for their form.
+            tools: JSON schemas of functions, or Python functions with type hints and a docstring.
+            chat_template_kwargs: further variables of the template, such as ``add_vision_id`` or ``enable_thinking``.
+            add_generation_prompt: end with the header of the assistant's next message.
+            continue_final_message: end within the last message, which the answer goes on with; it has to be the
+                assistant's, and ``add_generation_prompt`` has to be False.
 
         Raises:
             PromptError: the conversation or one of its images cannot be used, or it is longer than ``max_model_len``.
+            OptionError: the flags contradict each other, or the template does not read one of the variables.
         """
         plain, images = split_images(messages, _VISION_TOKENS)
-        text = self._render(plain, add_generation_prompt=True)
-        return self._build(text, self._encode(text), images)
+        text = self._render(plain, tools, chat_template_kwargs, add_generation_prompt, continue_final_message)
+        return self._build(text, encode(self.tokenizer, text), images)
 
     def prompt(self, prompt: str | Sequence[int] | Mapping[str, Any]) -> Prompt:
         """A prompt without a chat template.
@@ -172,46 +200,40 @@ class Processor:
                 ``"multi_modal_data": {"image": source or list of sources}``. Each image has its placeholder
                 ``<|vision_start|><|image_pad|><|vision_end|>``; in token ids the middle one may also stand as often
                 as the image has tokens, so that the ids of an earlier prompt can be given again.
+                ``"text_token_ids": ids``, beside these or alone, are tokens that follow and that are text whatever
+                they spell: an answer that is fed back, where an image's placeholder stands for no image.
 
         Raises:
             PromptError: the prompt or one of its images cannot be used, or it is longer than ``max_model_len``.
         """
-        images: list[Any] = []
+        images, text_ids = [], []
         if isinstance(prompt, Mapping):
-            prompt, images = _split_mapping(prompt)
+            prompt, images, text_ids = split_prompt(prompt)
+        text_ids = checked_ids(text_ids, self.config.text.vocab_size)
         if isinstance(prompt, str):
-            return self._build(prompt, self._encode(prompt), images)
-        return self._build(None, _checked_ids(prompt, self.config.text.vocab_size), images)
+            return self._build(prompt, encode(self.tokenizer, prompt), images, text_ids)
+        return self._build(None, checked_ids(prompt, self.config.text.vocab_size), images, text_ids)
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        if self.chat_template is None:
-            raise PromptError(
-                "the checkpoint has no chat template (chat_template.jinja, chat_template.json or chat_template in "
-                "tokenizer_config.json); give a text prompt instead"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-            assert isinstance(text, str)
-            return text
-        except jinja2.TemplateSyntaxError as error:
-            raise CheckpointError(f"the checkpoint's chat template is damaged, line {error.lineno}: {error}") from None
-        except (jinja2.TemplateError, TypeError) as error:
-            raise PromptError(f"the chat template refuses the conversation: {error}") from None
+    def _render(
+        self,
+        messages: list[dict],
+        tools: Sequence[Any] | None,
+        variables: Mapping[str, Any] | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+    ) -> str:
+        return render_chat(
+            self.tokenizer,
+            self.chat_template,
+            messages,
+            tools=tools,
+            variables=variables,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
 
-    def _encode(self, text: str) -> list[int]:
-        # Not tokenizer(text): that sets truncation and padding on the shared tokenizer, which fails when threads meet.
-        try:
-            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        except TypeError:
-            raise PromptError("the text is not valid Unicode: it holds half of a surrogate pair") from None
-
-    def _build(self, text: str | None, ids: list[int], sources: list[Any]) -> Prompt:
-        if not ids:
+    def _build(self, text: str | None, ids: list[int], sources: list[Any], text_ids: Sequence[int] = ()) -> Prompt:
+        if not ids and not text_ids:
             raise PromptError("the prompt is empty: at least one token is needed")
         runs = self._placeholders(ids)
         if len(runs) != len(sources):
@@ -227,7 +249,7 @@ class Processor:
                     f"{image.where} has {stop - start} {IMAGE_PAD} tokens in the prompt; write one, or as many as the "
                     f"image has tokens ({count})"
                 )
-        self._check_length(ids, runs, counts, opened)
+        self._check_length(len(ids) + len(text_ids), runs, counts, opened)
         prepared = side_by_side(lambda pair: self._prepare(*pair), list(zip(opened, counts, strict=True)))
 
         token_ids: list[int] = []
@@ -242,6 +264,10 @@ class Processor:
         positions_3T, next_position = mrope_positions(
             token_ids, [image.grid_thw for image in images], self.image_settings.merge_size, self.config.image_token_id
         )
+        if text_ids:
+            after = torch.arange(next_position, next_position + len(text_ids)).expand(3, -1)
+            text, token_ids = None, [*token_ids, *text_ids]
+            positions_3T, next_position = torch.cat([positions_3T, after], dim=1), next_position + len(text_ids)
         return Prompt(text, token_ids, positions_3T, next_position, tuple(images))
 
     def _placeholders(self, ids: list[int]) -> list[tuple[int, int]]:
@@ -276,9 +302,9 @@ class Processor:
         )
 
     def _check_length(
-        self, ids: list[int], runs: list[tuple[int, int]], counts: list[int], opened: list[OpenedImage]
+        self, num_ids: int, runs: list[tuple[int, int]], counts: list[int], opened: list[OpenedImage]
     ) -> None:
-        text_tokens = len(ids) - sum(stop - start for start, stop in runs)
+        text_tokens = num_ids - sum(stop - start for start, stop in runs)
         total = text_tokens + sum(counts)
         if self.max_model_len is None or total <= self.max_model_len:
             return
@@ -307,78 +333,6 @@ class Processor:
                 f"{opened.where} is not of the size that its header gives: it decodes to {image.width}x{image.height}"
             )
         return picture
-
-
-def _split_mapping(prompt: Mapping[str, Any]) -> tuple[str | Sequence[int], list[Any]]:
-    unknown = sorted(map(str, prompt.keys() - {"prompt", "prompt_token_ids", "multi_modal_data"}))
-    if unknown:
-        raise PromptError(
-            f"the prompt has the key {unknown[0]!r}; prompt, prompt_token_ids and multi_modal_data are understood"
-        )
-    given = [key for key in ("prompt", "prompt_token_ids") if prompt.get(key) is not None]
-    if len(given) != 1:
-        raise PromptError(
-            f"the prompt gives {' and '.join(given) or 'nothing'}; one of prompt, prompt_token_ids is needed"
-        )
-    data = prompt.get("multi_modal_data")
-    if data is None:
-        data = {}
-    if not isinstance(data, Mapping):
-        raise PromptError(f"multi_modal_data is a {type(data).__name__}; a dict such as {{'image': source}} is needed")
-    for kind in data:
-        if kind == "video":
-            raise PromptError("multi_modal_data holds a video; video is not supported yet, give frames as images")
-        if kind != "image":
-            raise PromptError(f"multi_modal_data holds {kind!r}; only 'image' is supported")
-    images = data.get("image")
-    if images is None:
-        images = []
-    return prompt[given[0]], list(images) if isinstance(images, list | tuple) else [images]
-
-
-def _checked_ids(ids: Any, vocab_size: int) -> list[int]:
-    if isinstance(ids, bytes | Mapping) or not isinstance(ids, Sequence):
-        raise PromptError(
-            f"a prompt of type {type(ids).__name__} is not understood; give text, a list of token ids, or a dict with "
-            "prompt or prompt_token_ids"
-        )
-    for index, token in enumerate(ids):
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise PromptError(f"token ids must be integers; number {index} is a {type(token).__name__}")
-        if not 0 <= token < vocab_size:
-            raise PromptError(f"token id {token} at index {index} is outside the vocabulary of {vocab_size}")
-    return list(ids)
-
-
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: a checkpoint directory needs its tokenizer.json")
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise CheckpointError(f"{path} or its tokenizer_config.json cannot be read: {error}") from error
-    # A tokenizer.json may carry the limits of its training; a prompt is never cut or padded here.
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
-
-
-def _load_chat_template(directory: Path) -> str | None:
-    """The first of the three places where checkpoints keep it; None if there is none."""
-    plain = directory / "chat_template.jinja"
-    if plain.is_file():
-        return plain.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        path = directory / name
-        template = read_json_object(path, ConfigError).get("chat_template") if path.is_file() else None
-        if isinstance(template, str):
-            return template
-        if template is not None:
-            raise ConfigError(
-                f"{path}: chat_template is a {type(template).__name__}; only a single template is supported"
-            )
-    return None
 
 
 def _check_agreement(

@@ -269,6 +269,26 @@ class TestPrompt:
             with pytest.raises(PromptError):
                 processor.prompt(ids)
 
+    def test_text_token_ids_are_text_whatever_they_spell(self, processor):
+        config = processor.config
+        vision = [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id]
+        spelled = [7, *vision, config.image_token_id, config.video_token_id, config.vision_start_token_id]
+        alone = processor.prompt({"text_token_ids": spelled})
+        assert (alone.token_ids, alone.images, alone.text) == (spelled, (), None)
+        assert torch.equal(alone.positions_3T, torch.arange(len(spelled)).expand(3, -1))
+        assert alone.next_position == len(spelled)
+        image = {"image": picture(24, 40)}
+        for head in ({"prompt": PLACEHOLDER + "a"}, {"prompt_token_ids": [*vision, 4]}):
+            plain = processor.prompt({**head, "multi_modal_data": image})
+            both = processor.prompt({**head, "multi_modal_data": image, "text_token_ids": tuple(spelled)})
+            count = len(plain.token_ids)
+            assert both.token_ids == [*plain.token_ids, *spelled]
+            assert torch.equal(both.positions_3T[:, :count], plain.positions_3T)
+            after = torch.arange(plain.next_position, plain.next_position + len(spelled))
+            assert torch.equal(both.positions_3T[:, count:], after.expand(3, -1))
+            assert both.next_position == plain.next_position + len(spelled)
+            assert [i.start for i in both.images] == [i.start for i in plain.images]
+
     def test_many_threads(self, processor):
         messages = user("a", picture(50, 31), "b", picture(20, 64), "What do you see?")
         expected = processor.chat(messages)
