@@ -7,9 +7,9 @@ the files is found before any tensor is allocated.
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from qwen3vl_moe.errors import CheckpointError
-from qwen3vl_moe.json_files import read_json_object
+from qwen3vl_moe.json_files import check_regular, parse_json, read_json_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+MAX_HEADER_BYTES = 8 << 20  # the format allows 100 MB; the 30B model's largest has 20 kB
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 # Each worker reads and copies one piece at a time. A thread copies a few GB/s out of the page cache and the bus to a
@@ -56,13 +56,18 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
         CheckpointError: no weights, weights in another format, adapter files, an index that does not agree with the
             files, or a file that is truncated or is no safetensors file.
     """
-    files = {path.name for path in directory.iterdir()}
+    try:
+        files = set(os.listdir(directory))
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error.strerror or error}") from None
     adapters = sorted(name for name in files if name.startswith(("adapter_config.json", "adapter_model.")))
     if adapters:
         raise CheckpointError(
             f"{directory} holds an adapter ({shorten(adapters)}), which would be ignored: merge it into the weights "
             "(peft's merge_and_unload) and save those without it"
         )
+    if SINGLE in files and INDEX in files and _is_stale(directory / INDEX, files):
+        files.remove(INDEX)
     if SINGLE in files and INDEX in files:
         raise CheckpointError(f"{directory} holds both {SINGLE} and {INDEX}: remove the one that is not meant")
     if SINGLE in files:
@@ -84,21 +89,44 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     raise CheckpointError(f"{directory} has no weights: {SINGLE} or {INDEX} is needed")
 
 
-def _read_shards(index: Path, files: set[str]) -> dict[str, StoredTensor]:
-    """All tensors of the shards that ``index`` names, which must be exactly the tensors that it lists."""
+def _is_stale(index: Path, files: set[str]) -> bool:
+    """Whether an index was left behind by ``save_pretrained`` of one file into the folder of several, which it removes.
+
+    Raises:
+        CheckpointError: some of its shards are there, so nobody can tell which is meant.
+    """
+    shards = set(_weight_map(index).values())
+    absent = sorted(shards - files)
+    if absent and len(absent) < len(shards):
+        raise CheckpointError(
+            f"{index.parent} holds both {SINGLE} and {INDEX}, but of the shards that the index names {shorten(absent)} "
+            "is missing: remove the index, or get the missing shards and remove the single file"
+        )
+    return bool(absent)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} cannot be read as an index: it has no weight_map from tensors to files")
+    return weight_map
+
+
+def _read_shards(index: Path, files: set[str]) -> dict[str, StoredTensor]:
+    """All tensors of the shards that ``index`` names, which must be exactly the tensors that it lists."""
+    weight_map = _weight_map(index)
     shards = sorted(set(weight_map.values()))
     absent = [name for name in shards if name not in files]
     if absent:
         raise CheckpointError(f"{index} names {shorten(absent)}, not in {index.parent}: is the download complete?")
 
+    promises: dict[str, set[str]] = {shard: set() for shard in shards}
+    for name, shard in weight_map.items():
+        promises[shard].add(name)
     stored: dict[str, StoredTensor] = {}
     disagreements = []
-    for shard in shards:
+    for shard, promised in promises.items():
         header = _read_header(index.parent / shard)
-        promised = {name for name, file in weight_map.items() if file == shard}
         disagreements += [f"{name} is not in {shard}" for name in sorted(promised - header.keys())]
         disagreements += [f"{shard} holds {name}, not listed for it" for name in sorted(header.keys() - promised)]
         stored |= header
@@ -110,32 +138,37 @@ def _read_shards(index: Path, files: set[str]) -> dict[str, StoredTensor]:
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, every offset checked against the others and the length of the file."""
     try:
+        check_regular(path, CheckpointError, most=sys.maxsize)
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if start == b"version ":
                 raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`")
-            if size < 8 or 8 + length > size or length > MAX_HEADER_BYTES:
+            if size < 8 or 8 + length > size:
                 raise CheckpointError(
                     f"{path} is truncated or no safetensors file: it has {size} bytes, "
                     f"and its header should take {8 + length}"
                 )
-            header = json.loads(file.read(length))
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{path}: its header takes {length} bytes; at most {MAX_HEADER_BYTES} are read")
+            header = parse_json(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is no safetensors file: its header is not JSON") from None
+        raise CheckpointError(f"{path} is no safetensors file: its header is not JSON ({error})") from None
 
     stored, end = {}, 0
     try:
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             (first, last), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+            if not all(type(number) is int for number in (first, last, *shape)) or min(shape, default=0) < 0:
+                raise TypeError
             expected = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else last - first
-            if first != end or last - first != expected:
+            if first != end or last < first or last - first != expected:
                 raise CheckpointError(
                     f"{path} is damaged: {name} ({dtype} {list(shape)}) should take {expected} bytes from byte {end} "
                     f"of the data, its header says {first} to {last}"

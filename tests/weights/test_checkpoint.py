@@ -125,6 +125,14 @@ def test_shards_of_the_published_layout(plain, tmp_path):
     assert_equal_states(load(tmp_path), ours_from(plain.oracle.state_dict()))
 
 
+def test_one_file_saved_over_shards(plain, tmp_path):
+    """transformers removes the shards and leaves their index behind."""
+    plain.oracle.save_pretrained(tmp_path, max_shard_size="60KB")
+    plain.oracle.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("model*")} == {"model.safetensors", "model.safetensors.index.json"}
+    assert_equal_states(load(tmp_path), ours_from(plain.oracle.state_dict()))
+
+
 def split_into_shards(directory: Path, count: int) -> None:
     """Replace model.safetensors by shards of every ``count``-th tensor: the rows of one qkv come from several files."""
     tensors = load_file(directory / "model.safetensors")

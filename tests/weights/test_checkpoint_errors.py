@@ -3,58 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 
 from benchmarking.loading import random_model
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, ConfigError, OptionError
-from qwen3vl_moe.model import Qwen3VLMoe
-from qwen3vl_moe.weights import load_model, placement, resolve, shards, source
-from qwen3vl_moe.weights.source import DEMO
+from qwen3vl_moe.weights import placement, shards
+from qwen3vl_moe.weights.shards import MAX_HEADER_BYTES
+from tests.weights.conftest import message
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+pytestmark = pytest.mark.usefixtures("_no_allocation")
 EXPERTS = "model.language_model.layers.0.mlp.experts."
-
-
-@pytest.fixture(autouse=True)
-def _no_allocation(monkeypatch):
-    """Nothing in this file may get as far as memory for the parameters."""
-
-    def fail(*args, **kwargs):
-        raise AssertionError("the model was allocated before the checkpoint was checked")
-
-    monkeypatch.setattr(Qwen3VLMoe, "to_empty", fail)
-
-
-@pytest.fixture
-def directory(plain, tmp_path) -> Path:
-    """A sound checkpoint in one file."""
-    shutil.copytree(plain.published, tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def sharded(plain, tmp_path) -> Path:
-    """A sound checkpoint of several shards, as transformers writes it."""
-    plain.oracle.save_pretrained(tmp_path / "model", max_shard_size="60KB")
-    return tmp_path / "model"
-
-
-def message(path: Path | str, kind: type = CheckpointError, **options) -> str:
-    with pytest.raises(kind) as error:
-        load_model(path, moe="reference", progress=False, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -98,6 +64,18 @@ def test_shards_without_an_index(sharded):
 def test_single_file_beside_an_index(sharded):
     (sharded / SINGLE).write_bytes(b"")
     assert f"holds both {SINGLE} and {INDEX}" in message(sharded)
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_single_file_beside_an_index_of_which_some_shards_are_there(sharded, missing):
+    lost = sorted(path.name for path in sharded.glob("*.safetensors"))[:missing]
+    for name in lost:
+        (sharded / name).unlink()
+    (sharded / SINGLE).write_bytes(b"")
+    text = message(sharded)
+    assert (
+        f"holds both {SINGLE} and {INDEX}, but of the shards that the index names {', '.join(lost)} is missing" in text
+    )
 
 
 # --- the index ---
@@ -162,7 +140,15 @@ def with_header(directory: Path, header: bytes, data: bytes = b"") -> None:
     [b"\xff\xfe garbage", b"{", b"[]", b"3", b'{"a": 1}', b'{"a": {"dtype": "F32"}}',
      b'{"a": {"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}}',
      b'{"a": {"dtype": [], "shape": [4], "data_offsets": [0, 16]}}',
-     b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0]}}'],
+     b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0]}}',
+     b'{"a": {"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}}',
+     b'{"a": {"dtype": "F32", "shape": [4, true], "data_offsets": [0, 16]}}',
+     b'{"a": {"dtype": "F32", "shape": [-4, -1], "data_offsets": [0, 16]}}',
+     b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [false, 16]}}',
+     b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1e999]}}',
+     b'{"a": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 16]}}' % (b"9" * 400),
+     b'{"a": {}, "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
+     b"[" * 500 + b"]" * 500, b"[" * 100_000],
 )  # fmt: skip
 def test_garbage_header(directory, header):
     with_header(directory, header, bytes(16))
@@ -176,6 +162,19 @@ def test_offsets_that_do_not_fit(directory, offsets):
     )
     text = message(directory)
     assert text.startswith(f"{directory / SINGLE} is damaged: a (F32 [4]) should take 16 bytes from byte 0")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 99_000_000, 2**40, 2**63, 2**64 - 1])
+def test_a_header_that_is_too_long_is_not_read(directory, length):
+    with open(directory / SINGLE, "wb") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(1 << 41)
+    text = message(directory)
+    if length < 1 << 41:
+        assert text == f"{directory / SINGLE}: its header takes {length} bytes; at most {MAX_HEADER_BYTES} are read"
+    else:
+        assert "is truncated or no safetensors file" in text
 
 
 def test_bytes_after_the_last_tensor(directory):
@@ -311,92 +310,3 @@ def test_random_weights_that_do_not_fit_are_refused(monkeypatch):
         random_model(config, "cpu")
     with pytest.raises(OptionError, match="device 'abacus' is unknown"):
         random_model(config, "abacus")
-
-
-# --- hub ids ---
-
-
-@pytest.mark.parametrize("name", ["no-such-directory", "./no/such", "/no/such/directory", "a/b/c", "owner/.."])
-def test_neither_directory_nor_hub_id(name, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # must not be asked
-    assert "is neither a directory nor a hub id" in message(name)
-
-
-def test_a_file_is_no_directory(directory):
-    assert "is a file; name the directory" in message(directory / SINGLE)
-
-
-def test_hub_id_when_offline(monkeypatch, tmp_path):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert "owner/model is no local directory, and from the Hugging Face hub: the hub cannot be reached" in message(
-        "owner/model"
-    )
-
-
-def response(status: int) -> SimpleNamespace:
-    """What the hub's errors read of a response, whichever HTTP client made it."""
-    return SimpleNamespace(status_code=status, headers={}, request=None)
-
-
-class Timeout(Exception):
-    """Stands for the HTTP client's own errors, which derive from no common class."""
-
-
-@pytest.mark.parametrize(
-    ("raised", "text"),
-    [
-        (hub_errors.GatedRepoError("403", response=response(403)), "it is gated: accept its terms"),
-        (hub_errors.RepositoryNotFoundError("404", response=response(404)), "there is no such model on the hub"),
-        (hub_errors.HfHubHTTPError("502 Bad Gateway\nmore", response=response(502)), "the download failed: 502 Bad"),
-        (Timeout("timed out"), "the download failed: timed out"),
-        (OSError(28, "No space left on device"), "No space left on device"),
-    ],
-)
-def test_hub_errors(monkeypatch, raised, text):
-    def snapshot_download(*args, **kwargs):
-        raise raised
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert text in message("owner/model")
-
-
-def test_no_demo(monkeypatch, tmp_path):
-    monkeypatch.setattr(source, "DEMO", tmp_path / "demo")
-    assert message("demo").startswith(f"model demo: {tmp_path / 'demo'} lacks config.json, generation_config.json, ")
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "preprocessor_config.json",
-        INDEX,
-        "model-00001-of-*.safetensors",
-    ],
-)
-def test_a_file_of_the_demo_is_missing(monkeypatch, tmp_path, pattern):
-    (absent,) = DEMO.glob(pattern)
-    for path in DEMO.iterdir():
-        if path != absent:
-            (tmp_path / path.name).symlink_to(path)
-    monkeypatch.setattr(source, "DEMO", tmp_path)
-    text = message("demo")
-    assert str(tmp_path) in text
-    assert absent.name in text
-
-
-def test_hub_download_takes_only_what_is_needed(monkeypatch, tmp_path):
-    asked = {}
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options, name=name) or str(tmp_path)
-    )
-    small = ["*.json", "*.jinja", "merges.txt"]
-    assert resolve("owner/model") == tmp_path
-    assert asked == {"name": "owner/model", "allow_patterns": [*small, "*.safetensors"]}
-    assert resolve("owner/model", weights=False) == tmp_path
-    assert asked == {"name": "owner/model", "allow_patterns": small}
