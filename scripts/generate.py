@@ -202,13 +202,14 @@ def _answer(llm: Any, images: list[dict], prompt: str, params: Any) -> dict:
 
 def _answer_file(load: Callable, source: Path, target: Path, params: Any, settings: dict) -> int:
     """Answer what is left of a file of requests; the exit status."""
-    from batch_file import AnswerFile, read_requests
+    from batch_answers import AnswerFile
+    from batch_file import read_requests
 
     requests = read_requests(source, params, settings)
     with AnswerFile(target, requests, source) as answers:
         todo, before = answers.todo, len(answers.done)
         if answers.repaired:
-            stderr.print(f"{target}: the last line was written in part only; its request is answered again")
+            stderr.print(f"{target}: what was written in part only is answered again")
         if before and todo:
             stderr.print(f"{target} has {before} of {len(requests)} answers; going on with the other {len(todo)}")
         try:

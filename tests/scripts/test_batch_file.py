@@ -1,4 +1,4 @@
-"""Files of requests and answers: what a line may say, and what is left to do after an end at any byte."""
+"""Files of requests: what a line may say, and what is said of one that cannot be used."""
 
 import json
 import os
@@ -7,37 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from batch_file import SAMPLING_KEYS, AnswerFile, read_requests
-from qwen3vl_moe.engine import CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
+import batch_file
+from batch_file import SAMPLING_KEYS, read_requests
+from qwen3vl_moe.engine import SamplingParams
 from qwen3vl_moe.errors import UserError
-
-SETTINGS = {"model": "m", "max_pixels": None}
-DEFAULTS = SamplingParams(max_tokens=5)
-
-
-def output(text, length=3):
-    answer = CompletionOutput(0, text, "", list(range(length)), None, None, "stop", None)
-    return RequestOutput("0", None, [1, 2], None, [answer], True, RequestMetrics(0.0), 1)
-
-
-@pytest.fixture
-def job(tmp_path):
-    """``job(lines)``: the requests of a file with these lines (JSON values or bytes)."""
-
-    def make(lines, defaults=DEFAULTS, settings=SETTINGS):
-        path = tmp_path / "requests.jsonl"
-        path.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines))
-        return read_requests(path, defaults, settings)
-
-    return make
-
-
-@pytest.fixture
-def open_answers(tmp_path):
-    return lambda requests: AnswerFile(tmp_path / "answers.jsonl", requests, tmp_path / "requests.jsonl")
-
-
-# Requests
+from tests.scripts.conftest import DEFAULTS, SETTINGS
 
 
 def test_what_a_line_may_say(job, tmp_path):
@@ -87,7 +61,15 @@ def test_what_a_line_may_say(job, tmp_path):
             {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
             {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
         ),
-        ({"type": "text", "text": "a.png", "url": "a.png"}, {"type": "text", "text": "a.png", "url": "a.png"}),
+        (
+            {"type": "image", "image": "DATA:image/png;BASE64,QQ=="},
+            {"type": "image", "image": "DATA:image/png;BASE64,QQ=="},
+        ),
+        ({"type": "image", "image": "FILE:///a.png"}, {"type": "image", "image": "FILE:///a.png"}),
+        ({"image": "a.png", "text": None}, {"image": "{}/a.png", "text": None}),
+        ({"type": "text", "text": "a.png"}, {"type": "text", "text": "a.png"}),
+        ("a.png", "a.png"),
+        (None, None),
     ],
 )
 def test_paths_in_messages_count_from_the_folder_of_the_file(job, tmp_path, item, located):
@@ -118,7 +100,23 @@ def test_paths_in_messages_count_from_the_folder_of_the_file(job, tmp_path, item
         ({"prompt": "Hi", "id": 1.5}, "the id is of type float"),
         ({"prompt": "Hi", "id": "first"}, "the id 'first' is that of line 1 too"),
         ({"prompt": "Hi", "temperature": -1}, "temperature=-1: 0 "),
-        (b'{"prompt": "Hi", "temperature": NaN}', "temperature=nan"),
+        (b'{"prompt": "Hi", "temperature": NaN}', r"no JSON \(NaN is no JSON; what is not known is null\)"),
+        (b'{"prompt": "Hi", "top_p": 1e400}', r"no JSON \(the number 1e400 is larger than any float\)"),
+        (b'{"prompt": "Hi", "seed": ' + b"9" * 400 + b"}", r"no JSON \(an integer has 400 digits"),
+        (b'{"prompt": "Hi", "prompt": "Ho"}', r"no JSON \(the key 'prompt' stands twice in one object\)"),
+        (b'{"messages": ' + b"[" * 500 + b"]" * 500 + b"}", r"no JSON \(brackets are nested deeper than 100\)"),
+        ({"prompt": "Hi\ud800"}, "prompt holds half of a surrogate pair, which is no character"),
+        ({"prompt": "Hi", "stop": ["\udfff"]}, "stop holds half of a surrogate pair"),
+        ({"prompt": "Hi", "image": "\ud800.png"}, "image holds half of a surrogate pair"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages holds half of a surrogate pair"),
+        ({"prompt": "Hi", "\ud800": 1}, r"the key '\\ud800' is unknown"),
+        ({"prompt": "Hi", "\x1b[31m": 1}, r"the key '\\x1b\[31m' is unknown"),
+        ({"prompt": "Hi", "ignore_eos": 1}, "ignore_eos=1: True or False is needed"),
+        ({"prompt": "Hi", "seed": True}, "seed=True"),
+        ({"prompt": "Hi", "seed": 2**64}, "seed=18446744073709551616"),
+        ({"prompt": "Hi", "max_tokens": 5.5}, "max_tokens=5.5"),
+        ({"prompt": "Hi", "max_tokens": 1e300}, "max_tokens=1e\\+300"),
+        ({"prompt": "Hi", "images": [None]}, "image is a path or a URL, and images a list"),
         ({"prompt": "Hi", "max_tokens": "5"}, "max_tokens='5'"),
     ],
 )
@@ -127,6 +125,91 @@ def test_a_line_that_cannot_be_used_says_why(job, line, message):
     assert good.error is None
     assert bad.conversation is None
     assert re.match(f"line 2: {message}", bad.error)
+
+
+@pytest.mark.parametrize("name", ["x", 7, "é\ud800"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b'"prompt": "Hi", "colour": "red"',
+        b'"prompt": "Hi", "temperature": -1',
+        b'"prompt": 3',
+        b'"prompt": "Hi", "top_p": NaN',
+        b'"prompt": "Hi", "seed": ' + b"9" * 400,
+        b'"prompt": "a", "prompt": "b"',
+        b'"messages": ' + b"[" * 500 + b"]" * 500,
+        b'"messages": ' + b"[" * 100_000,
+        b'"prompt": "Hi',
+        b'"prompt": "\xff"',
+        b'"prompt": "\0"',
+    ],
+)
+def test_an_id_survives_whatever_is_wrong_with_its_line(job, name, rest):
+    (request,) = job([b'{"id": ' + json.dumps(name).encode() + b", " + rest + b"}"])
+    assert request.error is not None
+    assert request.id == name
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"id": 1.5, "prompt"}', b'{"id": "\\x", ', b'{"id": [', b'{"a": {"id": "x"', b'["id"']
+)
+def test_what_is_no_id_does_not_become_one(job, line):
+    (request,) = job([line])
+    assert (request.id, request.error is None) == (None, False)
+
+
+def test_an_error_that_nobody_foresaw_is_that_of_its_line(job, monkeypatch):
+    def fail(message, folder):
+        raise ZeroDivisionError("odd\n\x1b")
+
+    monkeypatch.setattr(batch_file, "_located", fail)
+    bad, good = job([{"id": "a", "messages": [{"role": "user", "content": []}]}, {"prompt": "Hi"}])
+    assert (bad.id, bad.error) == ("a", r"line 1: it cannot be used: ZeroDivisionError: odd\n\x1b")
+    assert good.error is None
+
+
+@pytest.mark.parametrize("given", [{"prompt": "Hi"}, {"messages": [{"role": "user", "content": "Hi"}]}])
+def test_null_is_what_is_not_given(job, given):
+    """Tables that are written as lines have every key in every line."""
+    everything = dict.fromkeys(("id", "prompt", "messages", "image", "images", *SAMPLING_KEYS, "another column"))
+    request, plain = job([{**everything, **given}, given])
+    assert (request.error, request.id, request.params) == (None, None, DEFAULTS)
+    assert request.conversation == plain.conversation
+
+
+def test_whole_numbers_may_be_floats(job):
+    """In a column with gaps, pandas makes floats of integers."""
+    (request,) = job([{"id": 3.0, "prompt": "Hi", "max_tokens": 50.0, "seed": 1.0, "temperature": 1.0}])
+    assert request.error is None
+    assert (repr(request.id), request.params) == ("3", SamplingParams(max_tokens=50, seed=1, temperature=1.0))
+    assert type(request.params.max_tokens) is int
+
+
+def test_a_line_that_is_too_long_is_one_error(job, monkeypatch):
+    monkeypatch.setattr(batch_file, "MAX_LINE_BYTES", 100)
+    lines = [{"prompt": "Hi"}, {"id": "long", "prompt": "x" * 100}, b"{" * 3_000_000, {"id": 2, "prompt": "Ho"}]
+    requests = job(lines)
+    assert [request.error is None for request in requests] == [True, False, False, True]
+    assert requests[1].error == "line 2: it has more than 100 bytes; give images as paths or URLs"
+    assert [request.id for request in requests] == [None, "long", None, 2]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory", "sparse"])
+def test_a_requests_file_that_is_none(tmp_path, kind):
+    path = tmp_path / "requests.jsonl"
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "device":
+            path = Path("/dev/zero")
+        case "directory":
+            path.mkdir()
+        case "sparse":
+            with open(path, "wb") as file:
+                file.truncate(1 << 40)
+    with pytest.raises(UserError, match="bytes; at most" if kind == "sparse" else "is not a regular file"):
+        read_requests(path, DEFAULTS, SETTINGS)
 
 
 def test_every_sampling_key_is_a_parameter(job):
@@ -144,135 +227,3 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(job):
 def test_a_requests_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.jsonl cannot be read: No such file or directory"):
         read_requests(tmp_path / "nowhere.jsonl", DEFAULTS, SETTINGS)
-
-
-# Answers
-
-
-def test_records(job, open_answers):
-    requests = job([{"id": "é\ud800", "prompt": "Hi"}, b"{", {"prompt": "Ho"}])
-    with open_answers(requests) as answers:
-        answers.write(requests[2], output("漢字\n\u2028", length=4))
-        answers.write(requests[1], requests[1].error)
-        answers.write(requests[0], UserError("no"))
-        assert (answers.todo, answers.num_errors) == ([], 2)
-        answers.sort()
-    raw = answers.path.read_bytes()
-    assert raw.count(b"\n") == 3
-    assert "漢字" in raw.decode()
-    records = [json.loads(line) for line in raw.decode().split("\n")[:3]]
-    assert [record.pop("request") for record in records] == [request.fingerprint for request in requests]
-    assert records == [
-        {"index": 0, "id": "é\ud800", "error": "no"},
-        {"index": 1, "id": None, "error": requests[1].error},
-        {"index": 2, "id": None, "text": "漢字\n\u2028", "finish_reason": "stop", "prompt_tokens": 2, "image_tokens": 1,
-         "answer_tokens": 4},
-    ]  # fmt: skip
-
-
-def test_an_end_at_any_byte_loses_and_repeats_nothing(job, open_answers):
-    requests = job([{"id": "a", "prompt": "Hi"}, b"{", {"prompt": "Ho"}])
-    results = [output("one"), requests[1].error, output("three")]
-    with open_answers(requests) as answers:
-        for index in (2, 0, 1):
-            answers.write(requests[index], results[index])
-    unsorted = answers.path.read_bytes()
-    ends = [match.end() for match in re.finditer(b"\n", unsorted)]
-    expected = b"".join(sorted(unsorted.splitlines(keepends=True)))
-    for size in range(len(unsorted) + 1):
-        answers.path.write_bytes(unsorted[:size])
-        with open_answers(requests) as again:
-            whole = sum(end <= size for end in ends)
-            assert again.done == set([2, 0, 1][:whole])
-            assert again.repaired == (size not in (0, *ends))
-            for request in again.todo:
-                again.write(request, results[request.index])
-            assert again.num_errors == 1
-            again.sort()
-        assert again.path.read_bytes() == expected
-
-
-@pytest.mark.parametrize("change", ["line", "defaults", "settings", "fewer"])
-def test_answers_to_other_requests_are_refused(job, open_answers, change):
-    lines = [{"prompt": "Hi"}, {"prompt": "Ho"}]
-    requests = job(lines)
-    with open_answers(requests) as answers:
-        answers.write(requests[1], output("two"))
-    before = answers.path.read_bytes()
-    others = {
-        "line": lambda: job([lines[0], {"prompt": "He"}]),
-        "defaults": lambda: job(lines, defaults=SamplingParams(max_tokens=6)),
-        "settings": lambda: job(lines, settings={**SETTINGS, "model": "n"}),
-        "fewer": lambda: job(lines[:1]),
-    }[change]()
-    with pytest.raises(UserError, match=r"answers.jsonl, line 1 answers another request than .*requests.jsonl"):
-        open_answers(others)
-    assert answers.path.read_bytes() == before
-    with open_answers(job([*lines, {"prompt": "more"}])) as longer:  # requests that are added at the end are fine
-        assert [request.index for request in longer.todo] == [0, 2]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"some notes\n", "line 1 is no answer"),
-        (b"some notes", "its last line is no answer"),
-        (b'{"prompt": "Hi"}', "its last line is no answer"),
-        (b"[1]\n", "line 1 is no answer"),
-        (b"\n", "line 1 is no answer"),
-        (b'{"index": 0, "request": "x"}\n', "line 1 is no answer"),
-        (b'{"index": -1, "request": "x", "text": ""}\n', "line 1 answers another request"),
-    ],
-)
-def test_a_file_of_something_else_is_left_alone(job, open_answers, tmp_path, content, message):
-    path = tmp_path / "answers.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        open_answers(job([{"prompt": "Hi"}]))
-    assert path.read_bytes() == content
-
-
-def test_an_answer_that_stands_twice(job, open_answers):
-    requests = job([{"prompt": "Hi"}])
-    with open_answers(requests) as answers:
-        answers.write(requests[0], output("one"))
-    answers.path.write_bytes(answers.path.read_bytes() * 2)
-    with pytest.raises(UserError, match="line 2 repeats the answer to request 0"):
-        open_answers(requests)
-
-
-def test_two_runs_at_once(job, open_answers):
-    requests = job([{"prompt": "Hi"}])
-    with open_answers(requests), pytest.raises(UserError, match="being written by another run"):
-        open_answers(requests)
-    open_answers(requests).__exit__()
-
-
-def test_a_place_that_cannot_be_written(job, tmp_path):
-    with pytest.raises(UserError, match="cannot be written: No such file or directory"):
-        AnswerFile(tmp_path / "no" / "answers.jsonl", job([{"prompt": "Hi"}]), tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["directory", "pipe", "device"])
-def test_a_place_that_is_no_file(job, tmp_path, kind):
-    """A pipe cannot be read back, and some devices can be read for ever."""
-    path = Path("/dev/zero") if kind == "device" else tmp_path / kind
-    if kind == "directory":
-        path.mkdir()
-    if kind == "pipe":
-        os.mkfifo(path)
-    with pytest.raises(UserError, match="is not a regular file"):
-        AnswerFile(path, job([{"prompt": "Hi"}]), tmp_path)
-
-
-def test_sorting_follows_a_link(job, open_answers, tmp_path):
-    (tmp_path / "real.jsonl").write_bytes(b"")
-    (tmp_path / "answers.jsonl").symlink_to("real.jsonl")
-    requests = job([{"prompt": "Hi"}, {"prompt": "Ho"}])
-    with open_answers(requests) as answers:
-        answers.write(requests[1], output("two"))
-        answers.write(requests[0], output("one"))
-        answers.sort()
-    assert (tmp_path / "answers.jsonl").is_symlink()
-    assert [json.loads(line)["index"] for line in (tmp_path / "real.jsonl").read_text().splitlines()] == [0, 1]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl", "real.jsonl", "requests.jsonl"]
