@@ -41,7 +41,7 @@ def test_cards_before_hopper_are_launched_without_pdl(monkeypatch, capability):
     seen = {}
 
     class Recorded:
-        def __init__(self, kernel, constants, warps, pdl):
+        def __init__(self, kernel, constants, warps, stages, pdl):
             seen.update(pdl=pdl, constant=constants[-1])
 
         def __call__(self, *_):
@@ -89,9 +89,9 @@ def test_norm_rotate_and_store(sizes):
 
 
 def test_patches_and_positions():
-    arguments = (torch.empty(16, dtype=torch.uint8), BF16, 36, 36)
     mean = std = (0.5, 0.25, 0.125)
-    made = compile_for_hopper(patches._cut_patches, arguments, (16, 2, 2, *mean, *std, 256), {"num_warps": 2})
+    arguments = (torch.empty(16, dtype=torch.uint8), BF16, 36, 36, *mean, *std)
+    made = compile_for_hopper(patches._cut_patches, arguments, (16, 2, 2, 256), {"num_warps": 2})
     assert made.spilled == 0
     assert made.count("div.rn.f32") >= 2  # as the host divides
     arguments = (BF16, BF16, torch.empty(16, dtype=torch.int64), FP32)
@@ -102,11 +102,13 @@ def test_patches_and_positions():
 
 def test_paged_decode():
     arguments = (BF16, INT32, BF16, BF16, INT32, INT32, FP32, FP32, 256, 0.1)
-    constants = (16, 32, 4, 128, 16, 128, 32, paged_decode._TOKENS)
+    constants = (16, 32, 4, 128, 16, 128, paged_decode._TOKENS)
     made = compile_for_hopper(paged_decode._attend_span, arguments, constants, {"num_warps": 4, "num_stages": 2})
     assert made.spilled == 0
     assert made.count("mma.sync") > 0
-    made = compile_for_hopper(paged_decode._join_spans, (FP32, FP32, BF16, INT32, 32), (128, 128, 32), {"num_warps": 2})
+    arguments = (FP32, FP32, BF16, INT32, INT32, 32)
+    constants = (32, 128, 128, paged_decode._MOST_SPANS, paged_decode._TOKENS)
+    made = compile_for_hopper(paged_decode._join_spans, arguments, constants, {"num_warps": 2})
     assert made.spilled == 0
 
 

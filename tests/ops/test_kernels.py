@@ -192,6 +192,7 @@ def test_a_sequence_without_keys_gives_zeros():
         ([5], [5]),
         ([40, 0, 17], [40, 0, 17]),
         ([3, 1, 33], [60, 1, 90]),
+        ([2, 0, 1] * 45 + [17], [2, 0, 1] * 45 + [17]),  # more sequences than are looked at together
         *([([1000, 127, 129], [1000, 640, 129])] if ON_GPU else []),
     ],
 )

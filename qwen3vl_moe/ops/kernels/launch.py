@@ -18,10 +18,10 @@ from tma_moe.support import has_pdl
 
 @functools.cache
 def _kept(
-    kernel, device: torch.device, dtypes: tuple[torch.dtype, ...], constants: tuple, warps: int, early: bool
+    kernel, device: torch.device, dtypes: tuple[torch.dtype, ...], constants: tuple, warps: int, stages: int, pdl: bool
 ) -> Launch:
     # Device and dtypes are only part of the key: a compiled kernel belongs to both.
-    return Launch(kernel, constants, warps, pdl=early)
+    return Launch(kernel, constants, warps, stages, pdl)
 
 
 def run_kept(
@@ -32,6 +32,7 @@ def run_kept(
     constants: tuple,
     warps: int,
     early: bool = True,
+    stages: int = 1,
 ) -> None:
     """Launch a small kernel with little work on the host.
 
@@ -39,16 +40,17 @@ def run_kept(
         kernel: it takes tensors, numbers and constants, in this order, and does not specialise on its numbers.
         early: launch it with PDL where the device can. Its last constant, which is added here, tells it so. Not for a
             kernel that follows a copy.
+        warps, stages: triton's num_warps and num_stages.
     """
     if early:
         early = has_pdl(tensors[0].device)
         constants = (*constants, early)
     if any(x.data_ptr() % 16 for x in tensors):
         # A kept kernel relies on addresses that are multiples of 16 bytes, as the engine's are.
-        kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
+        kernel[grid](*tensors, *numbers, *constants, num_warps=warps, num_stages=stages)
         return
     device = tensors[0].device
-    launch = _kept(kernel, device, tuple(x.dtype for x in tensors), constants, warps, early)
+    launch = _kept(kernel, device, tuple(x.dtype for x in tensors), constants, warps, stages, early)
     with device_guard(device):
         launch(current_stream(device), grid, *tensors, *numbers)
 

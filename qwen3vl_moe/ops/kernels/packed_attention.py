@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3vl_moe.ops.kernels.launch import softmax_scale
+from qwen3vl_moe.ops.kernels.launch import run_kept, softmax_scale
 
+_SEQUENCES = 128  # whose lengths a program looks at together, to find the one that its tile lies in
 TILE = (64, 64, 4, 3)  # queries, keys, warps, stages: what measured best, for the decoder and the tower
 
 
@@ -88,24 +89,28 @@ def _attend_packed(
     CAUSAL: tl.constexpr,
     QUERIES: tl.constexpr,  # of a tile
     KEYS: tl.constexpr,  # of a block
-    SEQUENCES: tl.constexpr,  # S or more
+    SEQUENCES: tl.constexpr,  # that are looked at together
 ):
     """One program per head and tile of queries."""
     stride_q, stride_k, stride_v = stride_q * 8, stride_k * 8, stride_v * 8
     # Which tile of which sequence: the grid has one program for each, and a few more than there turn out to be.
-    each = tl.arange(0, SEQUENCES)
-    starts = tl.load(q_starts_ptr + each, mask=each < S, other=0)
-    lens = tl.load(q_starts_ptr + 1 + each, mask=each < S, other=0) - starts
-    tiles = (lens + QUERIES - 1) // QUERIES
-    if SKIP_SINGLE:
-        tiles = tl.where(lens == 1, 0, tiles)
-    ends = tl.cumsum(tiles, axis=0)
     n, place = tl.program_id(0), tl.program_id(1)
-    s = tl.sum((ends <= place).to(tl.int32))
+    s, tiles_before, end = 0, 0, 0x7FFFFFFF
+    for at in range(0, S, SEQUENCES):
+        each = at + tl.arange(0, SEQUENCES)
+        starts = tl.load(q_starts_ptr + each, mask=each < S, other=0)
+        lens = tl.load(q_starts_ptr + 1 + each, mask=each < S, other=0) - starts
+        tiles = (lens + QUERIES - 1) // QUERIES
+        if SKIP_SINGLE:
+            tiles = tl.where(lens == 1, 0, tiles)
+        ends = tiles_before + tl.cumsum(tiles, axis=0)
+        s += tl.sum((ends <= place).to(tl.int32))
+        end = tl.minimum(end, tl.min(tl.where(ends > place, ends, 0x7FFFFFFF)))
+        tiles_before += tl.sum(tiles)
     if s >= S:
         return
     # The last tile of a causal sequence has the most keys: it starts first.
-    tile = tl.sum(tl.where(each == s, ends, 0)) - 1 - place
+    tile = end - 1 - place
     q_start, kv_start = tl.load(q_starts_ptr + s).to(tl.int64), tl.load(kv_starts_ptr + s).to(tl.int64)
     q_len = (tl.load(q_starts_ptr + s + 1) - q_start).to(tl.int32)
     kv_len = (tl.load(kv_starts_ptr + s + 1) - kv_start).to(tl.int32)
@@ -216,30 +221,13 @@ def paged_attention(
 def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_size, causal, tile) -> None:
     (_, N, D), G, S = q_TND.shape, k_UGD.shape[1], len(q_starts) - 1
     queries, keys, warps, stages = tile
-    _attend_packed[(N, triton.cdiv(len(q_TND), queries) + S)](
-        q_TND,
-        k_UGD,
-        v_UGD,
-        out_TND,
-        q_starts,
-        kv_starts,
-        tables,
-        q_TND.stride(0) // 8,
-        k_UGD.stride(0) // 8,
-        v_UGD.stride(0) // 8,
-        tables.stride(0),
-        S,
-        softmax_scale(D),
-        N,
-        G,
-        D,
-        *head_parts(D),
-        block_size,
-        block_size > 0,
-        causal,
-        queries,
-        keys,
-        triton.next_power_of_2(max(S, 128)),  # one variant for up to 128 sequences, then one per power of two
-        num_warps=warps,
-        num_stages=stages,
+    run_kept(
+        _attend_packed,
+        (N, triton.cdiv(len(q_TND), queries) + S, 1),
+        (q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables),
+        (q_TND.stride(0) // 8, k_UGD.stride(0) // 8, v_UGD.stride(0) // 8, tables.stride(0), S, softmax_scale(D)),
+        (N, G, D, *head_parts(D), block_size, block_size > 0, causal, queries, keys, _SEQUENCES),
+        warps,
+        early=False,
+        stages=stages,
     )

@@ -1,7 +1,7 @@
 """Attention of sequences with one new token over their paged cache, split over the cache (flash-decoding).
 
 One sequence's cache is too long for one multiprocessor and a small batch has too few sequences to fill the card, so
-each (sequence, key/value head) is cut into SPLITS spans of the cache; a second kernel joins their partial softmaxes.
+each (sequence, key/value head) is cut into spans of the cache; a second kernel joins their partial softmaxes.
 The query heads that share a key/value head are the rows of one matrix product, so the cache is read once. Lengths and
 block tables are read on the device and the grid depends on the number of sequences only: the launches can be captured
 in a CUDA graph and replayed while sequences grow.
@@ -16,12 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3vl_moe.ops.kernels.launch import softmax_scale
+from qwen3vl_moe.ops.kernels.launch import run_kept, softmax_scale
 
 _TOKENS = 64  # of a span per pass: 64 rows of 128 channels are 16 KB of keys and as much of values
+_MOST_SPANS = 64
 
 
-@triton.jit(do_not_specialize=["table_width"])  # it changes from step to step: compiling takes a second
+@triton.jit
+def _span_of(length, spans, TOKENS: tl.constexpr):
+    """Tokens of a span, in whole passes: a short sequence fills only the first few of its spans."""
+    return tl.cdiv(tl.cdiv(length, spans), TOKENS) * TOKENS
+
+
+# What differs from step to step is not specialised on, the number of spans included: compiling takes a second.
+@triton.jit(do_not_specialize=["table_width"])
 def _attend_span(
     q_ptr,  # [T, N, D]
     q_starts_ptr,  # [S + 1]
@@ -29,8 +37,8 @@ def _attend_span(
     v_rows_ptr,
     tables_ptr,  # [S, B]
     kv_starts_ptr,  # [S + 1]
-    partial_ptr,  # [S, N, SPLITS, D] fp32
-    lse_ptr,  # [S, N, SPLITS] fp32, base 2
+    partial_ptr,  # [S, N, spans, D] fp32
+    lse_ptr,  # [S, N, spans] fp32, base 2
     table_width,
     scale,  # 1 / sqrt(D) * log2(e)
     BLOCK_SIZE: tl.constexpr,
@@ -39,19 +47,20 @@ def _attend_span(
     D: tl.constexpr,
     ROWS: tl.constexpr,  # N / G query heads, at least the 16 rows of a matrix product
     WIDTH: tl.constexpr,  # D, rounded up to a power of two
-    SPLITS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """One program per sequence, key/value head and span of the cache."""
-    s, g, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    """One program per sequence, key/value head and span of the cache; a span past the sequence's end writes nothing."""
+    s, g, split, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
     SHARING: tl.constexpr = N // G
     t = tl.load(q_starts_ptr + s)
     if tl.load(q_starts_ptr + s + 1) - t != 1:
         return
     length = tl.load(kv_starts_ptr + s + 1) - tl.load(kv_starts_ptr + s)
-    span = tl.cdiv(tl.cdiv(length, SPLITS), TOKENS) * TOKENS
+    span = _span_of(length, spans, TOKENS)
     start = split * span
     stop = tl.minimum(start + span, length)
+    if start >= stop:
+        return
 
     row = tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
@@ -77,24 +86,25 @@ def _attend_span(
         acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v)
         row_max = new_max
 
-    # An empty span has row_sum 0: its weight in the join is 2^-inf = 0, and its values must not be NaN.
-    out = acc / tl.maximum(row_sum, 1e-38)[:, None]
-    head = (s * N + g * SHARING + row) * SPLITS + split
+    out = acc / row_sum[:, None]
+    head = (s * N + g * SHARING + row) * spans + split
     tl.store(partial_ptr + head[:, None] * D + d[None, :], out, mask=(row < SHARING)[:, None] & (d < D)[None, :])
-    lse = tl.where(row_sum > 0, row_max + tl.log2(tl.maximum(row_sum, 1e-38)), float("-inf"))
-    tl.store(lse_ptr + head, lse, mask=row < SHARING)
+    tl.store(lse_ptr + head, row_max + tl.log2(row_sum), mask=row < SHARING)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spans"])
 def _join_spans(
-    partial_ptr,  # [S, N, SPLITS, D] fp32
-    lse_ptr,  # [S, N, SPLITS] fp32, base 2
+    partial_ptr,  # [S, N, spans, D] fp32
+    lse_ptr,  # [S, N, spans] fp32, base 2
     out_ptr,  # [T, N, D]
     q_starts_ptr,  # [S + 1]
-    N,
+    kv_starts_ptr,  # [S + 1]
+    spans,
+    N: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MOST: tl.constexpr,  # spans or more
+    TOKENS: tl.constexpr,
 ):
     """One program per sequence and head: the spans' outputs, each by its share of the whole softmax."""
     head = tl.program_id(0).to(tl.int64)
@@ -102,14 +112,16 @@ def _join_spans(
     t = tl.load(q_starts_ptr + s)
     if tl.load(q_starts_ptr + s + 1) - t != 1:
         return
-    split = tl.arange(0, SPLITS)
+    length = tl.load(kv_starts_ptr + s + 1) - tl.load(kv_starts_ptr + s)
+    split = tl.arange(0, MOST)
+    written = split * _span_of(length, spans, TOKENS) < length
     d = tl.arange(0, WIDTH)
-    lse = tl.load(lse_ptr + head * SPLITS + split)
-    row_max = tl.max(lse)
-    p = tl.where(lse > float("-inf"), tl.exp2(lse - tl.maximum(row_max, -1e30)), 0.0)
+    lse = tl.load(lse_ptr + head * spans + split, mask=written, other=float("-inf"))
+    # A sequence without keys, which fills up a graph's shape, has no span and gets zeros.
+    p = tl.where(written, tl.exp2(lse - tl.maximum(tl.max(lse), -1e30)), 0.0)
     p = p / tl.maximum(tl.sum(p), 1e-38)
-    at = partial_ptr + (head * SPLITS + split[:, None]) * D + d[None, :]
-    values = tl.load(at, mask=(d < D)[None, :], other=0.0)
+    at = partial_ptr + (head * spans + split[:, None]) * D + d[None, :]
+    values = tl.load(at, mask=written[:, None] & (d < D)[None, :], other=0.0)
     out = tl.sum(values * p[:, None], axis=0)
     out_at = out_ptr + (t.to(tl.int64) * N + head % N) * D + d
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
@@ -139,30 +151,19 @@ def paged_decode(
     _, _, block_size, G, _ = layer_cache.shape
     k_rows, v_rows = layer_cache.unbind(0)
     # Twice as many programs as multiprocessors, no finer: a span is at least one pass.
-    splits = max(1, min(32, triton.next_power_of_2(triton.cdiv(2 * _processors(q_TND.device), S * G))))
-    partial = torch.empty(S, N, splits, D, dtype=torch.float32, device=q_TND.device)
-    lse = torch.empty(S, N, splits, dtype=torch.float32, device=q_TND.device)
-    width = max(16, triton.next_power_of_2(D))
-    _attend_span[(S, G, splits)](
-        q_TND,
-        q_starts,
-        k_rows,
-        v_rows,
-        block_tables,
-        kv_starts,
-        partial,
-        lse,
-        block_tables.shape[1],
-        softmax_scale(D),
-        block_size,
-        N,
-        G,
-        D,
-        max(16, triton.next_power_of_2(N // G)),
-        width,
-        splits,
-        _TOKENS,
-        num_warps=4,
-        num_stages=2,
+    spans = max(1, min(_MOST_SPANS, triton.next_power_of_2(triton.cdiv(2 * _processors(q_TND.device), S * G))))
+    partial = torch.empty(S, N, spans, D, dtype=torch.float32, device=q_TND.device)
+    lse = torch.empty(S, N, spans, dtype=torch.float32, device=q_TND.device)
+    rows, width = max(16, triton.next_power_of_2(N // G)), max(16, triton.next_power_of_2(D))
+    run_kept(
+        _attend_span,
+        (S, G, spans),
+        (q_TND, q_starts, k_rows, v_rows, block_tables, kv_starts, partial, lse),
+        (block_tables.shape[1], softmax_scale(D)),
+        (block_size, N, G, D, rows, width, _TOKENS),
+        warps=4,
+        early=False,
+        stages=2,
     )
-    _join_spans[(S * N,)](partial, lse, out_TND, q_starts, N, D, width, splits, num_warps=2)
+    operands, constants = (partial, lse, out_TND, q_starts, kv_starts), (N, D, width, _MOST_SPANS, _TOKENS)
+    run_kept(_join_spans, (S * N, 1, 1), operands, (spans,), constants, warps=2, early=False)

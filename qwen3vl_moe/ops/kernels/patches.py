@@ -16,15 +16,15 @@ def _cut_patches(
     out_ptr,  # [rows * columns, 3, FRAMES, PATCH, PATCH]
     rows,
     columns,
+    mean_0,
+    mean_1,
+    mean_2,
+    std_0,
+    std_1,
+    std_2,
     PATCH: tl.constexpr,
     MERGE: tl.constexpr,
     FRAMES: tl.constexpr,
-    MEAN_0: tl.constexpr,
-    MEAN_1: tl.constexpr,
-    MEAN_2: tl.constexpr,
-    STD_0: tl.constexpr,
-    STD_1: tl.constexpr,
-    STD_2: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per patch and channel. Patches go square by merged square, as the tower merges them."""
@@ -36,8 +36,8 @@ def _cut_patches(
     inside = i < PATCH * PATCH
     at = ((c * rows + row) * PATCH + i // PATCH) * (columns * PATCH) + column * PATCH + i % PATCH
     values = tl.load(pixels_ptr + at, mask=inside, other=0).to(tl.float32)
-    mean = tl.where(c == 0, MEAN_0, tl.where(c == 1, MEAN_1, MEAN_2))
-    std = tl.where(c == 0, STD_0, tl.where(c == 1, STD_1, STD_2))
+    mean = tl.where(c == 0, mean_0, tl.where(c == 1, mean_1, mean_2))
+    std = tl.where(c == 0, std_0, tl.where(c == 1, std_1, std_2))
     # Three steps, each rounded as the processor on the host does.
     values = tl.div_rn(tl.div_rn(values, tl.full([BLOCK], 255, tl.float32)) - mean, tl.zeros([BLOCK], tl.float32) + std)
     out_at = out_ptr + (p.to(tl.int64) * 3 + c) * (FRAMES * PATCH * PATCH) + i
@@ -63,8 +63,8 @@ def cut_patches(
         mean, std: of each channel, for values from 0 to 1.
     """
     _, rows, columns = grid
-    constants = *sides, *mean, *std, triton.next_power_of_2(sides[0] ** 2)
-    run_kept(_cut_patches, (rows * columns, 3, 1), (pixels, out_PC), (rows, columns), constants, 2, early=False)
+    numbers, constants = (rows, columns, *mean, *std), (*sides, triton.next_power_of_2(sides[0] ** 2))
+    run_kept(_cut_patches, (rows * columns, 3, 1), (pixels, out_PC), numbers, constants, 2, early=False)
 
 
 @triton.jit
