@@ -5,14 +5,16 @@
     model.set_experts_implementation("tma_moe_reference")  # the same op in plain torch, on any device
 
 Works with every transformers 5 model whose experts are the standard fused module (Qwen3-VL-MoE, Qwen3-MoE,
-Mixtral, ...): `gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, SiLU, gate rows before up rows, no biases. Any other
-module is refused with the name of what does not fit, never computed wrongly. Inference only.
+Mixtral, ...): `gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, SiLU, gate rows before up rows, and nothing else: no
+biases, norms, limits. A module with anything that is not known here is refused by that thing's name, never computed
+wrongly; the test tries every experts class of the installed transformers. Inference only.
 
 The parameters are shared with the model, not copied. The module contract and the registry are those of
 `transformers.integrations.moe` (`use_experts_implementation`, `ALL_EXPERTS_FUNCTIONS`), read in transformers 5.17.
 """
 
 import functools
+import inspect
 import weakref
 from typing import Any
 
@@ -31,6 +33,26 @@ except ImportError as error:
 
 BACKENDS = {"tma_moe": "tma", "tma_moe_reference": "reference"}
 _SILU_TYPES = (nn.SiLU, type(ACT2FN["silu"]))
+# What the decorator of transformers says of a class: the value that the kernel computes, and why no other will do.
+_FLAGS = {
+    "is_transposed": (
+        False,
+        "its weights are transposed (is_transposed=True, [E, H, 2I]); the kernel reads [E, 2I, H]",
+    ),
+    "is_concatenated": (
+        True,
+        "gate and up rows are interleaved (is_concatenated=False); the kernel reads all gate rows, then all up rows",
+    ),
+    "has_bias": (False, "it has biases (has_bias=True)"),
+    "has_gate": (True, "it has no gate (has_gate=False); the kernel computes silu(gate) * up"),
+    "has_post_expert_norm": (False, "it norms each expert's output (has_post_expert_norm=True), which no kernel does"),
+    "_is_expert_parallel": (False, "expert parallelism (_is_expert_parallel=True) is not supported"),
+}
+# Names of sizes and settings that say nothing beyond the parameters' shapes. Others, such as a limit to clamp at, may.
+_ATTRIBUTES = {
+    *_FLAGS, "act_fn", "config", "training", "num_experts", "hidden_dim", "hidden_size", "intermediate_dim",
+    "intermediate_size",
+}  # fmt: skip
 _EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 # One ExpertWeights per experts module, gone with the module: neither its keys nor its values keep a model alive. The
@@ -94,34 +116,48 @@ def experts_forward(
 
 
 def unsupported(module: nn.Module) -> str | None:
-    """Why `module` is not a standard experts module, as one clause that names the attribute; None if it is one."""
-    names = dict(module.named_parameters(recurse=False))
-    if getattr(module, "is_transposed", False):
-        return "its weights are transposed (is_transposed=True, [E, H, 2I]); the kernel reads [E, 2I, H]"
-    if not getattr(module, "is_concatenated", True):
-        return (
-            "gate and up rows are interleaved (is_concatenated=False); the kernel reads all gate rows, then all up rows"
-        )
-    biases = sorted(name for name in names if "bias" in name)
-    if getattr(module, "has_bias", False) or biases:
-        return f"it has biases ({', '.join(biases) or 'has_bias=True'})"
-    if not getattr(module, "has_gate", True):
-        return "it has no gate (has_gate=False); the kernel computes silu(gate) * up"
-    gate = getattr(type(module), "_apply_gate", hf_moe._default_apply_gate)
-    if gate is not hf_moe._default_apply_gate:
-        return f"{type(module).__name__}._apply_gate is its own gate function; the kernel computes silu(gate) * up"
-    activation = getattr(module, "act_fn", None)
-    if not (isinstance(activation, _SILU_TYPES) or activation is nn.functional.silu):
-        name = type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", None)
-        return f"its activation act_fn is {name}, not SiLU"
+    """Why `module` is not a standard experts module, as one clause that names the attribute; None if it is one.
+
+    What is not known to leave the result alone is refused: what a later transformers invents must not be skipped.
+    """
+    for flag, (standard, reason) in _FLAGS.items():
+        if getattr(module, flag, standard) is not standard:
+            return reason
+    for flag, standard in _decorator_defaults().items():
+        if flag not in _FLAGS and getattr(module, flag, standard) != standard:
+            return f"it has {flag}={getattr(module, flag)!r}, which the kernel does not know"
+    parameters, buffers = (dict(named(recurse=False)) for named in (module.named_parameters, module.named_buffers))
     for name in ("gate_up_proj", "down_proj"):
-        if name not in names:
+        if name not in parameters:
             return f"it has no parameter {name}"
         # Tensor and expert parallelism hold DTensors, swapped for plain local tensors during the forward.
-        if type(names[name]) is not nn.Parameter:
-            kind = type(names[name]).__name__
+        if type(parameters[name]) is not nn.Parameter:
+            kind = type(parameters[name]).__name__
             return f"its {name} is a {kind}, not a plain Parameter: sharded or quantised experts are not supported"
-    return _unsupported_shapes(module, names["gate_up_proj"], names["down_proj"])
+    more = sorted(parameters.keys() - {"gate_up_proj", "down_proj"})
+    if biases := [name for name in more if "bias" in name]:
+        return f"it has biases ({', '.join(biases)})"
+    gate = getattr(type(module), "_apply_gate", hf_moe._default_apply_gate)
+    if gate is not hf_moe._default_apply_gate or "_apply_gate" in vars(module):
+        return f"{type(module).__name__}._apply_gate is its own gate function; the kernel computes silu(gate) * up"
+    children = sorted(name for name, _ in module.named_children() if name != "act_fn")
+    known = _ATTRIBUTES | _decorator_defaults().keys()
+    attributes = sorted(name for name in vars(module) if not name.startswith("_") and name not in known)
+    for kind, names in (("parameter", more), ("buffer", sorted(buffers)), ("part", children), ("setting", attributes)):
+        if names:
+            return f"it has the {kind} {names[0]}, which the kernel does not know"
+    activation = getattr(module, "act_fn", None)
+    if not (type(activation) in _SILU_TYPES or activation is nn.functional.silu):
+        name = type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", None)
+        return f"its activation act_fn is {name}, not SiLU"
+    return _unsupported_shapes(module, parameters["gate_up_proj"], parameters["down_proj"])
+
+
+@functools.cache
+def _decorator_defaults() -> dict[str, Any]:
+    """Every flag that the installed transformers may set on an experts class, and its value where none is named."""
+    parameters = inspect.signature(hf_moe.use_experts_implementation).parameters
+    return {name: p.default for name, p in parameters.items() if name not in ("experts_class", "experts_interface")}
 
 
 def _unsupported_shapes(module: nn.Module, gate_up: Tensor, down: Tensor) -> str | None:

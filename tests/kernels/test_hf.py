@@ -275,6 +275,12 @@ def odd_shapes(module):
         (lambda module: setattr(module, "has_gate", False), "no gate"),
         (expert_parallel, r"holds 3 of the model's 6 experts \(config.num_experts\)"),
         (sharded, "gate_up_proj is a Tensor, not a plain Parameter"),
+        (lambda module: setattr(module, "has_post_expert_norm", True), "norms each expert's output"),
+        (lambda module: setattr(module, "_is_expert_parallel", True), "_is_expert_parallel=True"),
+        (lambda module: setattr(module, "limit", 7.0), "has the setting limit"),
+        (lambda module: setattr(module, "norm", nn.RMSNorm(32)), "has the part norm"),
+        (lambda module: module.register_buffer("scale", torch.ones(6)), "has the buffer scale"),
+        (lambda module: module.register_parameter("scale", nn.Parameter(torch.ones(6))), "has the parameter scale"),
         (odd_shapes, r"gate_up_proj \(6, 32, 32\), down_proj \(6, 32, 24\)"),
     ],
 )
@@ -283,6 +289,22 @@ def test_modules_that_are_not_standard_are_refused_by_name(change, message):
     change(experts_modules(model)[0])
     with pytest.raises(ValueError, match=f"Qwen3MoeExperts.*{message}.*grouped_mm"):
         logits(model, "tma_moe_reference")
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_a_flag_of_a_later_transformers(monkeypatch, value):
+    """At its default it changes nothing; at another value it may."""
+
+    def decorator(experts_class=None, *, experts_interface=None, is_transposed=False, has_a_twist=False):
+        raise NotImplementedError
+
+    monkeypatch.setattr(tma_moe.hf.hf_moe, "use_experts_implementation", decorator)
+    tma_moe.hf._decorator_defaults.cache_clear()
+    module = experts_modules(build(qwen3_moe))[0]
+    module.has_a_twist = value
+    refusal = tma_moe.hf.unsupported(module)
+    tma_moe.hf._decorator_defaults.cache_clear()
+    assert refusal == ("it has has_a_twist=True, which the kernel does not know" if value else None)
 
 
 def test_gpt_oss_is_refused():
