@@ -214,4 +214,8 @@ def report(results: dict[str, Any], figures: dict[str, Any], asked: Any) -> None
 
 
 if __name__ == "__main__":
+    import beside_scripts  # noqa: F401
+    from program import any_text
+
+    any_text()
     app()

@@ -320,4 +320,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    import beside_scripts  # noqa: F401
+    from program import any_text
+
+    any_text()
     main()

@@ -296,4 +296,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
+    import beside_scripts  # noqa: F401
+    from program import any_text
+
+    any_text()
     app()

@@ -36,6 +36,7 @@ from benchmarking.experts_read import experts_in_next_step
 from benchmarking.inputs import plain_token_ids
 from benchmarking.loading import load_llm
 from benchmarking.step_profile import KINDS, StepProfile, profile_steps
+from program import any_text
 from qwen3vl_moe import LLM, SamplingParams
 from qwen3vl_moe.engine.runner import seconds_between
 from qwen3vl_moe.engine.sequence import Sequence
@@ -287,4 +288,5 @@ def measure(llm: LLM, quick: bool) -> list[dict]:
 
 
 if __name__ == "__main__":
+    any_text()
     typer.run(main)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import tma_moe
 import tma_moe.hf
 from benchmarking.moe import Candidate, CudaTimer, parse_tokens, relative_error, spread
+from program import any_text
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", "tma_moe")
 EAGER_TOKENS = 450  # eager loops over the experts in Python; one token count shows it
@@ -151,4 +152,5 @@ def main(
 
 
 if __name__ == "__main__":
+    any_text()
     typer.run(main)

@@ -37,6 +37,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from benchmarking.transformers_twin import transformers_config
+from program import any_text
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, OptionError, UserError
 from qwen3vl_moe.weights.checkpoint import expand_table, find_expert_layout, load_model
@@ -330,4 +331,5 @@ def bench(directory: Path, gb: float, device: torch.device, rounds: int, budget:
 
 
 if __name__ == "__main__":
+    any_text()
     typer.run(main)

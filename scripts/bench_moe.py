@@ -36,6 +36,7 @@ from benchmarking.moe import (
     relative_error,
     spread,
 )
+from program import any_text
 from tma_moe.descriptor_policies import POLICIES, clear_descriptor_cache
 
 DEFAULT_TOKENS = "1,8,32,128,450,1024,2048,4096,8192,16384"
@@ -364,4 +365,5 @@ def main(
 
 
 if __name__ == "__main__":
+    any_text()
     typer.run(main)

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from benchmarking.loading import LOAD_FORMATS, random_model
 from benchmarking.transformers_twin import in_float32, transformers_twin
+from program import any_text
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import OptionError, UserError
 from qwen3vl_moe.weights import load_model
@@ -161,4 +162,5 @@ def compare(model, prompt, image, device, dtype, moe, layers) -> list[dict]:
 
 
 if __name__ == "__main__":
+    any_text()
     typer.run(main)

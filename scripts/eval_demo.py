@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from program import any_text
 from qwen3vl_moe.errors import OptionError, UserError
 
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -125,4 +126,5 @@ def _draw_sample(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    any_text()
     app()

@@ -16,7 +16,6 @@ mended, 130 interrupted.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from program import any_text, json_line
 from qwen3vl_moe.errors import PromptError, UserError
 
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where stderr is no terminal
@@ -111,7 +111,7 @@ def main(
         llm = load()
         images = [{"type": "image", "image": path} for path in image or []]
         if as_json:
-            _write(json.dumps(_answer(llm, images, prompt, params), ensure_ascii=False) + "\n")
+            _write(json_line(_answer(llm, images, prompt, params)))
         elif prompt is not None:
             _stream(llm, [_user_message(images, prompt)], params)
         else:
@@ -274,4 +274,5 @@ def _write(text: str) -> None:
 
 
 if __name__ == "__main__":
+    any_text()
     app()

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from program import any_text
 from qwen3vl_moe.errors import OptionError, UserError
 
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -229,4 +230,5 @@ def _evaluate(out: Path, device: Any, options: dict[str, Any], problems: list) -
 
 
 if __name__ == "__main__":
+    any_text()
     app()

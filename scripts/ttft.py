@@ -25,6 +25,7 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
+from program import any_text
 from qwen3vl_moe.errors import OptionError, UserError
 
 WORKLOADS = {"single": ("single",), "closed-loop": ("closed loop",), "both": ("single", "closed loop")}
@@ -231,4 +232,5 @@ def write(results: dict[str, Any], json_file: Path | None, plot_file: Path | Non
 
 
 if __name__ == "__main__":
+    any_text()
     app()

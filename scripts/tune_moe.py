@@ -31,6 +31,7 @@ from rich.table import Table
 import tma_moe
 from benchmarking.moe import Candidate, CudaTimer, MoeShape, draw_routing, parse_tokens, relative_error, spread
 from benchmarking.tile_search import ROLES, compile_or_reason, families, same_kernel
+from program import any_text
 from tma_moe import tiles as tile_files
 from tma_moe.recipe import make_recipe
 from tma_moe.tiles import Choice, Tiles
@@ -386,4 +387,5 @@ def main(
 
 
 if __name__ == "__main__":
+    any_text()
     typer.run(main)
