@@ -1,11 +1,15 @@
-"""How one kernel is launched with little work on the host."""
+"""How one kernel is launched with little work on the host, and how many are compiled ahead of their first launch."""
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import triton
 from triton.runtime import driver
 
 from tma_moe.support import interpreting
@@ -31,6 +35,9 @@ class Launch:
 
     def __call__(self, stream: int, grid: tuple[int, int, int], *args: Any) -> None:
         compiled = self.compiled
+        if (act := _instead.get()) is not None:
+            act(self, grid, args)
+            return
         if compiled is None:
             # None again under the interpreter, which always takes this path.
             self.compiled = self.kernel[grid](*args, *self.constants, **self.options)
@@ -40,6 +47,63 @@ class Launch:
         # What `compiled[grid](...)` does, less its look-ups of device, stream and hooks.
         scaffold = (compiled.function, compiled.packed_metadata, None, None, None)
         compiled.run(*grid, stream, *scaffold, *plain, *self.constants)
+
+
+Instead = Callable[[Launch, tuple[int, int, int], tuple], None]
+_instead: ContextVar[Instead | None] = ContextVar("what this thread's launches do instead of launching", default=None)
+
+
+@contextmanager
+def instead_of_launching(act: Instead) -> Iterator[None]:
+    """Within it, every launch of this thread calls ``act(launch, grid, arguments)``, and nothing runs on the device."""
+    token = _instead.set(act)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
+
+
+@contextmanager
+def compile_ahead(report: Callable[[int, int], None] | None = None) -> Iterator[None]:
+    """Within it, launches run nothing: their kernels are only compiled, side by side in threads.
+
+    A program that walks through all that it will ever launch, on tensors of any content, has every kernel ready on
+    leaving. Without this, each is compiled at its first launch, while everything waits. (Triton's compiler releases the
+    interpreter lock, so threads use all cores.)
+
+    Args:
+        report: called, in any thread, with how many kernels are compiled and how many there are, as either grows.
+    """
+    done, asked = 0, 0
+
+    def tell() -> None:
+        if report is not None:
+            report(done, asked)
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, fn, /, *args, **kwargs):
+            nonlocal asked
+            asked += 1
+            tell()
+            future = super().submit(fn, *args, **kwargs)
+            future.add_done_callback(finished)
+            return future
+
+    def finished(_: object) -> None:
+        nonlocal done
+        done += 1
+        tell()
+
+    met: set[Launch] = set()
+
+    def compile_it(launch: Launch, grid: tuple[int, int, int], args: tuple) -> None:
+        if launch.compiled is None and launch not in met:
+            met.add(launch)
+            launch.kernel.warmup(*args, *launch.constants, grid=grid, **launch.options)
+
+    pool = Pool(len(os.sched_getaffinity(0)), "compile")
+    with pool, triton.AsyncCompileMode(pool), instead_of_launching(compile_it):
+        yield
 
 
 def device_guard(device: torch.device) -> AbstractContextManager:

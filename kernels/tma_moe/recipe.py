@@ -12,6 +12,7 @@ what the kernels before it have not finished writing.
 
 import bisect
 import functools
+import itertools
 
 import torch
 import triton
@@ -110,11 +111,26 @@ class _Buckets:
     def recipe(self, T: int) -> Recipe:
         return self.recipes[bisect.bisect_left(self.limits, T)]
 
+    def ends(self, K: int, most: int) -> list[int]:
+        """The largest call of every kind of calls: those that neither products nor grouping tell apart."""
+        pairs = [*routing.FEW_BLOCKS, *itertools.takewhile(lambda n: n < most * K, routing.many_limits())]
+        return sorted({min(end, most) for end in (*self.limits, *(n // K for n in pairs), most) if end})
+
 
 @functools.cache
 def _buckets(device: torch.device, dtypes: tuple, E: int, K: int, H: int, I: int) -> _Buckets:  # noqa: E741
     # `dtypes` is only part of the key: compiled kernels belong to the dtypes they were compiled for.
     return _Buckets(device, E, K, H, I)
+
+
+def call_ends(experts: ExpertWeights, K: int, most: int) -> list[int]:
+    """Numbers of tokens, `most` the last: calls of these launch every kernel that any call of up to `most` would.
+
+    For :func:`tma_moe.launcher.compile_ahead`; `experts` on a GPU, with int32 ids and float32 weights as of `route`.
+    """
+    E, H, I = experts.parameter("down").shape  # noqa: E741
+    dtypes = (experts.down.dtype, torch.int32, torch.float32)
+    return _buckets(experts.down.device, dtypes, E, K, H, I).ends(K, most)
 
 
 def fused_moe_tma(

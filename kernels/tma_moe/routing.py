@@ -14,6 +14,8 @@ counts of what comes before, so there are no atomics and no buffer that must be 
 """
 
 import functools
+import itertools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -277,7 +279,7 @@ class Grouping:
             if pairs <= size:
                 few(stream, (-(-pairs // SUB) + 2, 1, 1), ids_TK, plan, pairs, up_at, down_at)
                 return plan, up_at, down_at
-        block = max(SUB, triton.next_power_of_2(-(-pairs // MANY_BLOCKS)))
+        block = next(limit for limit in many_limits() if pairs <= limit) // MANY_BLOCKS
         blocks = -(-pairs // block)
         counts = plan.new_empty(blocks * self.bins)
         count, rank = self._many(block)
@@ -293,6 +295,11 @@ class Grouping:
                 Launch(group_many, (*self.sizes, block, SUB, CHUNK, self.pdl), warps=4),
             )
         return self.many[block]
+
+
+def many_limits() -> Iterator[int]:
+    """The most pairs of a call that is cut into blocks of SUB pairs, of twice as many, and so on."""
+    return (MANY_BLOCKS * SUB << doubling for doubling in itertools.count())
 
 
 @functools.cache
