@@ -11,16 +11,17 @@ command goes on after an interruption of any kind, and does nothing when all is 
 and are in the order of the requests when all are there.
 
 Exit status: 0 done, 1 done but some requests of --input could not be answered, 2 something in the call has to be
-mended, 130 interrupted.
+mended, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from program import any_text, json_line
-from qwen3vl_moe.errors import PromptError, UserError
+from qwen3vl_moe.errors import PromptError, UserError, one_line
 
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where stderr is no terminal
 
@@ -50,7 +51,10 @@ def main(
             "--input",
             help='Answer a file of requests, a JSON object a line: "prompt" (with "image" or "images": paths from the '
             'file\'s folder, or URLs) or "messages"; and, where wanted, "id", "max_tokens", "temperature", "seed", '
-            '"stop" and the other sampling parameters, which go before the options here.',
+            '"stop" and the other sampling parameters, which go before the options here. Whoever writes the file '
+            "chooses what is read as an image: any local file, and any host on the internet, but none of this machine "
+            "or of private networks. --media-root, --allow-hosts and --allow-private-hosts set other limits: "
+            "docs/trust.md.",
         ),
     ] = None,
     answers: Annotated[
@@ -69,6 +73,23 @@ def main(
     moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="Resize larger images to this many pixels.")] = None,
+    media_root: Annotated[
+        Path | None, typer.Option(help="Read image files from this directory and those in it alone.")
+    ] = None,
+    allow_hosts: Annotated[
+        str | None,
+        typer.Option(
+            help="Download images from these hosts alone: names with commas between them, .example.org for all below "
+            "it; '' for none."
+        ),
+    ] = None,
+    allow_private_hosts: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-private-hosts/--no-private-hosts",
+            help="Download images from this machine and from private networks too. [default: not for --input]",
+        ),
+    ] = None,
     expert_layout: Annotated[
         str | None, typer.Option(help="published or transformers5, if the checkpoint asks.")
     ] = None,
@@ -86,11 +107,17 @@ def main(
         if as_json and prompt is None:
             raise UserError("--json needs --prompt: a chat is not one JSON object")
         from qwen3vl_moe.engine import LLM, SamplingParams  # slow to import: not before --help has been answered
+        from qwen3vl_moe.inputs.access import media_access
         from qwen3vl_moe.inputs.image_source import decode_rgb, open_image
 
+        if allow_private_hosts is None:  # a file of requests may come from anyone
+            allow_private_hosts = requests is None
+        hosts = None if allow_hosts is None else [name for name in allow_hosts.split(",") if name.strip()]
+        limits = {"media_root": media_root, "allow_hosts": hosts, "allow_private_hosts": allow_private_hosts}
+        access = media_access(**limits)
         for number, source in enumerate(image or []):
             if "://" not in source:
-                decode_rgb(open_image(source, number))  # a bad file should show before the weights are loaded
+                decode_rgb(open_image(source, number, access))  # a bad file should show before the weights are loaded
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
 
         def load() -> LLM:
@@ -102,6 +129,7 @@ def main(
                 max_model_len=max_model_len,
                 max_pixels=max_pixels,
                 expert_layout=expert_layout,
+                **limits,
             )
             stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")
             return llm
@@ -205,27 +233,43 @@ def _answer_file(load: Callable, source: Path, target: Path, params: Any, settin
     from batch_answers import AnswerFile
     from batch_file import read_requests
 
-    requests = read_requests(source, params, settings)
-    with AnswerFile(target, requests, source) as answers:
+    requests, name = read_requests(source, params, settings), one_line(str(target))
+    with _ended_by_signals(), AnswerFile(target, requests, source) as answers:
         todo, before = answers.todo, len(answers.done)
         if answers.repaired:
-            stderr.print(f"{target}: what was written in part only is answered again")
+            stderr.print(f"{name}: what was written in part only is answered again")
         if before and todo:
-            stderr.print(f"{target} has {before} of {len(requests)} answers; going on with the other {len(todo)}")
+            stderr.print(f"{name} has {before} of {len(requests)} answers; going on with the other {len(todo)}")
         try:
             # The model first: a mistake in its options should leave no records behind that were made with them.
             llm = load() if any(request.error is None for request in todo) else None
             speed = _answer_requests(llm, todo, answers) if todo else "nothing to do"
-        except KeyboardInterrupt:
-            stderr.print(
-                f"interrupted: {len(answers.done)} of {len(requests)} are in {target}; the same command goes on"
-            )
+        except (KeyboardInterrupt, SystemExit):
+            stderr.print(f"interrupted: {len(answers.done)} of {len(requests)} are in {name}; the same command goes on")
             raise
         answers.sort()
         errors = answers.num_errors
     again = "; delete the lines with an error to have those requests tried again" if errors else ""
-    stderr.print(f"{target} is complete: {len(requests) - errors} answers, {errors} errors; {speed}{again}")
+    stderr.print(f"{name} is complete: {len(requests) - errors} answers, {errors} errors; {speed}{again}")
     return 1 if errors else 0
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A signal to end ends the program as an exception does, so that nothing is left lying about half written."""
+
+    def stop(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    # A job under nohup ignores one of them, and goes on doing so.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
+    try:
+        for number in numbers:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _answer_requests(llm: Any, todo: list, answers: Any) -> str:

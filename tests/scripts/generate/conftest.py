@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -67,3 +68,20 @@ def start():
         return subprocess.Popen(command, env=ENVIRONMENT, **pipes | options)
 
     return call
+
+
+@pytest.fixture
+def batch(plain, tmp_path):
+    """Arguments for a file of requests in ``tmp_path``, with the answers beside it."""
+
+    def write(lines, output="answers.jsonl"):
+        source = tmp_path / "requests.jsonl"
+        source.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
+        files = ["--input", source, "--output", tmp_path / output]
+        return [*files, "--model", plain.path, "--device", "cpu", "--temperature", 0, "--max-tokens", 9]
+
+    return write
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -10,23 +10,7 @@ import pytest
 from PIL import Image
 
 from qwen3vl_moe.engine import LLM, SamplingParams
-
-
-@pytest.fixture
-def batch(plain, tmp_path):
-    """Arguments for a file of requests in ``tmp_path``, with the answers beside it."""
-
-    def write(lines, output="answers.jsonl"):
-        source = tmp_path / "requests.jsonl"
-        source.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines))
-        files = ["--input", source, "--output", tmp_path / output]
-        return [*files, "--model", plain.path, "--device", "cpu", "--temperature", 0, "--max-tokens", 9]
-
-    return write
-
-
-def records(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from tests.scripts.generate.conftest import records
 
 
 def test_a_file_of_requests(run, batch, plain, pictures, tmp_path):
@@ -111,7 +95,7 @@ def test_a_file_of_requests(run, batch, plain, pictures, tmp_path):
     assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_is_taken_up_again(start, run, batch, tmp_path, how):
     # Short and long answers in turn: they end in another order than they begin.
     lines = [
@@ -128,14 +112,14 @@ def test_an_interrupted_run_is_taken_up_again(start, run, batch, tmp_path, how):
     _, stderr = process.communicate(timeout=300)
     left = part.read_bytes()
     assert 2 <= left.count(b"\n") < 12
-    if how == signal.SIGINT:
-        assert process.returncode == 130
+    if how != signal.SIGKILL:
+        assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[how]
         assert "the same command goes on" in stderr
         assert "Traceback" not in stderr
     part.write_bytes(left + b'{"index": 0, "id": "r')  # and one that a full disk or the kill cut short
     status, _, stderr = run(*batch(lines, part.name))
     assert status == 0
-    assert "the last line was written in part only" in stderr
+    assert "what was written in part only is answered again" in stderr
     assert f"has {left.count(10)} of 12 answers; going on" in stderr
     assert part.read_bytes() == whole.read_bytes()
     assert [record["id"] for record in records(part)] == [f"r{n}" for n in range(12)]
