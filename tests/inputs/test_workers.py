@@ -6,9 +6,9 @@ from contextlib import closing
 
 import pytest
 
-from qwen3vl_moe.inputs.workers import _POOL, prefetch, side_by_side
+from qwen3vl_moe.inputs.workers import POOL, Budget, Pool, _Part, prefetch, side_by_side
 
-THREADS = _POOL._max_workers
+THREADS = POOL.size
 
 
 def wait_for(condition) -> None:
@@ -110,3 +110,136 @@ def test_tasks_may_wait_for_tasks_of_their_own():
     thread.start()
     thread.join(30)
     assert found == expected
+
+
+def test_an_interrupt_ends_the_callers_own_part():
+    """Ctrl-C is not an item's error: what has not begun is not begun any more."""
+    begun = []
+
+    def work(n):
+        begun.append(n)
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side(work, range(100 * THREADS))  # more than there are threads: the caller takes part
+    assert len(begun) < 100 * THREADS
+
+
+class TestPool:
+    def test_threads_are_not_waited_for_at_the_end(self):
+        pool = Pool(2)
+        assert pool.submit(lambda _: threading.current_thread().daemon, None).result(10)
+
+    def test_no_more_threads_than_its_size(self):
+        pool, lock, working, most = Pool(3), threading.Lock(), [0], [0]
+
+        def work(_):
+            with lock:
+                working[0] += 1
+                most[0] = max(most[0], working[0])
+            time.sleep(0.001)
+            with lock:
+                working[0] -= 1
+
+        for future in [pool.submit(work, None) for _ in range(60)]:
+            future.result(10)
+        assert most[0] == 3
+        assert pool._threads == 3
+
+    def test_those_that_wait_for_a_server_do_not_count(self):
+        """Twice as many late tasks as threads, and one behind them that is done all the same."""
+        pool, go_on = Pool(2), threading.Event()
+
+        def late(_):
+            with pool.waiting():
+                return go_on.wait(10)
+
+        lates = [pool.submit(late, None) for _ in range(4)]
+        assert pool.submit(lambda n: n + 1, 1).result(10) == 2
+        assert not any(future.done() for future in lates)
+        go_on.set()
+        assert all(future.result(10) for future in lates)
+        wait_for(lambda: pool._threads == 2)  # the others have gone
+
+    def test_waiting_outside_of_the_pool(self):
+        pool = Pool(1)
+        with pool.waiting():
+            assert pool._limit == 1
+
+    def test_all_or_none(self):
+        pool, go_on = Pool(3), threading.Event()
+        busy = pool.submit(lambda _: go_on.wait(10), None)
+        assert pool.submit_all(abs, [-1, -2, -3]) is None
+        futures = pool.submit_all(abs, [-1, -2])
+        assert futures is not None
+        assert [future.result(10) for future in futures] == [1, 2]
+        go_on.set()
+        assert busy.result(10)
+
+    def test_errors_and_cancelled_tasks(self):
+        pool, go_on = Pool(1), threading.Event()
+        busy, failing, dropped = (pool.submit(f, 0) for f in (lambda _: go_on.wait(10), lambda n: 1 // n, str))
+        assert dropped.cancel()
+        go_on.set()
+        assert busy.result(10)
+        with pytest.raises(ZeroDivisionError):
+            failing.result(10)
+        assert pool.submit(str, 5).result(10) == "5"
+
+
+class TestBudget:
+    def test_parts_are_bounded_together(self):
+        budget, lock, held, most = Budget(10), threading.Lock(), [0], []
+
+        def work(amount):
+            with budget.hold(amount):
+                with lock:
+                    held[0] += amount
+                    most.append(held[0])
+                time.sleep(0.001)
+                with lock:
+                    held[0] -= amount
+
+        threads = [threading.Thread(target=work, args=(n % 5 + 2,), daemon=True) for n in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert len(most) == 40
+        assert max(most) <= 10
+
+    def test_a_part_above_the_whole_comes_alone_and_in_its_turn(self):
+        budget, order = Budget(10), []
+
+        def work(name, amount):
+            with budget.hold(amount):
+                order.append(name)
+
+        with budget.hold(4):
+            large = threading.Thread(target=work, args=("large", 1000), daemon=True)
+            large.start()
+            wait_for(budget._turn.locked)
+            small = threading.Thread(target=work, args=("small", 1), daemon=True)
+            small.start()
+            time.sleep(0.01)
+            assert order == []  # the small one would fit, and does not push in
+        large.join(10)
+        small.join(10)
+        assert order == ["large", "small"]
+
+    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+    def test_a_part_comes_back_after_an_error(self, error):
+        budget = Budget(10)
+        for _ in range(3):
+            with pytest.raises(error), budget.hold(10):
+                raise error
+
+    def test_a_part_comes_back_whose_holder_was_stopped_anywhere(self):
+        """As when Ctrl-C falls where no ``finally`` sees it."""
+        budget = Budget(10)
+        budget._parts[_Part()] = 10  # held by nobody any more
+        thread = threading.Thread(target=lambda: budget.hold(10).__enter__(), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
