@@ -66,7 +66,7 @@ class MediaAccess:
             return path
         real = Path(os.path.realpath(path))
         if not real.is_relative_to(self.media_root):
-            raise PromptError(f"{where} is not within media_root {str(self.media_root)!r}, where local files have to be")
+            raise PromptError(f"{where} is not within media_root, {str(self.media_root)!r}, as local files have to be")
         return real
 
     def check_host(self, host: str, where: str) -> None:

@@ -1,0 +1,136 @@
+"""Any source of an image that is not one already -> the bytes of its file, as far as they may be had."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import os
+import re
+import stat
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from qwen3vl_moe.errors import PromptError
+from qwen3vl_moe.inputs.access import MediaAccess
+from qwen3vl_moe.inputs.download import download, too_large
+from qwen3vl_moe.inputs.file_kinds import is_picture
+from qwen3vl_moe.inputs.workers import POOL
+
+MAX_FILE_BYTES = 256 * 2**20  # of an encoded image, whatever it comes from
+
+
+def fetch(source: Any, where: str, access: MediaAccess) -> bytes:
+    """The bytes of the file that ``source`` stands for.
+
+    Args:
+        source: a path, a file://, http:// or https:// URL, a data: URL, base64, or the bytes themselves.
+        where: what messages call the image.
+
+    Raises:
+        PromptError: it cannot be had, is larger than :data:`MAX_FILE_BYTES`, or ``access`` does not allow it.
+    """
+    try:
+        data = _fetch(source, where, access)
+    except PromptError:
+        raise
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise PromptError(f"{where} is too long for a path, and not the base64 of a picture") from None
+        # Not the whole OSError: it repeats the path, which may be megabytes of a mistaken text.
+        raise PromptError(f"{where} cannot be read: {error.strerror or type(error).__name__}") from None
+    except UnicodeError:
+        raise PromptError(f"{where} is not valid text: it holds half of a surrogate pair") from None
+    except ValueError as error:  # urllib and pathlib on odd text: their words, which are short and name no content
+        raise PromptError(f"{where} cannot be read: {error}") from None
+    except Exception as error:  # a path of the caller's own class may raise anything
+        raise PromptError(f"{where} cannot be read: {type(error).__name__}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise too_large(where, MAX_FILE_BYTES)
+    return data
+
+
+def is_base64_picture(text: str) -> bool:
+    """Whether ``text`` is the base64 of a picture rather than a path. Its first bytes decide: nobody has a path that
+    begins as they do ("/9j/4AAQSkZJRgAB" for JPEG)."""
+    head = re.match(r"\s*((?:[A-Za-z0-9+/_-]{4}){4,16})", text)
+    return head is not None and is_picture(_decode_base64(head[1].encode(), "the text"))
+
+
+def _fetch(source: Any, where: str, access: MediaAccess) -> bytes:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if isinstance(source, os.PathLike):
+        return _read_file(Path(os.fsdecode(source)), where, access)
+    if not isinstance(source, str):
+        raise PromptError(
+            f"{where} is of a type that is not understood: give a path, a URL, the bytes of an image file or a PIL "
+            "image (PIL.Image.fromarray makes one of an array)"
+        )
+    if not source:
+        raise PromptError(f"{where} is an empty string: a path or a URL is needed")
+    match = re.match(r"\s*(data|file):|\s*([A-Za-z][A-Za-z0-9+.-]*)://", source, re.I)
+    scheme = (match[1] or match[2]).lower() if match else None
+    if scheme is None:
+        if is_base64_picture(source):
+            return _decode_base64(source.encode(), where)
+        return _read_file(Path(source), where, access)
+    if scheme == "data":
+        return _decode_data_url(source, where)
+    url = source.strip()
+    if scheme == "file":
+        return _read_file(_path_of(url, where), where, access)
+    if scheme in ("http", "https"):
+        with POOL.waiting():
+            return download(url, where, access, MAX_FILE_BYTES)
+    raise PromptError(f"{where} has the scheme {scheme!r}; file, http, https and data are supported")
+
+
+def _path_of(url: str, where: str) -> Path:
+    parts = urllib.parse.urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise PromptError(f"{where} names the host {parts.netloc!r}; a file URL is file:///absolute/path")
+    return Path(urllib.request.url2pathname(parts.path))
+
+
+def _read_file(path: Path, where: str, access: MediaAccess) -> bytes:
+    path = access.check_path(path, where)
+    # Looked at before it is opened: opening a pipe waits for a writer, and opening a device may do something.
+    try:
+        size = _size_of_file(path.stat(), where)
+    except (FileNotFoundError, NotADirectoryError):
+        raise PromptError(f"{where}: there is no such file") from None
+    if size == 0:  # not opened: under /proc such files have content, and reading some of them never ends
+        return b""
+    # It may have become another one meanwhile: O_NONBLOCK so that a pipe does not wait, and a second look.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        _size_of_file(os.fstat(descriptor), where)
+        return file.read(MAX_FILE_BYTES + 1)
+
+
+def _size_of_file(status: os.stat_result, where: str) -> int:
+    if not stat.S_ISREG(status.st_mode):
+        raise PromptError(f"{where} is not a regular file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise too_large(where, MAX_FILE_BYTES)
+    return status.st_size
+
+
+def _decode_data_url(url: str, where: str) -> bytes:
+    header, comma, payload = url.partition(",")
+    if not comma:
+        raise PromptError(f"{where} has no comma: a data URL is data:image/png;base64,<data>")
+    data = urllib.parse.unquote_to_bytes(payload)
+    return _decode_base64(data, where) if re.search(r";\s*base64\s*$", header, re.I) else data
+
+
+def _decode_base64(data: bytes, where: str) -> bytes:
+    # With or without line breaks, padding, and the letters that URLs and file names need.
+    data = b"".join(data.split()).translate(bytes.maketrans(b"-_", b"+/"))
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except binascii.Error:
+        raise PromptError(f"{where} is not valid base64") from None
