@@ -36,11 +36,13 @@ from typing import Any, BinaryIO
 
 from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.errors import PromptError, UserError, one_line
+from qwen3vl_moe.inputs.fetch import is_base64_picture
 from qwen3vl_moe.json_files import check_regular, parse_json
 
 MAX_FILE_BYTES = 2 << 30  # all requests are held in memory
 MAX_LINE_BYTES = 128 << 20  # several images in base64 fit
-SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name not in ("logprobs", "prompt_logprobs"))
+_NOT_IN_A_FILE = ("logprobs", "prompt_logprobs", "detokenize")  # a record is a text, and has a text
+SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name not in _NOT_IN_A_FILE)
 _OTHER_KEYS = ("id", "prompt", "messages", "image", "images")
 _PATH_KEYS = ("image", "path", "url", "image_url")  # of an item of a message
 _URL = re.compile(r"\s*(data:|file:|[a-z][a-z0-9+.-]*://)", re.I)
@@ -227,6 +229,6 @@ def _located_item(item: Any, folder: Path) -> Any:
 def _locate(source: Any, folder: Path) -> Any:
     if isinstance(source, dict):  # {"image_url": {"url": ...}}
         return {key: _locate(value, folder) if key == "url" else value for key, value in source.items()}
-    if not isinstance(source, str) or not source or _URL.match(source):
+    if not isinstance(source, str) or not source or _URL.match(source) or is_base64_picture(source):
         return source
     return str(folder / source)

@@ -1,8 +1,10 @@
 """Files of requests: what a line may say, and what is said of one that cannot be used."""
 
+import base64
 import json
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,10 @@ import batch_file
 from batch_file import SAMPLING_KEYS, read_requests
 from qwen3vl_moe.engine import SamplingParams
 from qwen3vl_moe.errors import UserError
+from tests.pictures import encoded, noise
 from tests.scripts.conftest import DEFAULTS, SETTINGS
+
+JPEG = base64.b64encode(encoded(noise(9, 8), "JPEG")).decode()
 
 
 def test_what_a_line_may_say(job, tmp_path):
@@ -66,6 +71,8 @@ def test_what_a_line_may_say(job, tmp_path):
             {"type": "image", "image": "DATA:image/png;BASE64,QQ=="},
         ),
         ({"type": "image", "image": "FILE:///a.png"}, {"type": "image", "image": "FILE:///a.png"}),
+        ({"type": "image", "image": JPEG}, {"type": "image", "image": JPEG}),
+        ({"type": "image", "image": "9j/a.png"}, {"type": "image", "image": "{}/9j/a.png"}),
         ({"image": "a.png", "text": None}, {"image": "{}/a.png", "text": None}),
         ({"type": "text", "text": "a.png"}, {"type": "text", "text": "a.png"}),
         ("a.png", "a.png"),
@@ -99,7 +106,7 @@ def test_paths_in_messages_count_from_the_folder_of_the_file(job, tmp_path, item
         ({"prompt": "Hi", "image": "a", "images": ["a"]}, "image and images given"),
         ({"prompt": "Hi", "id": 1.5}, "the id is of type float"),
         ({"prompt": "Hi", "id": "first"}, "the id 'first' is that of line 1 too"),
-        ({"prompt": "Hi", "temperature": -1}, "temperature=-1: 0 "),
+        ({"prompt": "Hi", "temperature": -1}, "temperature=-1.*: "),
         (b'{"prompt": "Hi", "temperature": NaN}', r"no JSON \(NaN is no JSON; what is not known is null\)"),
         (b'{"prompt": "Hi", "top_p": 1e400}', r"no JSON \(the number 1e400 is larger than any float\)"),
         (b'{"prompt": "Hi", "seed": ' + b"9" * 400 + b"}", r"no JSON \(an integer has 400 digits"),
@@ -213,9 +220,12 @@ def test_a_requests_file_that_is_none(tmp_path, kind):
 
 
 def test_every_sampling_key_is_a_parameter(job):
-    values = {"stop": "x", "stop_token_ids": [1], "ignore_eos": True, "top_p": 0.5}
-    line = {key: values.get(key, 1) for key in SAMPLING_KEYS}
+    kinds = {f.name: str(f.type) for f in fields(SamplingParams)}
+    values = {"bool": True, "str | Sequence[str]": "x", "Sequence[str]": ["x"], "Sequence[int]": [1]}
+    values["Mapping[int, float]"] = {"5": 1.0}
+    line = {key: values.get(kinds[key].removesuffix(" | None"), 1) for key in SAMPLING_KEYS}
     (request,) = job([{"prompt": "Hi", **line}])
+    assert request.error is None
     assert request.params == SamplingParams(**line)
 
 
