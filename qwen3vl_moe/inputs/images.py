@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,13 @@ from qwen3vl_moe.inputs.workers import side_by_side
 from qwen3vl_moe.json_files import read_json_object
 
 MAX_ASPECT_RATIO = 200
+MAX_PIXELS_BOUND = 2**40  # of anything that counts pixels: far above every memory, and safe to calculate with
+
+SIZE_KEYS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
+_LEAST_TOKENS, _MOST_TOKENS = 4, 16384  # the bounds of qwen-vl-utils, where an image gives a size but not these
 
 _PARALLEL_PIXELS = 2**17  # about 2 ms of work; below that, handing it over costs more than it saves
+_LARGE_PIXELS = 2**25  # as many bytes a channel
 # Fewer are copied faster than torch wakes its threads, for which a busy host takes milliseconds.
 _SERIAL_BYTES = 4 << 20
 
@@ -43,6 +48,44 @@ _FIXED_SETTINGS = {
     "resample": int(Image.Resampling.BICUBIC),
     "rescale_factor": 1 / 255,
 }
+
+_PER_CHANNEL_RANGE = {"image_mean": (-10.0, 10.0), "image_std": (1e-3, 100.0)}
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    """The size that one image asks for, in pixels, in the keys and by the rules of qwen-vl-utils' ``fetch_image``.
+
+    Attributes:
+        min_pixels, max_pixels: bounds of its area after the resize. Where one is not given, the least is that of 4
+            image tokens and the most the processor's.
+        resized_height, resized_width: both or neither: its sides, which are then rounded to whole image tokens (at
+            least 4, at most 16384 of them). They win over the bounds.
+
+    This is the final size. Qwen's README for qwen-vl-utils tells the image processor not to resize again
+    (``do_resize=False``); the checkpoint's own bounds, under which a small picture would grow again, do not apply.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], where: str) -> ImageSize | None:
+        """From some of ``SIZE_KEYS``; None where none has a value.
+
+        Raises:
+            PromptError: a value is no positive integer, or one of the sides is missing.
+        """
+        given = {key: value for key, value in given.items() if value is not None}
+        for key, value in given.items():
+            if not _is_count(value):
+                raise PromptError(f"{where} has {key} {value!r}; a positive whole number of pixels is needed")
+        sides = [key for key in ("resized_height", "resized_width") if key in given]
+        if len(sides) == 1:
+            raise PromptError(f"{where} gives {sides[0]} alone; resized_height and resized_width go together")
+        return cls(**given) if given else None
 
 
 @dataclass(frozen=True)
@@ -115,7 +158,7 @@ class ImageSettings:
             OptionError: a bound is no positive integer, or they leave no room for one image token.
         """
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and not _is_count(value):
                 raise OptionError(f"{name} is {value!r}; a positive number of pixels (width x height) is needed")
         low = self.min_pixels if min_pixels is None else min_pixels
         high = self.max_pixels if max_pixels is None else max_pixels
@@ -130,38 +173,66 @@ class ImageSettings:
             )
         return replace(self, min_pixels=low, max_pixels=high)
 
-    def grid(self, height: int, width: int, where: str = "the image") -> tuple[int, int, int]:
+    def grid(
+        self, height: int, width: int, where: str = "the image", size: ImageSize | None = None
+    ) -> tuple[int, int, int]:
         """Grid (frames, rows, columns), in patches, of an image of ``height`` x ``width`` pixels.
 
+        Args:
+            where: what messages call the image.
+            size: that it asks for; None: the settings' bounds.
+
         Raises:
-            PromptError: the sides differ by a factor above 200.
+            PromptError: the sides differ by a factor above 200, or the size leaves no room.
         """
+        low, high, least_side = self.min_pixels, self.max_pixels, 0
+        if size is not None:
+            bounds = self._bounds_for(size, where)
+            low, high, least_side = bounds.min_pixels, bounds.max_pixels, 1
+            height, width = size.resized_height or height, size.resized_width or width
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
             raise PromptError(
                 f"{where} is {width}x{height} pixels: its sides differ by a factor of "
                 f"{max(height, width) / min(height, width):.0f}, above the limit of {MAX_ASPECT_RATIO}; crop it"
             )
-        height, width = smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
+        height, width = smart_resize(height, width, self.factor, low, high, least_side)
         return 1, height // self.patch_size, width // self.patch_size
 
     def num_tokens(self, grid: tuple[int, int, int]) -> int:
         """Image tokens of a grid: merge_size x merge_size patches become one."""
         return math.prod(grid) // self.merge_size**2
 
-    def resize(self, image: Image.Image) -> Picture:
-        """An RGB image at the size that the model sees."""
-        grid = _, rows, columns = self.grid(image.height, image.width)
+    def least_tokens(self, size: ImageSize | None = None, where: str = "the image") -> int:
+        """Image tokens that no image falls below, whatever its shape; for the arguments see :meth:`grid`."""
+        if size is not None and size.resized_height is not None:
+            return self.num_tokens(self.grid(1, 1, where, size))
+        bounds = self if size is None else self._bounds_for(size, where)
+        # Rounding the two sides down, where an image is shrunk, may cost three quarters of its area.
+        return max(1, min(-(-bounds.min_pixels // self.factor**2), bounds.max_pixels // self.factor**2 // 4))
+
+    def _bounds_for(self, size: ImageSize, where: str) -> ImageSettings:
+        unit = self.factor**2
+        if size.resized_height is not None:
+            return replace(self, min_pixels=_LEAST_TOKENS * unit, max_pixels=_MOST_TOKENS * unit)
+        try:
+            return self.with_bounds(size.min_pixels or _LEAST_TOKENS * unit, size.max_pixels)
+        except OptionError as error:
+            raise PromptError(f"{where}: {error}") from None
+
+    def resize(self, image: Image.Image, size: ImageSize | None = None) -> Picture:
+        """An RGB image at the size that the model sees: the one it asks for, or within the settings' bounds."""
+        grid = _, rows, columns = self.grid(image.height, image.width, size=size)
         width, height = columns * self.patch_size, rows * self.patch_size
         pixels_3HW = np.empty((3, height, width), np.uint8)
 
-        planes = image.split()
-
         def fill(channel: int) -> bytes:
-            pixels_3HW[channel] = np.asarray(planes[channel].resize((width, height), Image.Resampling.BICUBIC))
+            plane = image.getchannel(channel)
+            pixels_3HW[channel] = np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC))
             return hashlib.sha256(pixels_3HW[channel].reshape(-1)).digest()
 
-        # Pillow resizes the channels of an image independently, so each can have a core of its own.
-        parallel = width * height >= _PARALLEL_PIXELS
+        # Pillow resizes the channels of an image independently, so each can have a core of its own. Of a very large one
+        # there is a single copy of a channel at a time.
+        parallel = width * height >= _PARALLEL_PIXELS and image.width * image.height <= _LARGE_PIXELS
         of_planes = side_by_side(fill, range(3)) if parallel else map(fill, range(3))
         digest = hashlib.sha256(b"".join(of_planes) + repr(grid).encode()).digest()
         return Picture(torch.from_numpy(pixels_3HW), grid, digest, self)
@@ -210,13 +281,16 @@ def cut_patches(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype 
     return ops.cut_patches(pixels, grids, sides, settings.mean, settings.std, dtype)
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, least_side: int = 0
+) -> tuple[int, int]:
     """Size that an image is resized to: both sides multiples of ``factor``, area within the bounds, shape about kept.
 
-    The rule of Qwen2-VL, as transformers 5.17 has it. A side never falls below ``factor``, so a very long image may
-    stay above ``max_pixels``; rounding up may carry a very small one past it.
+    The rule of Qwen2-VL, as transformers 5.17 has it; in qwen-vl-utils a side counts as ``least_side`` = 1 unit before
+    the area is looked at, so that a very thin image does not grow. A side never falls below ``factor``, so a very long
+    image may stay above ``max_pixels``; rounding up may carry a very small one past it.
     """
-    rows, columns = round(height / factor), round(width / factor)
+    rows, columns = max(least_side, round(height / factor)), max(least_side, round(width / factor))
     if rows * columns * factor**2 > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
         rows = max(1, math.floor(height / shrink / factor))
@@ -225,6 +299,10 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
         grow = math.sqrt(min_pixels / (height * width))
         rows, columns = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
     return rows * factor, columns * factor
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_PIXELS_BOUND
 
 
 def _read_settings(directory: Path) -> tuple[dict[str, Any], str]:
@@ -246,7 +324,7 @@ def _integer(raw: dict[str, Any], source: str, *names: str) -> int:
         value = raw.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not _is_count(value):
             raise ConfigError(f"{source}: {name} is {value!r}; a positive integer is needed")
         return value
     raise ConfigError(f"{source}: {' or '.join(names)} is missing")
@@ -254,9 +332,12 @@ def _integer(raw: dict[str, Any], source: str, *names: str) -> int:
 
 def _per_channel(raw: dict[str, Any], source: str, name: str) -> tuple[float, float, float]:
     value = raw.get(name)
-    if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)):
+    numbers = value if isinstance(value, list) else []
+    if len(numbers) != 3 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers):
         raise ConfigError(f"{source}: {name} is {value!r}; a list of three numbers is needed")
-    if name == "image_std" and not all(v > 0 for v in value):
-        raise ConfigError(f"{source}: {name} is {value!r}; its numbers must be positive")
-    red, green, blue = (float(v) for v in value)
+    # Pixels lie between 0 and 1. NaN is neither below nor above anything, so this is asked the positive way.
+    low, high = _PER_CHANNEL_RANGE[name]
+    if not all(low <= v <= high for v in numbers):
+        raise ConfigError(f"{source}: {name} is {value!r}; its numbers must lie between {low:g} and {high:g}")
+    red, green, blue = (float(v) for v in numbers)
     return red, green, blue

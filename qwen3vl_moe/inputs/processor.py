@@ -7,31 +7,35 @@ any number of threads may share one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import ConfigError, PromptError
 from qwen3vl_moe.inputs.access import MediaAccess
-from qwen3vl_moe.inputs.chat_template import load_chat_template, render_chat
-from qwen3vl_moe.inputs.image_source import OpenedImage, check_alpha, decode_rgb, open_image
-from qwen3vl_moe.inputs.images import ImageSettings, Picture, copy_pixels, cut_patches
-from qwen3vl_moe.inputs.messages import split_images
-from qwen3vl_moe.inputs.prompt_forms import checked_ids, split_prompt
-from qwen3vl_moe.inputs.tokenizer import encode, load_tokenizer
+from qwen3vl_moe.inputs.chat_template import ChatTemplate, load_chat_template
+from qwen3vl_moe.inputs.image_source import OpenedImage, check_alpha, decoded, open_image
+from qwen3vl_moe.inputs.images import ImageSettings, ImageSize, Picture, copy_pixels, cut_patches
+from qwen3vl_moe.inputs.messages import ImageRequest, split_images
+from qwen3vl_moe.inputs.prompt_forms import check_ids, find_placeholders, split_prompt
+from qwen3vl_moe.inputs.tokenizer import (
+    IMAGE_PAD,
+    IMAGE_PLACEHOLDER,
+    VISION_TOKENS,
+    bytes_per_token,
+    check_tokens,
+    encode,
+    is_longer,
+    load_tokenizer,
+)
 from qwen3vl_moe.inputs.workers import side_by_side
 from qwen3vl_moe.model.rope import mrope_positions
-
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-IMAGE_PLACEHOLDER = VISION_START + IMAGE_PAD + VISION_END
-_VISION_TOKENS = (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +102,7 @@ class Processor:
     ):
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self._template = None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens_map)
         self.image_settings = image_settings
         self.config = config
         self.max_model_len = max_model_len
@@ -162,8 +167,7 @@ class Processor:
             PromptError: the messages are malformed, there is no template, or it refuses them.
             OptionError: the flags contradict each other, or the template does not read one of the variables.
         """
-        plain, _ = split_images(messages, _VISION_TOKENS)
-        return self._render(plain, tools, chat_template_kwargs, add_generation_prompt, continue_final_message)
+        return self._render(messages, tools, chat_template_kwargs, add_generation_prompt, continue_final_message)[0]
 
     def chat(
         self,
@@ -188,9 +192,10 @@ class Processor:
             PromptError: the conversation or one of its images cannot be used, or it is longer than ``max_model_len``.
             OptionError: the flags contradict each other, or the template does not read one of the variables.
         """
-        plain, images = split_images(messages, _VISION_TOKENS)
-        text = self._render(plain, tools, chat_template_kwargs, add_generation_prompt, continue_final_message)
-        return self._build(text, encode(self.tokenizer, text), images)
+        text, images = self._render(
+            messages, tools, chat_template_kwargs, add_generation_prompt, continue_final_message
+        )
+        return self._build(text, self._encode(text), images, self.image_settings)
 
     def prompt(self, prompt: str | Sequence[int] | Mapping[str, Any]) -> Prompt:
         """A prompt without a chat template.
@@ -202,55 +207,98 @@ class Processor:
                 as the image has tokens, so that the ids of an earlier prompt can be given again.
                 ``"text_token_ids": ids``, beside these or alone, are tokens that follow and that are text whatever
                 they spell: an answer that is fed back, where an image's placeholder stands for no image.
+                ``"mm_processor_kwargs"`` bounds this prompt's images: min_pixels and max_pixels, or size.
 
         Raises:
             PromptError: the prompt or one of its images cannot be used, or it is longer than ``max_model_len``.
         """
-        images, text_ids = [], []
-        if isinstance(prompt, Mapping):
-            prompt, images, text_ids = split_prompt(prompt)
-        text_ids = checked_ids(text_ids, self.config.text.vocab_size)
-        if isinstance(prompt, str):
-            return self._build(prompt, encode(self.tokenizer, prompt), images, text_ids)
-        return self._build(None, checked_ids(prompt, self.config.text.vocab_size), images, text_ids)
+        parts = split_prompt(prompt)
+        settings, text_ids = parts.settings(self.image_settings), self._check_ids(parts.text_ids)
+        if isinstance(parts.body, str):
+            return self._build(parts.body, self._encode(parts.body), parts.images, settings, text_ids)
+        return self._build(None, self._check_ids(parts.body), parts.images, settings, text_ids)
 
     def _render(
         self,
-        messages: list[dict],
+        messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] | None,
         variables: Mapping[str, Any] | None,
         add_generation_prompt: bool,
         continue_final_message: bool,
-    ) -> str:
-        return render_chat(
-            self.tokenizer,
-            self.chat_template,
-            messages,
+    ) -> tuple[str, list[ImageRequest]]:
+        if self._template is None:
+            raise PromptError(
+                "the checkpoint has no chat template (chat_template.jinja, chat_template.json or chat_template in "
+                "tokenizer_config.json); give a text prompt instead"
+            )
+        plain, images = split_images(messages, VISION_TOKENS, self._template.names)
+        text = self._template.render(
+            plain,
+            VISION_TOKENS,
             tools=tools,
             variables=variables,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
+        return text, images
 
-    def _build(self, text: str | None, ids: list[int], sources: list[Any], text_ids: Sequence[int] = ()) -> Prompt:
+    @cached_property
+    def _bytes_per_token(self) -> int | None:
+        return bytes_per_token(self.tokenizer)
+
+    def _encode(self, text: str) -> list[int]:
+        limit = self.max_model_len
+        # Making tokens takes 250 times the memory of the text: one that cannot fit is refused by its bytes.
+        if limit is not None and 4 * len(text) > limit:  # else it has not even as many bytes
+            most = self._bytes_per_token
+            if most is not None and is_longer(self.tokenizer, text, most * limit):
+                raise PromptError(
+                    f"the prompt has {len(text)} characters, which are more tokens than max_model_len={limit}; "
+                    "shorten it or raise max_model_len"
+                )
+        return encode(self.tokenizer, text)
+
+    def _check_ids(self, ids: Any) -> list[int]:
+        if self.max_model_len is not None and isinstance(ids, Sized) and len(ids) > self.max_model_len:
+            raise PromptError(self._too_long(len(ids)))
+        return check_ids(ids, self.config.text.vocab_size)
+
+    def _build(
+        self,
+        text: str | None,
+        ids: list[int],
+        requests: list[ImageRequest],
+        settings: ImageSettings,
+        text_ids: Sequence[int] = (),
+    ) -> Prompt:
         if not ids and not text_ids:
             raise PromptError("the prompt is empty: at least one token is needed")
-        runs = self._placeholders(ids)
-        if len(runs) != len(sources):
+        runs = find_placeholders(ids, self.config)
+        if len(runs) != len(requests):
             raise PromptError(
-                f"the prompt has {len(runs)} image placeholders ({IMAGE_PLACEHOLDER}) for {len(sources)} images; "
+                f"the prompt has {len(runs)} image placeholders ({IMAGE_PLACEHOLDER}) for {len(requests)} images; "
                 "each image needs exactly one"
             )
-        opened = side_by_side(lambda pair: open_image(*pair, self.access), [(s, i) for i, s in enumerate(sources)])
-        counts = [self._count_tokens(image) for image in opened]
+        text_tokens = len(ids) + len(text_ids) - sum(stop - start for start, stop in runs)
+        self._check_least(text_tokens, requests, settings)
+        opened = side_by_side(lambda i: open_image(requests[i].source, i, self.access), range(len(requests)))
+        sizes = [request.size for request in requests]
+        # From the header's size. EXIF may still turn the image by 90 degrees, which swaps the sides of its grid.
+        grids = [
+            settings.grid(each.image.height, each.image.width, each.where, size)
+            for each, size in zip(opened, sizes, strict=True)
+        ]
+        counts = list(map(settings.num_tokens, grids))
         for (start, stop), count, image in zip(runs, counts, opened, strict=True):
             if stop - start not in (1, count):
                 raise PromptError(
                     f"{image.where} has {stop - start} {IMAGE_PAD} tokens in the prompt; write one, or as many as the "
                     f"image has tokens ({count})"
                 )
-        self._check_length(len(ids) + len(text_ids), runs, counts, opened)
-        prepared = side_by_side(lambda pair: self._prepare(*pair), list(zip(opened, counts, strict=True)))
+        self._check_length(text_tokens, counts, opened, settings)
+        prepared = side_by_side(
+            lambda each: self._prepare(*each, settings), list(zip(opened, sizes, counts, strict=True))
+        )
 
         token_ids: list[int] = []
         images: list[ImageInput] = []
@@ -270,68 +318,48 @@ class Processor:
             positions_3T, next_position = torch.cat([positions_3T, after], dim=1), next_position + len(text_ids)
         return Prompt(text, token_ids, positions_3T, next_position, tuple(images))
 
-    def _placeholders(self, ids: list[int]) -> list[tuple[int, int]]:
-        """[start, stop) of every run of image tokens; each must stand between vision_start and vision_end."""
-        config = self.config
-        array = np.asarray(ids)
-        if np.any(array == config.video_token_id):
-            raise PromptError(
-                f"the prompt holds {VIDEO_PAD} (token id {config.video_token_id}): video is not supported yet"
-            )
-        edges = np.flatnonzero(np.diff(array == config.image_token_id, prepend=False, append=False))
-        runs = [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
-        for start, stop in runs:
-            before, after = ids[max(start - 1, 0)], ids[min(stop, len(ids) - 1)]
-            if before != config.vision_start_token_id or after != config.vision_end_token_id:
-                raise PromptError(
-                    f"the {IMAGE_PAD} at token {start} does not stand alone between {VISION_START} and {VISION_END}; "
-                    f"the placeholder of an image is {IMAGE_PLACEHOLDER}"
-                )
-        opening = np.flatnonzero(array == config.vision_start_token_id)
-        if len(opening) != len(runs):
-            lone = next(int(at) for at in opening if (at + 1) not in {start for start, _ in runs})
-            raise PromptError(
-                f"the {VISION_START} at token {lone} is not followed by {IMAGE_PAD}: a placeholder without image"
-            )
-        return runs
-
-    def _count_tokens(self, opened: OpenedImage) -> int:
-        # From the header's size. EXIF may still turn the image by 90 degrees, which swaps the sides of its grid.
-        return self.image_settings.num_tokens(
-            self.image_settings.grid(opened.image.height, opened.image.width, opened.where)
+    def _too_long(self, total: int) -> str:
+        return (
+            f"the prompt has {total} tokens, more than max_model_len={self.max_model_len}; "
+            "shorten it or raise max_model_len"
         )
 
+    def _check_least(self, text_tokens: int, requests: list[ImageRequest], settings: ImageSettings) -> None:
+        """Refuse what is too long whatever its images turn out to be, before the first of them is fetched."""
+        of_images = sum(settings.least_tokens(each.size, f"image {i}") for i, each in enumerate(requests))
+        total, limit = text_tokens + of_images, self.max_model_len
+        if requests and limit is not None and total > limit:
+            raise PromptError(
+                f"the prompt has at least {total} tokens, more than max_model_len={limit}: {text_tokens} of text and "
+                f"at least {of_images} of {len(requests)} image(s); "
+                f"{'give fewer images' if text_tokens < limit else 'shorten the text'} or raise max_model_len"
+            )
+
     def _check_length(
-        self, num_ids: int, runs: list[tuple[int, int]], counts: list[int], opened: list[OpenedImage]
+        self, text_tokens: int, counts: list[int], opened: list[OpenedImage], settings: ImageSettings
     ) -> None:
-        text_tokens = num_ids - sum(stop - start for start, stop in runs)
         total = text_tokens + sum(counts)
         if self.max_model_len is None or total <= self.max_model_len:
             return
         if not counts:
-            raise PromptError(
-                f"the prompt has {total} tokens, more than max_model_len={self.max_model_len}; "
-                "shorten it or raise max_model_len"
-            )
+            raise PromptError(self._too_long(total))
         count, largest = max(zip(counts, opened, strict=True), key=lambda pair: pair[0])
         raise PromptError(
             f"the prompt has {total} tokens, more than max_model_len={self.max_model_len}: {text_tokens} of text and "
             f"{sum(counts)} of {len(counts)} image(s), the largest being {largest.where} of {largest.size_text} pixels "
             f"with {count} image tokens; "
             + (
-                f"lower max_pixels (now {self.image_settings.max_pixels}) or raise max_model_len"
+                f"lower max_pixels (now {settings.max_pixels}) or raise max_model_len"
                 if text_tokens < self.max_model_len
                 else "shorten the text or raise max_model_len"
             )
         )
 
-    def _prepare(self, opened: OpenedImage, count: int) -> Picture:
-        image = decode_rgb(opened, self.alpha)
-        picture = self.image_settings.resize(image)
-        if self.image_settings.num_tokens(picture.grid) != count:  # would put every later token in the wrong place
-            raise PromptError(
-                f"{opened.where} is not of the size that its header gives: it decodes to {image.width}x{image.height}"
-            )
+    def _prepare(self, opened: OpenedImage, size: ImageSize | None, count: int, settings: ImageSettings) -> Picture:
+        with decoded(opened, self.alpha) as image:
+            picture, found = settings.resize(image, size), f"{image.width}x{image.height}"
+        if settings.num_tokens(picture.grid) != count:  # would put every later token in the wrong place
+            raise PromptError(f"{opened.where} is not of the size that its header gives: it decodes to {found}")
         return picture
 
 
@@ -344,20 +372,4 @@ def _check_agreement(
             raise ConfigError(
                 f"{directory}: the image settings have {name} {ours}, the model's config.json has {model}"
             )
-    for token, expected in (
-        (VISION_START, config.vision_start_token_id),
-        (VISION_END, config.vision_end_token_id),
-        (IMAGE_PAD, config.image_token_id),
-        (VIDEO_PAD, config.video_token_id),
-    ):
-        # The vocabulary is asked: convert_tokens_to_ids would answer with the unknown token's id.
-        found = tokenizer.backend_tokenizer.token_to_id(token)
-        if found != expected:
-            raise ConfigError(
-                f"{directory}: tokenizer.json has {token} as id {found}, the model's config.json as {expected}"
-            )
-    if len(tokenizer) > config.text.vocab_size:
-        raise ConfigError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens, "
-            f"the model's vocab_size is {config.text.vocab_size}"
-        )
+    check_tokens(directory, tokenizer, config)

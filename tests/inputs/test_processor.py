@@ -94,7 +94,7 @@ class TestChat:
         assert torch.equal(prompt.images[0].pixel_values, processor.chat(user(upright)).images[0].pixel_values)
 
     def test_header_that_lies_about_the_size(self, processor, monkeypatch):
-        monkeypatch.setattr("qwen3vl_moe.inputs.processor.decode_rgb", lambda *_: picture(80, 80))
+        monkeypatch.setattr("qwen3vl_moe.inputs.image_source.decode_rgb", lambda *_: picture(80, 80))
         with pytest.raises(PromptError, match=r"image 0 .* its header gives: it decodes to 80x80"):
             processor.chat(user(picture(8, 8)))
 
@@ -112,9 +112,9 @@ class TestChat:
             ([{"role": "user"}], "messages[0] has content of type NoneType"),
             ([{"role": "user", "content": 3}], "messages[0] has content of type int"),
             ([{"role": "user", "content": ["x"]}], "messages[0].content[0] is 'x'"),
-            ([{"role": "user", "content": [{"text": "x"}]}], "messages[0].content[0] is {'text': 'x'}"),
+            ([{"role": "user", "content": [{"text": "x", "image": "a"}]}], "messages[0].content[0] has no type"),
             ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0] has text of type NoneType"),
-            ([{"role": "user", "content": [{"type": "audio"}]}], "messages[0].content[0] has the type 'audio'"),
+            ([{"role": "user", "content": [{"type": "audio"}]}], "messages[0].content[0] is audio; the model"),
             (
                 [{"role": "user", "content": "x"}, {"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
                 "messages[1].content[0] is a video; video is not supported yet",
@@ -125,8 +125,8 @@ class TestChat:
                 "messages[0].content[0] gives url and path",
             ),
             (
-                [{"role": "user", "content": [{"type": "image", "image": "a.png", "max_pixels": 5}]}],
-                "messages[0].content[0] has the key 'max_pixels', which is not supported",
+                [{"role": "user", "content": [{"type": "image", "image": "a.png", "max_pixel": 5}]}],
+                "messages[0].content[0] has the key 'max_pixel'; image, ",
             ),
             ([{"role": "user", "content": [{"type": "image", "path": b"a"}]}], "'path' of type bytes"),
             ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "content[0] has no URL"),
@@ -322,7 +322,7 @@ class TestLength:
     def test_refused_before_decoding(self, tmp_path, monkeypatch):
         processor = make(tmp_path, max_model_len=50)
         data = png(picture(80, 80))
-        monkeypatch.setattr("qwen3vl_moe.inputs.processor.decode_rgb", lambda *_: pytest.fail("a pixel was decoded"))
+        monkeypatch.setattr("qwen3vl_moe.inputs.image_source.decode_rgb", lambda *_: pytest.fail("a pixel was decoded"))
         images = [png(picture(8, 8)), data[: len(data) // 2]]  # the header is whole, the pixels are not
         with pytest.raises(
             PromptError, match=r"101 of 2 image\(s\), the largest being image 1 .* with 100 image tokens"
