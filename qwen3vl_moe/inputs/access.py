@@ -104,15 +104,15 @@ def media_access(
     """The access that options describe, as they come from a program or from :class:`LLM`'s caller.
 
     Args:
-        allow_hosts: names, or one text with commas between them.
+        allow_hosts: names, or one text with commas between them; an empty one allows none.
 
     Raises:
         OptionError: the root is no directory, or a host is not the bare name of one.
     """
     hosts = None
     if allow_hosts is not None:
-        given = allow_hosts.split(",") if isinstance(allow_hosts, str) else allow_hosts
-        hosts = tuple(host.strip() if isinstance(host, str) else host for host in given)
+        text = isinstance(allow_hosts, str)
+        hosts = tuple(host.strip() for host in allow_hosts.split(",") if host.strip()) if text else tuple(allow_hosts)
     return MediaAccess(None if media_root is None else Path(media_root), hosts, bool(allow_private_hosts))
 
 

@@ -67,7 +67,8 @@ def download(url: str, where: str, access: MediaAccess, max_bytes: int) -> bytes
     except PromptError:
         raise
     except Exception as error:  # urllib and http.client raise many types on what a server may send
-        raise PromptError(f"{where} cannot be downloaded: {_reason(error)}") from None
+        proxy = "; the environment's proxy is used only with allow_private_hosts" if exchange.misses_proxy else ""
+        raise PromptError(f"{where} cannot be downloaded: {_reason(error)}{proxy}") from None
 
 
 def too_large(where: str, max_bytes: int) -> PromptError:
@@ -81,6 +82,7 @@ class _Exchange:
         self.where, self.access, self.max_bytes = where, access, max_bytes
         self._deadline = time.monotonic() + DOWNLOAD_TIMEOUT_S
         self._room = max_bytes + _OVERHEAD
+        self.misses_proxy = False  # there is one, which is not used
 
     def left(self) -> float:
         """Seconds until the deadline.
@@ -102,7 +104,10 @@ class _Exchange:
     def opener(self) -> urllib.request.OpenerDirector:
         opener = urllib.request.OpenerDirector()
         # A proxy looks names up itself, where no address can be checked or pinned.
-        proxies = None if self.access.private_hosts else {}
+        proxies = urllib.request.getproxies()
+        if not self.access.private_hosts:
+            self.misses_proxy = bool(proxies.keys() & {"http", "https"})
+            proxies = {}
         for handler in (
             urllib.request.ProxyHandler(proxies),
             _Web(self),
