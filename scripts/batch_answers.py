@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
-import stat
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +17,7 @@ from batch_file import MAX_LINE_BYTES, FileRequest, lines_of
 from qwen3vl_moe.engine.outputs import CompletionOutput, RequestOutput
 from qwen3vl_moe.errors import UserError, one_line
 from qwen3vl_moe.json_files import parse_json
+from replace_file import replace_file
 
 _RECORD_START = b'{"index": '
 
@@ -101,7 +98,7 @@ class AnswerFile:
         if ordered == lines:
             return
         try:
-            _replace(self.path.resolve(), ordered)  # a link stays a link
+            replace_file(self.path.resolve(), ordered)  # a link stays a link
         except OSError as error:
             raise UserError(
                 f"{self.path} holds all answers, but cannot be put in order: {error.strerror or error}"
@@ -171,28 +168,3 @@ def _was_a_record(line: bytes) -> bool:
     pieces = line.split(b"\0")
     begins = pieces[0].startswith(_RECORD_START) or _RECORD_START.startswith(pieces[0])
     return begins and (not line.endswith(b"\n") or pieces[-1] == b"\n" or pieces[-1].endswith(b"}\n"))
-
-
-def _replace(target: Path, lines: list[bytes]) -> None:
-    """Put a new file in the place of ``target``, at once or not at all. It has the owner and the mode of the old one.
-
-    Raises:
-        OSError: it cannot be written, or cannot be given to the owner of the old one.
-    """
-    old = os.stat(target)
-    # A name that nobody can have foreseen, and that is refused if it is there, be it as a link.
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".answers-", suffix=".part")
-    try:
-        with open(descriptor, "wb") as file:
-            new = os.fstat(descriptor)
-            if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
-                os.fchown(descriptor, old.st_uid, old.st_gid)
-            os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
-            file.writelines(lines)
-            file.flush()
-            os.fsync(descriptor)
-        os.replace(name, target)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise

@@ -336,8 +336,11 @@ def main(
         except ImportError:
             raise fail("--plot needs matplotlib: pip install matplotlib") from None
     if load is not None:
+        from qwen3vl_moe.errors import UserError
+        from qwen3vl_moe.json_files import read_json_object
+
         try:
-            results = json.loads(load.read_text())
+            results = read_json_object(load, UserError)
             print_header(results)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise fail(f"--load {load}: not a results file of this program ({type(error).__name__}: {error})") from None

@@ -32,6 +32,7 @@ import tma_moe
 from benchmarking.moe import Candidate, CudaTimer, MoeShape, draw_routing, parse_tokens, relative_error, spread
 from benchmarking.tile_search import ROLES, compile_or_reason, families, same_kernel
 from program import any_text
+from replace_file import replace_file
 from tma_moe import tiles as tile_files
 from tma_moe.recipe import make_recipe
 from tma_moe.tiles import Choice, Tiles
@@ -277,14 +278,7 @@ def write_config(path: Path, device: str, shape: MoeShape, choices: tuple[Choice
     document["shapes"] = [*others, {**key, "buckets": tile_files.dump_buckets(choices)}]
     text = json.dumps(document, indent=1)
     tiles_in_one_line = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text)
-    replace_file(path, tiles_in_one_line + "\n")
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes the file whole or not at all: a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    replace_file(path, [tiles_in_one_line.encode() + b"\n"])
 
 
 def load_partial(path: Path, key: str) -> dict[int, dict[str, Any]]:
@@ -320,7 +314,7 @@ def tune(
         rows[num_tokens] = row
         console.print(f"T={num_tokens}: {row['us']:.1f} us, {show(row['choice'])}")
         saved = {str(count): {**done, "choice": asdict(done["choice"])} for count, done in rows.items()}
-        replace_file(partial, json.dumps({"key": key, "rows": saved}, indent=1) + "\n")
+        replace_file(partial, [json.dumps({"key": key, "rows": saved}, indent=1).encode() + b"\n"])
     complete = all(count in rows for count in tokens)
     if rows:
         tuned = {count: row["choice"] for count, row in rows.items()}

@@ -8,13 +8,13 @@ The worked answers are kept as they are, ``<<6*7=42>>`` notes included: they end
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.json_files import parse_json, read_regular
 
 # First question of the test file, as a digest: renaming that file does not make it training data.
 _TEST_DIGEST = "2b2e3f9639f6fa28"
@@ -35,6 +35,7 @@ _NAMES = (
     "Sam",
 )
 _THINGS = ("apples", "books", "pens", "cards", "coins", "cookies", "marbles", "stickers", "eggs", "shells", "stamps")
+_MOST_BYTES = 64 << 20  # of a file of problems; gsm8k's has 4 MB
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ def read_problems(path: str | Path) -> list[Problem]:
     if path.name == "test.jsonl":
         raise OptionError(f"{path} is the test set, which is never trained on; name gsm8k's train.jsonl")
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [parse_json(line) for line in read_regular(path, OptionError, _MOST_BYTES).split(b"\n") if line.strip()]
         problems = [Problem(row["question"], row["answer"]) for row in rows]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        if not all(isinstance(text, str) for problem in problems for text in (problem.question, problem.answer)):
+            raise TypeError("question and answer have to be texts")
+    except (ValueError, KeyError, TypeError) as error:
         raise OptionError(f"{path} cannot be read as gsm8k problems ({error}); name gsm8k's train.jsonl") from None
     if any(_digest(problem.question) == _TEST_DIGEST for problem in problems):
         raise OptionError(f"{path} holds gsm8k's test problems, which are never trained on; name gsm8k's train.jsonl")

@@ -3,8 +3,8 @@
 import json
 import os
 import re
+import secrets
 import stat
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -227,11 +227,13 @@ def test_no_name_beside_the_answers_is_touched(unsorted, tmp_path):
 def test_a_planted_name_is_refused(unsorted, tmp_path, monkeypatch):
     """Even if somebody guesses the name, the file is made only where none is."""
     (tmp_path / "precious").write_text("precious")
-    monkeypatch.setattr(tempfile, "_get_candidate_names", lambda: iter(["guessed", "other"]))
-    (tmp_path / ".answers-guessed.part").symlink_to("precious")
-    unsorted.sort()
-    assert indices(unsorted.path) == [0, 1]
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "guessed")
+    (tmp_path / ".guessed.part").symlink_to("precious")
+    with pytest.raises(UserError, match="cannot be put in order: File exists"):
+        unsorted.sort()
+    assert indices(unsorted.path) == [1, 0]
     assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / ".guessed.part").is_symlink()
 
 
 @pytest.mark.parametrize("link", [None, "symbolic", "hard"])

@@ -71,9 +71,16 @@ def test_the_test_set_is_refused_by_content(tmp_path, shared_dir):
 def test_a_missing_or_malformed_file_is_one_clear_line(tmp_path):
     with pytest.raises(OptionError, match=r"train\.jsonl cannot be read"):
         read_problems(tmp_path / "train.jsonl")
-    (tmp_path / "train.jsonl").write_text('{"question": "?"}\n')
-    with pytest.raises(OptionError, match="answer"):
-        read_problems(tmp_path / "train.jsonl")
+    for line, text in (
+        ('{"question": "?"}', "answer"),
+        ('{"question": 3, "answer": "4"}', "have to be texts"),
+        ('{"question": "?", "question": "!", "answer": "4"}', "stands twice"),
+        ("[" * 100_000, "nested deeper"),
+        ("[]", "list indices"),
+    ):
+        (tmp_path / "train.jsonl").write_text(f"{line}\n")
+        with pytest.raises(OptionError, match=rf"train\.jsonl cannot be read as gsm8k problems \(.*{text}"):
+            read_problems(tmp_path / "train.jsonl")
 
 
 def test_generated_problems_are_worked_out_right():
