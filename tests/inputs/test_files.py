@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarking.tiny import write_processor_dir
 from qwen3vl_moe.errors import CheckpointError, ConfigError, OptionError, PromptError
 from qwen3vl_moe.inputs.processor import Processor
-from tests.inputs.parts import CONVERSATIONS, make, oracle_for, user
+from tests.inputs.parts import CONVERSATIONS, VOCAB_SIZE, make, oracle_for, user
 
 
 class TestFiles:
@@ -74,13 +74,23 @@ class TestFiles:
             (replace(config, vision=replace(config.vision, patch_size=14)), "have patch_size 4, the model's"),
             (replace(config, vision=replace(config.vision, merge_size=3)), "have merge_size 2, the model's"),
             (replace(config, image_token_id=7), r"has <\|image_pad\|> as id 421, the model's config.json as 7"),
-            (
-                replace(config, text=replace(config.text, vocab_size=422)),
-                "has 423 tokens, the model's vocab_size is 422",
-            ),
+            (replace(config, text=replace(config.text, vocab_size=422)), "id 422, the model's vocab_size is 422"),
         ):
             with pytest.raises(ConfigError, match=message):
                 Processor.from_pretrained(directory, other)
+
+    @pytest.mark.parametrize("where", ["words", "added tokens"])
+    def test_ids_with_gaps(self, processor, directory, tmp_path, where):
+        # As many tokens as the vocabulary holds, one of them beyond its end.
+        copy = shutil.copytree(directory, tmp_path / "copy")
+        content = json.loads((copy / "tokenizer.json").read_text())
+        if where == "words":
+            content["model"]["vocab"]["Ġthe"] = VOCAB_SIZE
+        else:
+            content["added_tokens"][0]["id"] = VOCAB_SIZE
+        (copy / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(ConfigError, match=r"the tokenizer has '.*' as id 512, the model's vocab_size is 512"):
+            Processor.from_pretrained(copy, processor.config)
 
     def test_published_tokenizer(self, published):
         # As transformers' own class of this tokenizer reads it.

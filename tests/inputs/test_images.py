@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from benchmarking.tiny import write_processor_dir
 from qwen3vl_moe.errors import ConfigError, OptionError, PromptError
-from qwen3vl_moe.inputs.images import ImageSettings, copy_pixels, cut_patches, smart_resize
+from qwen3vl_moe.inputs.images import ImageSettings, ImageSize, copy_pixels, cut_patches, smart_resize
 from tests.pictures import noise, rgb, transformers_images
 
 SETTINGS = ImageSettings(
@@ -166,6 +166,76 @@ class TestSize:
             SETTINGS.grid(2, 401, "image 3 ('a.png')")
 
 
+class TestOwnSize:
+    """Sizes of single images: what qwen-vl-utils' fetch_image (0.0.14, image_patch_size=16) resizes to."""
+
+    PUBLISHED = replace(SETTINGS, patch_size=16, min_pixels=65536, max_pixels=16777216)
+
+    @pytest.mark.parametrize(
+        ("keys", "width", "height", "expected"),
+        [
+            ({"max_pixels": 16384}, 640, 480, (96, 128)),
+            ({"max_pixels": 16384}, 480, 640, (128, 96)),
+            ({"max_pixels": 100000}, 100, 100, (96, 96)),  # the checkpoint's least, 65536, does not apply
+            ({"min_pixels": 200000}, 100, 100, (448, 448)),
+            ({"min_pixels": 50176, "max_pixels": 50176}, 640, 480, (192, 256)),
+            ({"min_pixels": 4096}, 200, 10, (32, 192)),  # transformers' rule would make it grow
+            ({"resized_height": 280, "resized_width": 420}, 640, 480, (288, 416)),
+            ({"resized_height": 280, "resized_width": 420, "max_pixels": 16384}, 640, 480, (288, 416)),
+            ({"resized_height": 1, "resized_width": 1}, 640, 480, (64, 64)),
+            ({"resized_height": 10, "resized_width": 200}, 5, 500, (32, 192)),
+            ({"resized_height": 100000, "resized_width": 100000}, 64, 64, (4096, 4096)),
+        ],
+    )
+    def test_equal_to_qwen_vl_utils(self, keys, width, height, expected):
+        size = ImageSize.of(keys, "x")
+        _, rows, columns = grid = self.PUBLISHED.grid(height, width, size=size)
+        assert (rows * 16, columns * 16) == expected
+        assert self.PUBLISHED.least_tokens(size) <= self.PUBLISHED.num_tokens(grid)
+
+    @pytest.mark.parametrize("keys", [{"max_pixels": 16384}, {"resized_height": 280, "resized_width": 420}])
+    def test_pixels_are_those_of_a_plain_resize(self, keys):
+        image, size = noise(640, 480), ImageSize.of(keys, "x")
+        ours = self.PUBLISHED.resize(image, size)
+        _, rows, columns = ours.grid
+        plain = np.asarray(image.resize((columns * 16, rows * 16))).transpose(2, 0, 1)
+        np.testing.assert_array_equal(ours.pixels_3HW.numpy(), plain)
+        # The same picture, however it came to its size.
+        again = Image.fromarray(plain.transpose(1, 2, 0))
+        exact = ImageSize(resized_height=again.height, resized_width=again.width)
+        assert self.PUBLISHED.resize(again, exact).digest == ours.digest
+
+    @pytest.mark.parametrize(
+        ("keys", "message"),
+        [
+            ({"max_pixels": 1000}, "image 3: max_pixels=1000 is less than the 1024 pixels of one image token"),
+            ({"max_pixels": 2000}, "image 3: min_pixels=4096 is more than max_pixels=2000"),
+            ({"min_pixels": 16777217}, "image 3: min_pixels=16777217 is more than max_pixels=16777216"),
+            ({"min_pixels": 9000, "max_pixels": 8000}, "image 3: min_pixels=9000 is more than max_pixels=8000"),
+            ({"resized_height": 10**9, "resized_width": 1}, "image 3 is 1x1000000000 pixels: its sides differ"),
+        ],
+    )
+    def test_no_room(self, keys, message):
+        size = ImageSize.of(keys, "x")
+        for call in (
+            lambda: self.PUBLISHED.grid(64, 64, "image 3", size),
+            lambda: self.PUBLISHED.least_tokens(size, "image 3"),
+        ):
+            with pytest.raises(PromptError, match=message):
+                call()
+
+    @given(
+        st.integers(1, 5000),
+        st.integers(1, 5000),
+        st.sampled_from([(1024, 1024), (4096, 16384), (65536, 70000), (1, 10**6)]),
+    )
+    @settings(max_examples=200)
+    def test_least_tokens_is_a_bound(self, width, height, bounds):
+        if max(width, height) <= 200 * min(width, height):
+            bounded = self.PUBLISHED.with_bounds(*bounds)
+            assert bounded.least_tokens() <= bounded.num_tokens(bounded.grid(height, width))
+
+
 class TestSettings:
     def test_published_and_override(self, tmp_path):
         write_processor_dir(tmp_path, min_pixels=5000, max_pixels=70000)
@@ -215,6 +285,21 @@ class TestSettings:
             ({"merge_size": None}, "merge_size is missing"),
             ({"image_mean": 0.5}, "image_mean is 0.5"),
             ({"image_std": [0.5, 0, 0.5]}, "image_std is"),
+            (
+                {"image_mean": [float("nan")] * 3},
+                "image_mean is [nan, nan, nan]; its numbers must lie between -10 and 10",
+            ),
+            ({"image_mean": [0.5, 0.5, float("inf")]}, "image_mean is"),
+            ({"image_mean": [0.5, 1e30, 0.5]}, "image_mean is"),
+            ({"image_mean": [True, True, True]}, "image_mean is [True, True, True]; a list of three numbers"),
+            ({"image_mean": [0.5, 0.5]}, "image_mean is [0.5, 0.5]; a list of three numbers"),
+            ({"image_std": [0.5, float("nan"), 0.5]}, "image_std is"),
+            ({"image_std": [0.5, float("inf"), 0.5]}, "image_std is"),
+            ({"image_std": [1e-300] * 3}, "its numbers must lie between 0.001 and 100"),
+            ({"image_std": [-0.5] * 3}, "image_std is"),
+            ({"rescale_factor": float("nan")}, "rescale_factor is nan"),
+            ({"size": {"shortest_edge": 65536, "longest_edge": 10**400}}, "longest_edge is 1000"),
+            ({"size": {"shortest_edge": 65536, "longest_edge": float("inf")}}, "longest_edge is inf"),
         ],
     )
     def test_unsupported(self, tmp_path, change, message):
@@ -238,6 +323,7 @@ class TestSettings:
             ({"min_pixels": 0}, "min_pixels is 0"),
             ({"max_pixels": 1e6}, "max_pixels is 1000000.0"),
             ({"min_pixels": True}, "min_pixels is True"),
+            ({"max_pixels": 10**400}, "max_pixels is 1000"),
         ],
     )
     def test_bad_bounds(self, bounds, message):
