@@ -104,8 +104,10 @@ def _read_file(path: Path, where: str, access: MediaAccess) -> bytes:
         raise PromptError(f"{where}: there is no such file") from None
     if size == 0:  # not opened: under /proc such files have content, and reading some of them never ends
         return b""
-    # It may have become another one meanwhile: O_NONBLOCK so that a pipe does not wait, and a second look.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    # It may have become another one meanwhile: O_NONBLOCK so that a pipe does not wait, no link where all links have
+    # been followed, and a second look.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if access.media_root is None else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
     with open(descriptor, "rb") as file:
         _size_of_file(os.fstat(descriptor), where)
         return file.read(MAX_FILE_BYTES + 1)

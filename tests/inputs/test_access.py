@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from qwen3vl_moe.errors import OptionError, PromptError
 from qwen3vl_moe.inputs.access import MediaAccess, media_access
 from qwen3vl_moe.inputs.image_source import open_image
+from tests.inputs.parts import PLACEHOLDER, make
 from tests.pictures import encoded, noise
 
 
@@ -62,6 +64,21 @@ class TestFiles:
         data = encoded(noise(8, 8))
         assert open_image(data, 0, media_access(root)).size_text == "8x8"
         assert open_image(noise(8, 8), 0, media_access(root)).size_text == "8x8"
+
+    def test_prompts_are_held_to_it(self, root, tmp_path_factory):
+        """And to the way that transparency is treated."""
+        clear = Image.new("RGBA", (8, 8))
+        clear.save(root / "clear.png")
+        folder = tmp_path_factory.mktemp("processor")
+        for alpha, value in (("white", 255), ("drop", 0)):
+            processor = make(folder, access=media_access(root), alpha=alpha)
+            ask = {"prompt": PLACEHOLDER, "multi_modal_data": {"image": "root/clear.png"}}
+            (image,) = processor.prompt(ask).images
+            assert (image.picture.pixels_3HW == value).all()
+            with pytest.raises(PromptError, match=r"image 0 .* is not within media_root"):
+                processor.prompt({**ask, "multi_modal_data": {"image": "outside/a.png"}})
+        with pytest.raises(OptionError, match="alpha is 'grey'"):
+            make(folder, alpha="grey")
 
     @pytest.mark.parametrize("given", ["not-there", "root/a.png", "a\0b", "\ud800"])
     def test_no_directory(self, root, given):

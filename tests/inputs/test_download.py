@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -17,6 +18,7 @@ from qwen3vl_moe.errors import PromptError
 from qwen3vl_moe.inputs import access, download, fetch
 from qwen3vl_moe.inputs.access import media_access
 from qwen3vl_moe.inputs.image_source import open_image
+from qwen3vl_moe.inputs.workers import Pool
 from tests.inputs.web import PICTURE, Client, serve
 from tests.pictures import rgb
 
@@ -327,14 +329,17 @@ HVf0yRXcrx0sWKUCIQDCIYyrAGGP5ReCQWBvRY8HzduBlQf4vP9Zcrcr4QM4nw==
 """
 
     @pytest.fixture
-    def port(self, tmp_path, monkeypatch):
+    def context(self, tmp_path, monkeypatch):
         (tmp_path / "pem").write_text(self.PEM)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(tmp_path / "pem")
         ours = ssl.create_default_context(cafile=tmp_path / "pem")
         ours.sslsocket_class = download._TLSSocket
         monkeypatch.setattr(download, "_tls", lambda: ours)
+        return context
 
+    @pytest.fixture
+    def port(self, context):
         def answer(client):
             with context.wrap_socket(client.connection, server_side=True) as secure:
                 client = Client(secure, client.stopping)
@@ -358,10 +363,49 @@ HVf0yRXcrx0sWKUCIQDCIYyrAGGP5ReCQWBvRY8HzduBlQf4vP9Zcrcr4QM4nw==
         with pytest.raises(PromptError, match=r"not complete after 0.5 seconds"):
             open_image(f"https://pictures.example:{port}/slow", 0)
 
+    def test_through_a_proxy(self, context, names, monkeypatch):
+        """Whose tunnel is asked for by name, and in which the server's name is verified."""
+        names["127.0.0.1"] = ["127.0.0.1"]
+        asked = []
+
+        def proxy(client):
+            asked.append(client.read_head())
+            client.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            client.connection = context.wrap_socket(client.connection, server_side=True)
+            client.head = b""
+            client.read_head()
+            client.reply("200 OK", PICTURE)
+
+        with serve(proxy) as proxy_port:
+            monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy_port}")
+            assert open_image("https://pictures.example/a.png", 0).size_text == "31x18"
+            with pytest.raises(PromptError, match="Hostname mismatch"):
+                open_image("https://other.example/a.png", 0)
+        assert asked == ["pictures.example:443", "other.example:443"]
+
     def test_no_tls(self):
         plain = serve(lambda client: client.reply("400 Bad Request"))
         with plain as port, pytest.raises(PromptError, match="cannot be downloaded: TLS fails: "):
             open_image(f"https://127.0.0.1:{port}/a.png", 0)
+
+
+def test_a_late_server_does_not_hold_up_the_images_behind_it(monkeypatch):
+    """In a pool of one thread."""
+    pool = Pool(1)
+    monkeypatch.setattr(fetch, "POOL", pool)
+
+    def answer(client):
+        client.read_head()
+        assert done.wait(20)
+        client.reply("200 OK", PICTURE)
+
+    done = threading.Event()
+    with serve(answer) as port:
+        late = pool.submit(lambda url: open_image(url, 0), f"http://127.0.0.1:{port}/")
+        assert pool.submit(lambda data: open_image(data, 1), PICTURE).result(20).size_text == "31x18"
+        assert not late.done()
+        done.set()
+        assert late.result(20).size_text == "31x18"
 
 
 @pytest.mark.timeout(60)
