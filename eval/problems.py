@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen3vl_moe.errors import OptionError, UserError
+from qwen3vl_moe.json_files import parse_json, read_regular
 
 SPLITS = ("test", "train")
 FILTERS = ("strict-match", "flexible-extract")
+_MOST_BYTES = 1 << 30  # of a file of problems; gsm8k's have 5 MB
 _KEY = re.compile(r"#### *-?[0-9][0-9.,]*\s*$")
 
 
@@ -90,20 +91,20 @@ def read_problems(path: Path) -> list[dict[str, str]]:
     Raises:
         UserError: no such file, or a line of another form; the message names file and line.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} is missing: --data needs a folder with train.jsonl and test.jsonl of gsm8k")
     problems = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would cut a text at U+2028, too
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
+        text = read_regular(path, UserError, _MOST_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut a text at U+2028, too
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: no JSON ({error.msg})") from None
+            row = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: no JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
             raise UserError(f"{path}, line {number}: an object with the texts question and answer is needed")
         if not _KEY.search(row["answer"]):
@@ -120,7 +121,7 @@ def _from_hub(names: list[str]) -> dict[str, list[dict[str, str]]]:
     try:
         found = datasets.load_dataset("openai/gsm8k", "main")
     except Exception as error:  # of a dozen kinds, from four libraries
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"gsm8k cannot be had from the hub ({reason}); give --data DIR, a folder with train.jsonl and test.jsonl"
         ) from error
@@ -152,7 +153,7 @@ def evaluate(
         problems: what is asked.
         name: of the model, which names the folder of the result files.
         gen_kwargs: generation arguments beside the task's own.
-        cache: prefix of lm-eval's cache of answers; None for none.
+        cache: prefix of the cache of answers (answer_cache.py); None for none.
         output: folder for lm-eval's result files; None writes none.
 
     Returns:
@@ -165,6 +166,9 @@ def evaluate(
     from lm_eval import simple_evaluate, tasks
     from lm_eval.loggers import EvaluationTracker
 
+    import answer_cache
+
+    answer_cache.install()
     # lm-eval replaces a task of its own whole by one that is passed in: start from its file.
     original = Path(tasks.__file__).parent / "gsm8k" / "gsm8k.yaml"
     task = yaml.safe_load(original.read_text(encoding="utf-8")) | problems.task()
