@@ -1,18 +1,14 @@
-"""eval/lm.py: every kind of request against transformers, and lm-eval's own command."""
+"""eval/lm.py: every kind of request against transformers, and what becomes of what is too long."""
 
-import json
-import sys
-from functools import partialmethod
+import logging
 
 import pytest
 import torch
-from lm_eval.tasks import TaskManager
 from PIL import Image
 
-import lm
 from lm import EngineLM
 from qwen3vl_moe import LLM, SamplingParams
-from qwen3vl_moe.errors import OptionError, PromptError, UserError
+from qwen3vl_moe.errors import OptionError, PromptError
 from qwen3vl_moe.inputs.processor import IMAGE_PLACEHOLDER
 from tests.eval.conftest import instance
 
@@ -163,44 +159,86 @@ def test_images(model, demo):
     assert not demo.llm.engine.scheduler.running
 
 
-def test_lm_evals_command(tmp_path, problems_dir, monkeypatch, capsys):
-    """What ``python eval/lm.py run --model qwen3vl_moe ...`` does, with a task of somebody's own and no network."""
-    task = {
-        "task": "tiny_choice",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(problems_dir / "test.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": ["yes", "no"],
-        "doc_to_target": 0,
-    }
-    (tmp_path / "tiny_choice.yaml").write_text(json.dumps(task))
-    command = "lm-eval run --model qwen3vl_moe --model_args pretrained=demo,dtype=float32 --device cpu "
-    command += f"--tasks {tmp_path}/tiny_choice.yaml --apply_chat_template --output_path {tmp_path}/out --log_samples"
-    monkeypatch.setattr(sys, "argv", command.split())
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    # lm-eval reads the files of its thousands of tasks first, which takes as long as the rest of this file.
-    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
-    lm.main()
-    assert "tiny_choice" in capsys.readouterr().out
-    (samples,) = (tmp_path / "out").rglob("samples_tiny_choice_*.jsonl")
-    rows = [json.loads(line) for line in samples.read_text().splitlines()]
-    assert len(rows) == 3
-    model = EngineLM("demo", dtype="float32", device="cpu", progress=False)
-    for row in rows:
-        arguments = [tuple(each.values()) for each in row["arguments"].values()]
-        assert arguments[0][0].startswith("<|im_start|>user")
-        scores = model.loglikelihood([instance(*each) for each in arguments])
-        assert [float(each[0][0]) for each in row["resps"]] == pytest.approx([score for score, _ in scores])
+@pytest.fixture
+def short(demo):
+    """A model with room for 28 tokens."""
+    return EngineLM(LLM.from_parts(demo.llm.engine.model, demo.llm.processor, max_model_len=28), progress=False)
 
 
-def test_the_commands_errors_are_one_line(monkeypatch, capsys):
-    def fail():
-        raise UserError("no such checkpoint")
+def document(*arguments, number):
+    """A request as lm-eval makes it, which knows its document."""
+    request = instance(*arguments)
+    request.task_name, request.doc_id = "arc_easy", number
+    return request
 
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", fail)
-    with pytest.raises(SystemExit) as caught:
-        lm.main()
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: no such checkpoint\n"
+
+def test_a_continuation_too_long_is_an_error_that_names_the_document(short, demo):
+    continuation = TEXT * 2
+    count = len(demo.tokenizer(continuation).input_ids)
+    assert count > 26
+    requests = [document("Hello", "!", number=0), document("Hello", continuation, number=7)]
+    with pytest.raises(PromptError, match=rf"task arc_easy, document 7: .* {count} tokens, .*max_model_len=28 .* 26"):
+        short.loglikelihood(requests)
+    with pytest.raises(PromptError, match="request 1: the continuation"):
+        short.loglikelihood([instance("Hello", "!"), instance("", continuation)])
+    assert short.cut.total() == 0
+
+
+def test_the_longest_continuation_is_scored_whole(short, demo):
+    tokens = demo.tokenizer(TEXT * 2).input_ids[:26]
+    context = demo.tokenizer("Hello").input_ids
+    ((score, _),) = short._loglikelihood_tokens([(("", ""), context, tokens)])
+    expected = float(logprobs(demo.oracle, [context[-1], *tokens])[0].sum())
+    assert score == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_was_cut_is_counted_and_said(short, caplog):
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    with caplog.at_level(logging.WARNING, logger="lm_eval"):
+        short.loglikelihood([instance(TEXT * 2, "the sum"), instance("Hello", "!"), instance(TEXT * 3, "the sum")])
+        short.generate_until([instance(text, {"until": [], "max_gen_toks": 8}) for text in (TEXT * 2, "Hello")])
+        short.loglikelihood_rolling([instance(text) for text in (TEXT * 2, "Hello", TEXT * 2)])
+    assert (short.cut["contexts_cut"], short.cut["prompts_cut"], short.cut["texts_split"]) == (2, 1, 2)
+    assert {key: short.get_model_info()[key] for key in short.cut} == dict(short.cut)
+    said = [record.getMessage() for record in caplog.records if record.name == "lm_eval.qwen3vl_moe"]
+    assert [message.split(" were")[0] for message in said] == ["2 of 3 contexts", "1 of 2 prompts", "2 of 3 texts"]
+    assert all("max_model_len=28" in message for message in said)
+
+
+@pytest.mark.parametrize("spelled", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", IMAGE_PLACEHOLDER])
+def test_a_document_that_spells_an_images_tokens_is_text(model, demo, spelled):
+    """Nobody gave an image: the tokens are as any others, as in transformers."""
+    context = f"The token {spelled} stands for"
+    ((score, _), *_) = model.loglikelihood([instance(context, " a picture")])
+    ids = demo.tokenizer(context + " a picture").input_ids
+    count = len(ids) - len(demo.tokenizer(context).input_ids)
+    assert score == pytest.approx(float(logprobs(demo.oracle, ids)[0][-count:].sum()), abs=1e-3)
+    (rolling,) = model.loglikelihood_rolling([instance(context)])
+    whole = [demo.tokenizer.eos_token_id, *demo.tokenizer(context).input_ids]
+    assert rolling == pytest.approx(float(logprobs(demo.oracle, whole)[0].sum()), abs=1e-3)
+    model.generate_until([instance(context, {"until": [], "max_gen_toks": 2, "ignore_eos": True})])
+    assert list(model.answers[0].prompt_ids) == demo.tokenizer(context).input_ids
+
+
+@pytest.mark.parametrize("as_id", [False, True])
+def test_what_a_model_thinks_is_left_out(demo, model, as_id):
+    """The last of an answer's thoughts ends where the token is; the task's stops count only after it."""
+    kwargs = {"until": [], "max_gen_toks": 24, "ignore_eos": True}
+    (plain,) = model.generate_until([instance(TEXT, kwargs)])
+    ids = model.answers[0].token_ids
+    end = next(token for token in ids[2:-2] if demo.tokenizer.decode([token]).strip() and ids.count(token) == 1)
+    text = demo.tokenizer.decode([end])
+    thinking = EngineLM(demo.llm, progress=False, think_end_token=end if as_id else text)
+    before, after = plain.rsplit(text, 1)
+    (answer,) = thinking.generate_until([instance(TEXT, kwargs)])
+    assert answer == after.lstrip() == thinking.answers[0].text
+    stop = before[1:4]
+    (answer,) = thinking.generate_until([instance(TEXT, kwargs | {"until": [stop]})])
+    assert answer == after.lstrip().split(stop)[0]
+
+
+def test_the_prefix_of_a_text_without_context(demo):
+    prefixed = EngineLM(demo.llm, progress=False, prefix_token_id=65)
+    (score, _) = prefixed.loglikelihood([instance("", "The answer")])[0]
+    expected = logprobs(demo.oracle, [65, *demo.tokenizer("The answer").input_ids])[0]
+    assert score == pytest.approx(float(expected.sum()), abs=1e-3)
