@@ -47,7 +47,8 @@ def main(
     ignore_eos: Annotated[bool, typer.Option(help="Answers of exactly --max-gen-toks tokens, for timing.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for lm-eval's result and sample files.")] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="File prefix of lm-eval's cache: an interrupted run goes on from there.")
+        Path | None,
+        typer.Option(help="Prefix of a file of answers: an interrupted run goes on from there."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
@@ -104,13 +105,16 @@ def main(
             "data": str(data or "hub"),
             **speed(lm, len(results["samples"]["gsm8k"]) // len(problems.FILTERS)),
         }
-        if ignore_eos and lm.answers and through == "engine":
-            figures["experts"] = experts_read(llm, lm.answers, temperature)
         report(results, figures, asked)
-        if output is not None:
-            results["qwen3vl_moe"] = figures
-            for path in problems.save(results, tracker):
-                stdout.print(f"written: {path}")
+        try:
+            if ignore_eos and lm.answers and through == "engine":
+                figures["experts"] = experts_read(llm, lm.answers, temperature)
+                report_experts(figures["experts"])
+        finally:  # whatever happens to what is counted afterwards, the answers are kept
+            if output is not None:
+                results["qwen3vl_moe"] = figures
+                for path in problems.save(results, tracker):
+                    stdout.print(f"written: {path}")
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None
@@ -205,8 +209,10 @@ def report(results: dict[str, Any], figures: dict[str, Any], asked: Any) -> None
         f"{figures['seconds']:.2f} s: {figures['answer_tokens_per_second']:.0f} answer tokens/s, "
         f"{figures['tokens_per_second']:.0f} tokens/s with the prompts"
     )
-    experts = figures.get("experts")
-    if experts and experts["sequences"]:
+
+
+def report_experts(experts: dict[str, Any]) -> None:
+    if experts["sequences"]:
         stdout.print(
             f"a decoding step of {experts['sequences']} problems reads {experts['per_layer']:.0f} of {experts['of']} "
             "experts a layer"

@@ -25,6 +25,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,11 +85,15 @@ def main(
             raise OptionError(f"--logprob-problems {logprob_problems}: 1 or more is needed")
         sizes = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
         llm = load_llm(model, load_format=load_format, device=device, dtype=dtype, moe=names[0], **sizes)
-        report = compare(llm, names, asked, max_gen_toks, logprob_problems, output)
-        show(report)
-        if output is not None:
-            (output / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            stdout.print(f"written: {output / 'parity.json'}")
+        report: dict[str, Any] = {"parity": None}  # undecided, should it end early
+        try:
+            for part in compare(llm, names, asked, max_gen_toks, logprob_problems, output):
+                report |= part
+                show(part)
+        finally:  # what has been measured is kept, whatever became of the rest
+            if output is not None and len(report) > 1:
+                (output / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                stdout.print(f"written: {output / 'parity.json'}")
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None
@@ -107,8 +112,10 @@ class Run:
     right: dict[str, list[bool]]
 
 
-def compare(llm: Any, names: list[str], asked: Any, max_gen_toks: int, count: int, output: Path | None) -> dict:
-    """The whole report. The engine of ``llm`` is given up.
+def compare(
+    llm: Any, names: list[str], asked: Any, max_gen_toks: int, count: int, output: Path | None
+) -> Iterator[dict[str, Any]]:
+    """The report in parts, each as soon as it has been measured. The engine of ``llm`` is given up.
 
     Raises:
         OptionError: the working dtype is fp32, or a variant cannot run here.
@@ -126,24 +133,28 @@ def compare(llm: Any, names: list[str], asked: Any, max_gen_toks: int, count: in
         resolve_moe(name, model.device, model.dtype, model.config.text)
     settings = llm.settings
     counts = not settings["random_weights"]
-    runs = {name: run(llm, name, asked, max_gen_toks, output) for name in (names if counts else ours)}
+    runs: dict[str, Run] = {}
+    accuracy: dict[str, dict[str, float]] = {}
+    for name in names if counts else ours:
+        runs[name] = run(llm, name, asked, max_gen_toks, output)
+        accuracy[name] = {key: statistics.mean(right) for key, right in runs[name].right.items()}
+        stdout.print(f"{name}: " + ", ".join(f"{key} {share:.2%}" for key, share in accuracy[name].items()))
     pairs = {other: accuracy_pair(runs[names[0]], runs[other]) for other in list(runs)[1:]}
+    yield {
+        "settings": {key: value for key, value in settings.items() if key != "moe"},
+        "variants": list(runs),
+        "problems": len(runs[names[0]].answers),
+        "accuracy": accuracy,
+        "pairs": pairs,
+        "accuracy_counts": counts,
+    }
     release(llm)  # its cache leaves no room for whole sequences of logits
     tokens = token_report(model, {name: runs[name].answers[:count] for name in ours})
     same_accuracy = all(pair["p_value"] >= SIGNIFICANCE for pair in pairs.values())
     same_logprobs = all(
         not row["verdict"].startswith("WRONG") for rows in (tokens["logits"], tokens["engine"]) for row in rows
     )
-    return {
-        "settings": {key: value for key, value in settings.items() if key != "moe"},
-        "variants": list(runs),
-        "problems": len(runs[names[0]].answers),
-        "accuracy": {name: {key: statistics.mean(r) for key, r in each.right.items()} for name, each in runs.items()},
-        "pairs": pairs,
-        "accuracy_counts": counts,
-        **tokens,
-        "parity": same_logprobs and (same_accuracy or not counts),
-    }
+    yield {**tokens, "accuracy_counts": counts, "parity": same_logprobs and (same_accuracy or not counts)}
 
 
 def run(llm: Any, name: str, asked: Any, max_gen_toks: int, output: Path | None) -> Run:
@@ -254,8 +265,12 @@ def verdict_of(distance: Any, peers: list[Any]) -> str:
     return f"WRONG: {', '.join(wrong)}" if wrong else "right" if peers else "a peer"
 
 
-def show(report: dict[str, Any]) -> None:
-    """Print the report for a reader."""
+def show(part: dict[str, Any]) -> None:
+    """Print a part of the report for a reader."""
+    (show_accuracy if "accuracy" in part else show_tokens)(part)
+
+
+def show_accuracy(report: dict[str, Any]) -> None:
     first, *_ = report["variants"]
     table = Table(
         "variant", *report["accuracy"][first], title="gsm8k, right answers", title_justify="left", box=box.SIMPLE
@@ -271,6 +286,9 @@ def show(report: dict[str, Any]) -> None:
             f"{pair['right_to_wrong']} right -> wrong, {pair['wrong_to_right']} wrong -> right by {first}, "
             f"exact McNemar p = {pair['p_value']:.3g}"
         )
+
+
+def show_tokens(report: dict[str, Any]) -> None:
     headings = ("tokens", "median", "mean", "largest", "median KL", "KL", "top-1", "")
     for key, title in (
         ("logits", "the model's logits against fp32, on prompts and answers"),

@@ -14,6 +14,8 @@ import beside_scripts  # noqa: F401
 from benchmarking.transformers_twin import in_float32, transformers_twin
 from lm import Answer, EngineLM
 from qwen3vl_moe import LLM, Qwen3VLMoe, SamplingParams
+from qwen3vl_moe.model.batch import Batch
+from qwen3vl_moe.ops.segments import Segments
 
 OURS = ("tma", "reference")
 VARIANTS = (*OURS, "transformers")
@@ -121,10 +123,22 @@ class Evaluations:
         """Logits [T - 1, V] by a variant or by "fp32", at every token that another one follows."""
         if who in OURS:
             self.model.set_moe(who)
-            return self.model.logits(list(ids))[:-1]
+            return self._text_logits(list(ids))[:-1]
         ids_1T = torch.tensor([ids], device=self.model.device)
         types = torch.zeros_like(ids_1T, dtype=torch.int32)
         logits_1TV = self._twins[who](
             input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), mm_token_type_ids=types
         ).logits
         return logits_1TV[0, :-1]
+
+    def _text_logits(self, ids: list[int]) -> Tensor:
+        """Logits [T, V] of ids that are text whatever they spell: an answer may hold an image's placeholder."""
+        device = self.model.device
+        return self.model(
+            Batch(
+                input_ids_T=torch.tensor(ids, device=device),
+                positions_3T=torch.arange(len(ids), device=device).expand(3, -1),
+                segments=Segments.build([len(ids)], device=device),
+                visual=None,
+            )
+        )

@@ -47,7 +47,7 @@ def experts_while_decoding(llm: LLM, texts: Sequence[Sequence[int]], temperature
         room -= -(-length // block) * block
         if room < 0 or length > settings["max_model_len"]:
             break
-        sequences.append(engine.request(llm.processor.prompt(list(ids)), params))
+        sequences.append(engine.request(llm.processor.prompt({"text_token_ids": list(ids)}), params))
     for sequence in sequences:
         engine.add(sequence)
     touched = 0.0

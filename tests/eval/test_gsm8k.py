@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,39 @@ def test_answers_of_one_length(run, tmp_path):
     assert experts["of"] == 16
     assert 4 <= experts["per_layer"] <= 12
     assert f"a decoding step of 3 problems reads {experts['per_layer']:.0f} of 16 experts a layer" in done.out
+
+
+def test_answers_that_spell_an_images_tokens(run, monkeypatch, tmp_path):
+    """Random weights write them. What is counted after the run takes them for text, too."""
+    from lm import EngineLM
+
+    answer = EngineLM._answer
+
+    def spelling(self, prompts, params, done):
+        config = self.llm.engine.model.config
+        special = (config.vision_start_token_id, config.image_token_id, config.video_token_id)
+        answer(self, prompts, params, lambda n, a: done(n, replace(a, token_ids=special + a.token_ids[3:])))
+
+    monkeypatch.setattr(EngineLM, "_answer", spelling)
+    arguments = ("--num-fewshot", 0, "--max-gen-toks", 7, "--ignore-eos", "--fixed-examples", "--temperature", 1)
+    done = run(*arguments, "--output", tmp_path)
+    assert done.code == 0, done.err
+    assert "a decoding step of 3 problems reads" in done.out
+    assert result_files(tmp_path)[0]["qwen3vl_moe"]["experts"]["sequences"] == 3
+
+
+def test_answers_are_kept_where_a_later_count_fails(run, monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no room to count")
+
+    monkeypatch.setattr("benchmarking.experts_read.experts_while_decoding", fail)
+    shown = []
+    monkeypatch.setattr(gsm8k, "report", lambda results, figures, asked: shown.append(figures))
+    with pytest.raises(torch.OutOfMemoryError):
+        run("--num-fewshot", 0, "--max-gen-toks", 2, "--ignore-eos", "--output", tmp_path)
+    results, samples = result_files(tmp_path)
+    assert len(samples) == 6
+    assert results["qwen3vl_moe"]["answer_tokens"] == shown[0]["answer_tokens"] == 6
 
 
 @pytest.mark.parametrize("batch", [1, 3])

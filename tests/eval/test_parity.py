@@ -148,6 +148,32 @@ def test_a_fault_of_the_engine_alone(run, monkeypatch, tmp_path):
     assert report["engine"][0]["verdict"].startswith("WRONG")
 
 
+def test_what_was_measured_is_kept_where_the_rest_fails(run, monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no room for the logits")
+
+    monkeypatch.setattr(parity, "token_report", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        run("--output", tmp_path, "--max-gen-toks", 2)
+    report = json.loads((tmp_path / "parity.json").read_text())
+    assert report["parity"] is None
+    assert report["accuracy"].keys() == {"reference", "transformers"}
+    assert report["pairs"]["transformers"]["p_value"] == 1
+
+
+def test_answers_that_spell_an_images_tokens(plain):
+    """Random weights write them: to every way of computing they are text."""
+    model = LLM(str(plain.published), device="cpu", dtype="bfloat16", max_model_len=256, progress=False).engine.model
+    config = model.config
+    special = [config.vision_start_token_id, config.image_token_id, config.image_token_id, config.video_token_id]
+    from lm import Answer
+
+    answers = [Answer((9, 8, 7), (*special, 5), "", False, 0, (0.0,) * 5)]
+    (ours, peer) = parity.token_report(model, {"reference": answers})["logits"]
+    assert ours["tokens"] == peer["tokens"] == 7
+    assert ours["kl"] < 0.1
+
+
 @pytest.mark.parametrize("random_weights", [False, True])
 def test_accuracy_counts_only_for_trained_weights(run, monkeypatch, random_weights):
     pair = {"identical": 0, "first_divergences": [3], "right_to_wrong": 9, "wrong_to_right": 1, "p_value": 0.02}
