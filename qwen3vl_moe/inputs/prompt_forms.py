@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,12 @@ class PromptParts:
     images: list[ImageRequest] = field(default_factory=list)
     text_ids: Sequence[int] = ()
     bounds: dict[str, Any] = field(default_factory=dict)
+
+    def last(self, count: int) -> PromptParts:
+        """With at most the last ``count`` tokens; a text stays whole, as its tokens are not known yet."""
+        text_ids = self.text_ids[-count:] if isinstance(self.text_ids, list | tuple) else self.text_ids
+        body = self.body[-count:] if isinstance(self.body, list | tuple) else self.body
+        return replace(self, text_ids=text_ids, body=body)
 
     def settings(self, settings: ImageSettings) -> ImageSettings:
         """``settings`` within the bounds of this prompt.
@@ -119,7 +125,8 @@ def find_placeholders(ids: list[int], config: Qwen3VLMoeConfig) -> list[tuple[in
             )
     opening = np.flatnonzero(array == config.vision_start_token_id)
     if len(opening) != len(runs):
-        lone = next(int(at) for at in opening if (at + 1) not in {start for start, _ in runs})
+        starts = {start for start, _ in runs}
+        lone = next(int(at) for at in opening if int(at) + 1 not in starts)
         raise PromptError(
             f"the {VISION_START} at token {lone} is not followed by {IMAGE_PAD}: a placeholder without image"
         )
