@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import resource
 import secrets
+import signal
 import stat
 from pathlib import Path
 
@@ -24,6 +26,10 @@ def output(text, length=3):
 @pytest.fixture
 def open_answers(tmp_path):
     return lambda requests: AnswerFile(tmp_path / "answers.jsonl", requests, tmp_path / "requests.jsonl")
+
+
+def indices(path):
+    return [json.loads(line)["index"] for line in path.read_text().splitlines()]
 
 
 def test_records(job, open_answers):
@@ -142,6 +148,28 @@ def test_a_place_that_is_no_file(job, tmp_path, kind):
         AnswerFile(path, job([{"prompt": "Hi"}]), tmp_path)
 
 
+def test_a_full_disk(job, open_answers):
+    """What did not fit is cut off by the next run, which goes on."""
+    requests = job([{"prompt": "Hi"}, {"prompt": "Ho"}])
+    with open_answers(requests) as answers:
+        answers.write(requests[0], output("one"))
+        size = answers.path.stat().st_size
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, before[1][1]))  # as a disk that is full soon after
+        try:
+            with pytest.raises(UserError, match=r"answers.jsonl cannot be written: File too large"):
+                answers.write(requests[1], output("two"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before[1])
+            signal.signal(signal.SIGXFSZ, before[0])
+    assert answers.path.stat().st_size == size + 40
+    with open_answers(requests) as again:
+        assert (again.repaired, again.todo) == (True, [requests[1]])
+        again.write(requests[1], output("two"))
+        again.sort()
+    assert indices(again.path) == [0, 1]
+
+
 @pytest.fixture
 def unsorted(job, open_answers):
     """Answers that are all there, the last one first."""
@@ -150,10 +178,6 @@ def unsorted(job, open_answers):
         answers.write(requests[1], output("two"))
         answers.write(requests[0], output("one"))
         yield answers
-
-
-def indices(path):
-    return [json.loads(line)["index"] for line in path.read_text().splitlines()]
 
 
 def test_sorting_follows_a_link(unsorted, tmp_path):
