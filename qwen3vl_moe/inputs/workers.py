@@ -6,6 +6,7 @@ that waits for subtasks works on them itself, so the pool cannot deadlock.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import os
 import threading
@@ -20,6 +21,8 @@ from weakref import WeakKeyDictionary
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_MAX_CLOSING_S = 10.0
+_CLOSED = "the interpreter is about to end, and takes no more work"
 _MAX_WAITING = 64  # threads that wait for a server and do not count; each may hold a file in memory
 
 _THIS_THREAD = threading.local()
@@ -29,13 +32,14 @@ class Pool:
     """Threads that start when first needed.
 
     Unlike those of concurrent.futures they are daemons: the interpreter does not join them when it ends, so Ctrl-C does
-    not wait for a server that a download hangs on.
+    not wait for a server that a download hangs on. It waits for those that compute (:meth:`close`).
     """
 
     def __init__(self, size: int):
         self.size = size
         self._tasks: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._threads = self._idle = self._waiting = 0
+        self._closed = False
         self._changed = threading.Condition()
 
     def submit(self, function: Callable[[Item], Result], item: Item) -> Future[Result]:
@@ -59,6 +63,8 @@ class Pool:
             yield
             return
         with self._changed:
+            if self._closed:
+                raise RuntimeError(_CLOSED)
             self._waiting += 1
             self._hire()
         try:
@@ -66,12 +72,29 @@ class Pool:
         finally:
             with self._changed:
                 self._waiting -= 1
+                if self._closed:
+                    raise RuntimeError(_CLOSED)
+
+    def close(self, timeout: float = _MAX_CLOSING_S) -> None:
+        """Drop the tasks that no thread has begun, and wait, at most ``timeout`` seconds, for threads that compute.
+
+        For the end of the interpreter, which unwinds the stack of whatever thread comes back to Python after it: of
+        tokenizers or torch, that is C++, which aborts the process. One that waits for a server is only C, and is left.
+        """
+        with self._changed:
+            self._closed = True
+            while self._tasks:
+                self._tasks.popleft()[0].cancel()
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._threads - self._idle <= self._waiting, timeout)
 
     @property
     def _limit(self) -> int:
         return self.size + min(self._waiting, _MAX_WAITING)
 
     def _append(self, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+        if self._closed:
+            raise RuntimeError(_CLOSED)
         future: Future[Result] = Future()
         self._tasks.append((future, partial(function, item)))
         self._hire()
@@ -96,11 +119,13 @@ class Pool:
             del task, future, call  # a thread with nothing to do keeps no picture in memory
             with self._changed:
                 self._idle += 1
+                if self._closed:
+                    self._changed.notify_all()
 
     def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
         """The next task, waited for; None if there is none and there are more threads than the pool may have."""
         with self._changed:
-            while not self._tasks and self._threads <= self._limit:
+            while not self._tasks and self._threads <= self._limit and not self._closed:
                 self._changed.wait()
             self._idle -= 1  # from its start, or from the end of its last task, it was there for a task
             if self._tasks:
@@ -111,6 +136,7 @@ class Pool:
 
 # At least four threads even on few cores: some wait for a disk.
 POOL = Pool(min(32, max(4, os.cpu_count() or 1)))
+atexit.register(POOL.close)
 
 
 def is_pool_thread() -> bool:

@@ -1,5 +1,9 @@
 """Work in threads, side by side or ahead of its reader: in order, bounded, errors where they belong, no deadlock."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
@@ -186,6 +190,59 @@ class TestPool:
         with pytest.raises(ZeroDivisionError):
             failing.result(10)
         assert pool.submit(str, 5).result(10) == "5"
+
+    def test_closing(self):
+        """What was not begun is dropped, what computes is waited for, and what waits for a server is left alone."""
+        pool, go_on, ended = Pool(2), threading.Event(), []
+
+        def late(_):
+            with pool.waiting():
+                go_on.wait(10)
+            ended.append("late")
+
+        def compute(begun):
+            begun.set()
+            time.sleep(0.05)
+            ended.append("computed")
+
+        begun = [threading.Event(), threading.Event()]
+        server = pool.submit(late, None)
+        wait_for(lambda: pool._waiting == 1)
+        computing = [pool.submit(compute, event) for event in begun]
+        assert all(event.wait(10) for event in begun)
+        dropped = pool.submit(compute, begun[0])
+        pool.close(10)
+        assert ended == ["computed"] * 2
+        assert all(future.done() for future in computing)
+        assert dropped.cancelled()
+        assert not server.done()
+        go_on.set()
+        with pytest.raises(RuntimeError, match="takes no more work"):
+            server.result(10)
+        with pytest.raises(RuntimeError, match="takes no more work"):
+            pool.submit(str, 1)
+        assert ended == ["computed"] * 2
+        wait_for(lambda: pool._threads == 0)
+
+    @pytest.mark.parametrize(("end", "status"), [("pass", 0), ("raise KeyboardInterrupt", -signal.SIGINT)])
+    def test_a_program_ends_as_it_should_while_threads_compute(self, end, status):
+        """A thread that comes back from torch after the interpreter's end would abort the process."""
+        code = f"""
+import threading, torch
+from qwen3vl_moe.inputs.workers import POOL
+begun = threading.Semaphore(0)
+def work(_):
+    begun.release()
+    for _ in range(100):
+        torch.ones(300, 300).cumsum(0).sort()
+for n in range(8):
+    POOL.submit(work, n)
+begun.acquire(); begun.acquire()
+{end}
+"""
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, timeout=60)
+        assert done.returncode == status, done.stderr
 
 
 class TestBudget:
