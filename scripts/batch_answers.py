@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from qwen3vl_moe.json_files import parse_json
 from replace_file import replace_file
 
 _RECORD_START = b'{"index": '
+# What JSON may hold as it is, but a terminal may act on, or a reader of lines take for the end of one.
+_UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class AnswerFile:
@@ -82,7 +85,8 @@ class AnswerFile:
         else:
             record["error"] = one_line(str(result))
         # An id may hold half of a surrogate pair, which UTF-8 cannot say and JSON writes as \udXXX.
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        text = _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False))
+        line = text.encode("utf-8", "backslashreplace") + b"\n"
         try:
             while line:
                 line = line[self._file.write(line) :]

@@ -344,6 +344,21 @@ def test_more_than_one_answer_to_a_request(job, open_answers):
     assert [choice["answer_tokens"] for choice in record["choices"]] == [3, 5]
 
 
+@pytest.mark.parametrize(
+    "odd", ["\x1b[31m", "\x9b31m", "\x7f\x85\r\v\f\x1c", "\u2028\u2029", "\u202e\u2066", "\0", "\ud800"]
+)
+def test_a_record_is_one_line_that_a_terminal_can_show(job, open_answers, odd):
+    (request,) = job([{"id": odd, "prompt": "Hi"}])
+    with open_answers([request]) as answers:
+        answers.write(request, output(f"漢字 é{odd}"))
+    (line,) = answers.path.read_text().splitlines()
+    assert line.isprintable()
+    record = json.loads(line)
+    assert (record["id"], record["text"]) == (odd, f"漢字 é{odd}")
+    with open_answers([request]) as again:
+        assert again.done == {0}
+
+
 def test_reasons_show_no_control_characters(job, open_answers):
     (request,) = job([{"prompt": "Hi"}])
     with open_answers([request]) as answers:
