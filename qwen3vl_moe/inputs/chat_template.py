@@ -42,6 +42,8 @@ class ChatTemplate:
     @cached_property
     def _parts(self) -> tuple[jinja2.Template, frozenset[str], frozenset[str]]:
         """The compiled template, the variables that it reads, and every name that it looks up or compares with."""
+        if len(self.source) > MAX_TEMPLATE_BYTES:
+            raise CheckpointError(f"the checkpoint's chat template has more than {MAX_TEMPLATE_BYTES} characters")
         try:
             with budget():
                 tree, template = SANDBOX.parse(self.source), SANDBOX.from_string(self.source)
@@ -93,7 +95,7 @@ def load_chat_template(directory: Path) -> str | None:
     """The first of the three places where checkpoints keep it; None if there is none.
 
     Raises:
-        ConfigError: it cannot be read, is no text, or is larger than ``MAX_TEMPLATE_BYTES``.
+        ConfigError: its file cannot be read, is no text, or is larger than ``MAX_TEMPLATE_BYTES``.
     """
     plain = directory / "chat_template.jinja"
     if plain.is_file():
@@ -109,8 +111,6 @@ def load_chat_template(directory: Path) -> str | None:
         path = directory / name
         template = read_json_object(path, ConfigError).get("chat_template") if path.is_file() else None
         if isinstance(template, str):
-            if len(template) > MAX_TEMPLATE_BYTES:
-                raise ConfigError(f"{path}: chat_template has more than {MAX_TEMPLATE_BYTES} characters")
             return template
         if template is not None:
             raise ConfigError(

@@ -37,6 +37,7 @@ _UNSUPPORTED = {
 }
 # Keys that hold media in other libraries' messages: refused even if a template happens to ask for such a name.
 _MEDIA_KEYS = {*_IMAGE_TYPES["image"], *_UNSUPPORTED, "images", "image_urls", "videos", "audios", "files", "file_id"}
+_MOST_NESTED = 50  # of tool calls and schemas
 _ALIASES = {"reasoning": "reasoning_content", "thinking": "reasoning_content"}
 
 
@@ -84,7 +85,7 @@ def split_images(
         if not isinstance(message, Mapping):
             raise PromptError(f"{where} is a {type(message).__name__}; a dict with role and content is needed")
         role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise PromptError(f"{where} has the role {repr(role)}; known are {', '.join(ROLES)}")
         others = _other_keys(message, where, vision_tokens, read_by_template)
         if content is None and others.get("tool_calls"):
@@ -102,21 +103,23 @@ def split_images(
     return plain, images
 
 
-def plain_json(value: Any, where: str, vision_tokens: Sequence[str]) -> Any:
+def plain_json(value: Any, where: str, vision_tokens: Sequence[str], depth: int = 0) -> Any:
     """A copy of ``value`` made of JSON's types alone, so that a template can neither change nor run anything of it.
 
     Raises:
-        PromptError: it holds something else, or a text that spells a vision token.
+        PromptError: it holds something else, is nested too deep, or holds a text that spells a vision token.
     """
     if isinstance(value, str):
         _check_text(value, where, vision_tokens)
         return str(value)
     if value is None or isinstance(value, bool | int | float):
         return value
+    if depth == _MOST_NESTED:
+        raise PromptError(f"{where} is nested more than {_MOST_NESTED} deep")
     if isinstance(value, Mapping):
-        return {str(key): plain_json(item, f"{where}.{key}", vision_tokens) for key, item in value.items()}
+        return {str(k): plain_json(v, f"{where}.{k}", vision_tokens, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_json(item, f"{where}[{index}]", vision_tokens) for index, item in enumerate(value)]
+        return [plain_json(v, f"{where}[{i}]", vision_tokens, depth + 1) for i, v in enumerate(value)]
     raise PromptError(f"{where} is of type {type(value).__name__}; text, numbers, lists and dicts are passed on")
 
 

@@ -233,6 +233,7 @@ HOSTILE = {
     "a change": "{{ messages.append(1) }}",
     "syntax": "{% if %}",
     "a filter": "{{ 1|nosuch }}",
+    "much of it": "{{ a }}" * 99999,
     "raise": "{{ raise_exception('roles must\nalternate') }}",
 }
 RUN = """
@@ -292,7 +293,6 @@ class TestFiles:
                 "chat_template.jinja is not UTF-8 text: invalid start byte at byte 0",
             ),
             ("chat_template.jinja", b"x" * (MAX_TEMPLATE_BYTES + 1), "has 65537 bytes; a template has at most 65536"),
-            ("chat_template.json", json.dumps({"chat_template": "x" * 65537}).encode(), "more than 65536 characters"),
             ("chat_template.json", b'{"chat_template": [1]}', "chat_template is a list; only a single template"),
             ("tokenizer_config.json", b'{"chat_template": {"a": "b"}}', "chat_template is a dict; only a single"),
         ],

@@ -13,6 +13,12 @@ from qwen3vl_moe.inputs.messages import ImageRequest, split_images
 URL = "https://example.org/a.png"
 READ = frozenset(("tool_calls", "name", "reasoning_content"))
 
+DEEP: list = []
+for _ in range(5000):
+    DEEP = [DEEP]
+CIRCLE: list = []
+CIRCLE.append(CIRCLE)
+
 
 def split(*content, **message):
     messages = [{"role": "user", "content": list(content), **message}]
@@ -161,6 +167,8 @@ class TestMessages:
             ({"content": None}, "has content of type NoneType"),
             ({"content": None, "tool_calls": []}, "has content of type NoneType"),
             ({"content": "a", "tool_calls": [object()]}, "messages[0].tool_calls[0] is of type object"),
+            ({"content": "a", "tool_calls": DEEP}, "tool_calls[0][0]"),
+            ({"content": "a", "tool_calls": CIRCLE}, "is nested more than 50 deep"),
             ({"content": "a", "name": {1, 2}}, "messages[0].name is of type set"),
             ({"content": "a", "tool_calls": [{"x": "<|image_pad|>"}]}, "tool_calls[0].x: the text holds the token"),
         ],
@@ -175,10 +183,7 @@ class TestMessages:
             def __repr__(self):
                 raise RuntimeError
 
-        deep = []
-        for _ in range(5000):
-            deep = [deep]
-        for value in (Broken(), deep, "x" * 10**6):
+        for value in (Broken(), DEEP, CIRCLE, "x" * 10**6):
             with pytest.raises(PromptError) as caught:
                 split_images([{"role": value, "content": "x"}], ())
             assert len(str(caught.value)) < 300
