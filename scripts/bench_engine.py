@@ -21,6 +21,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -244,47 +245,51 @@ def main(
         options = {"device": device, "moe": moe, "enforce_eager": eager, "max_model_len": length}
         llm = load_llm(model, load_format=load_format, routing=drawn, **options)
         console.print(f"ready after {time.perf_counter() - started:.1f} s: {llm.settings}", markup=False)
-        rows = measure(llm, quick)
     except UserError as error:
         console.print(f"error: {error}", markup=False)
         raise typer.Exit(2) from None
     name, weights = card(llm.engine.model.device)["name"], llm.settings["model"]
-    table = Table("what", "ms", "floor ms", "note", title=f"{name}, torch {torch.__version__}, weights: {weights}")
-    for row in rows:
-        floor = f"{row['floor_ms']:.2f}" if "floor_ms" in row else ""
-        table.add_row(row["what"], f"{row['ms']:.2f}", floor, row["note"])
-    Console().print(table)
-    found = profiles(llm, np.random.default_rng(1)) if profile else {}
-    if found:
-        Console().print(profile_table(found))
-    if json_file:
-        results = {
-            "device": name,
-            "torch": torch.__version__,
-            "rows": rows,
-            "profiles": {what: asdict(step) for what, step in found.items()},
-        }
-        json_file.write_text(json.dumps(results, indent=2))
+    results = {"device": name, "torch": torch.__version__, "rows": [], "profiles": {}}
+    try:
+        try:
+            results["rows"].extend(measure(llm, quick))  # as far as they go
+        finally:
+            title = f"{name}, torch {torch.__version__}, weights: {weights}"
+            table = Table("what", "ms", "floor ms", "note", title=title)
+            for row in results["rows"]:
+                floor = f"{row['floor_ms']:.2f}" if "floor_ms" in row else ""
+                table.add_row(row["what"], f"{row['ms']:.2f}", floor, row["note"])
+            Console().print(table)
+        if profile:
+            found = profiles(llm, np.random.default_rng(1))
+            Console().print(profile_table(found))
+            results["profiles"] = {what: asdict(step) for what, step in found.items()}
+    except UserError as error:
+        console.print(f"error: {error}", markup=False)
+        raise typer.Exit(2) from None
+    finally:  # what has been measured is kept, whatever became of the rest
+        if json_file:
+            json_file.write_text(json.dumps(results, indent=2))
 
 
-def measure(llm: LLM, quick: bool) -> list[dict]:
+def measure(llm: LLM, quick: bool) -> Iterator[dict]:
+    """Rows of the table, each as soon as it is there."""
     rng = np.random.default_rng(0)
     most = ceilings(llm.engine.model.device)
     bandwidth, rate = most.bytes_per_second, most.flops_per_second
     console.print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
     times = 2 if quick else 10
-    rows = [first_token(llm, rng, times)]
+    yield first_token(llm, rng, times)
     for S, context in ((1, 40), (3, 40)) if quick else DECODE:
         if row := decode_step(llm, S, context, bandwidth, rng, 8 if quick else 40):
-            rows.append(row)
+            yield row
         else:
             room = llm.settings["kv_cache_tokens"]
             console.print(f"left out: batch {S} at context {context}, for which a cache of {room} tokens is too small")
     for T in (100,) if quick else (450, 8192):
-        rows.append(prefill_step(llm, T, bandwidth, rate, rng, times))
+        yield prefill_step(llm, T, bandwidth, rate, rng, times)
     for images in (1,) if quick else (1, 32):
-        rows.append(vision_call(llm, images, rate, rng, times))
-    return rows
+        yield vision_call(llm, images, rate, rng, times)
 
 
 if __name__ == "__main__":

@@ -70,15 +70,27 @@ def errors(model: nn.Module, inputs_TH: Tensor, ours: str) -> dict[str, float]:
     return found
 
 
-def run(model: nn.Module, tokens: list[int], timer: Any, *, ours: str = "tma_moe", rounds: int = 3) -> dict[str, Any]:
-    """Samples in milliseconds per forward: {"tokens": ..., implementation: [...]} for every token count."""
+def run(
+    model: nn.Module,
+    tokens: list[int],
+    timer: Any,
+    *,
+    ours: str = "tma_moe",
+    rounds: int = 3,
+    results: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Samples in milliseconds per forward: {"tokens": ..., implementation: [...]} for every token count.
+
+    ``results`` is filled while it goes on, for whoever wants to keep what was measured before an error.
+    """
     parameter = next(model.parameters())
     width = model.config.hidden_size
 
     def draw(num_tokens: int) -> Tensor:
         return torch.randn(num_tokens, width, device=parameter.device, dtype=parameter.dtype)
 
-    results: dict[str, Any] = {"card": timer.card(), "layers": model.config.num_hidden_layers, "points": []}
+    results = {} if results is None else results
+    results |= {"card": timer.card(), "layers": model.config.num_hidden_layers, "points": []}
     results["errors"] = errors(model, draw(EAGER_TOKENS), ours)
     results["correct"] = results["errors"][ours] <= 2 * results["errors"]["eager"]
     for num_tokens in tokens:
@@ -137,13 +149,17 @@ def main(
     reason = tma_moe.unavailable("cuda", torch.bfloat16)
     if reason is not None:
         raise fail(f"nothing to measure here: {reason}")
-    with torch.inference_mode():
-        torch.manual_seed(0)
-        model = text_stack(layers, WIDTHS, ROPE, "cuda", torch.bfloat16)
-        results = run(model, counts, CudaTimer(samples=10))
-    if json_path is not None:
-        json_path.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(table(results))
+    results: dict[str, Any] = {}
+    try:
+        with torch.inference_mode():
+            torch.manual_seed(0)
+            model = text_stack(layers, WIDTHS, ROPE, "cuda", torch.bfloat16)
+            run(model, counts, CudaTimer(samples=10), results=results)
+    finally:  # what has been measured is shown and kept, whatever became of the rest
+        if results.get("points"):
+            if json_path is not None:
+                json_path.write_text(json.dumps(results, indent=1) + "\n")
+            console.print(table(results))
     found = ", ".join(f"{name} {error:.2e}" for name, error in results["errors"].items())
     console.print(f"error against float32 at {EAGER_TOKENS} tokens: {found}")
     if not results["correct"]:

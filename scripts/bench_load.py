@@ -281,20 +281,33 @@ def main(
             raise OptionError(f"--json {json_file}: there is no directory {json_file.parent}")
         if not 0 < gb < math.inf:
             raise OptionError(f"--gb {gb}: a positive number is needed")
-        report = bench(directory, gb, parse_device(device), rounds, budget, tiny, keep)
+        report: dict = {"runs": []}
+        try:
+            bench(report, directory, gb, parse_device(device), rounds, budget, tiny, keep)
+        finally:  # what has been measured is shown and kept, whatever became of the rest
+            if report["runs"]:
+                show(report["runs"])
+                if json_file:
+                    json_file.write_text(json.dumps(report, indent=2))
     except (UserError, OSError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False)
         raise typer.Exit(2) from None
-    Console(width=None if os.isatty(1) else 140).print(summary(report["runs"]))
+
+
+def show(runs: list[dict]) -> None:
+    Console(width=None if os.isatty(1) else 140).print(summary(runs))
     for state in ("cold", "warm"):
-        rates = [statistics.median(r["gb_per_s"] for r in report["runs"] if (r["loader"], r["state"]) == (name, state))
+        rates = [[run["gb_per_s"] for run in runs if (run["loader"], run["state"]) == (name, state)]
                  for name in LOADERS]  # fmt: skip
-        print(f"{state}: ours is {rates[0] / rates[1]:.2f} times as fast as load_file")
-    if json_file:
-        json_file.write_text(json.dumps(report, indent=2))
+        if all(rates):
+            ours, peers = map(statistics.median, rates)
+            print(f"{state}: ours is {ours / peers:.2f} times as fast as load_file")
 
 
-def bench(directory: Path, gb: float, device: torch.device, rounds: int, budget: float, tiny: bool, keep: bool) -> dict:
+def bench(
+    report: dict, directory: Path, gb: float, device: torch.device, rounds: int, budget: float, tiny: bool, keep: bool
+) -> None:
+    """Fills ``report``; its runs one by one."""
     started = time.perf_counter()
     written = not (directory / "config.json").exists()
     if written and directory.exists() and any(directory.iterdir()):
@@ -305,7 +318,7 @@ def bench(directory: Path, gb: float, device: torch.device, rounds: int, budget:
             write_synthetic(directory, config, device, 5 * GB if not tiny else 20e6)
         files = sorted({tensor.file for tensor in read_headers(directory).values()})
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        report = {
+        facts = {
             "device": name,
             "cpus": os.cpu_count(),
             "torch": torch.__version__,
@@ -314,17 +327,17 @@ def bench(directory: Path, gb: float, device: torch.device, rounds: int, budget:
             "gb": sum(path.stat().st_size for path in files) / GB,
             "verified_tensors": verify(directory, files, device),  # also the warm-up of both loaders
         }
-        console.print(", ".join(f"{key} {value}" for key, value in report.items()))
-        report["runs"] = runs = []
+        console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
+        report |= facts
+        runs = report["runs"]
         for number in range(rounds):
             for state in ("cold", "warm"):
                 # Alternating who is first: whatever drifts (clocks, the disk's own cache) favours neither.
                 for loader in list(LOADERS)[:: 1 if number % 2 == 0 else -1]:
                     if number and time.perf_counter() - started + max(run["seconds"] for run in runs) > budget:
                         console.print(f"stopped at --budget {budget:.0f} s")
-                        return report
+                        return
                     runs.append(measure(loader, state, directory, files, device))
-        return report
     finally:
         if written and not keep and directory.exists():
             shutil.rmtree(directory)

@@ -159,10 +159,15 @@ def run(
     backend: str = "tma",
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
+    results: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measures everything and returns the JSON document. Host work does not depend on the routing: first one only."""
+    """Measures everything and returns the JSON document. Host work does not depend on the routing: first one only.
+
+    ``results`` is filled while it goes on, for whoever wants to keep what was measured before an error.
+    """
     ceilings = timer.ceilings()
-    results: dict[str, Any] = {
+    results = {} if results is None else results
+    results |= {
         "shape": str(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "layers": num_layers,
@@ -307,10 +312,10 @@ def report(results: dict[str, Any], json_path: Path | None, plot_path: Path | No
     """Writes the files, prints the tables, and leaves with status 1 if any result was wrong."""
     if json_path is not None:
         json_path.write_text(json.dumps(results, indent=1) + "\n")
-    if plot_path is not None:
-        plot(results, plot_path)
     console.print(graph_table(results))
     console.print(eager_table(results))
+    if plot_path is not None:
+        plot(results, plot_path)
     wrong = [f"{row['routing']} T={row['tokens']}" for row in results["points"] if not row["correct"]]
     if wrong:
         typer.echo(f"error: wrong results at {', '.join(wrong)}: see the error column", err=True)
@@ -362,8 +367,14 @@ def main(
             f"{layers} layers need {needed / 2**30:.0f} GiB and about 12 GiB beside them, but "
             f"{free / 2**30:.0f} GiB are free: pass a smaller --layers"
         )
-    with torch.inference_mode():
-        results = run(moe_shape, counts, routings, layers, CudaTimer(10 if quick else samples))
+    results = {}
+    try:
+        with torch.inference_mode():
+            run(moe_shape, counts, routings, layers, CudaTimer(10 if quick else samples), results=results)
+    except BaseException:  # what has been measured is shown and kept
+        if results.get("points"):
+            report(results, json_path, None)
+        raise
     report(results, json_path, plot_path)
 
 

@@ -80,6 +80,7 @@ def _evaluate(
     scores, answers = evaluate(partial(our_answers, llm), examples, training)
     columns = {"ours": scores}
     if against:
+        stderr.print(_table(columns))  # what is known so far: the rest takes longer, and may fail
         columns["transformers"], theirs = evaluate(partial(transformers_answers, model), examples, training)
         different = [number for number, pair in enumerate(zip(answers, theirs, strict=True)) if pair[0] != pair[1]]
         scores["transformers"] = columns["transformers"] | {"different_answers": len(different)}

@@ -71,8 +71,14 @@ def main(
     options = dict(locals())
     import torch  # slow to import: not before --help has been answered
 
+    results: dict[str, Any] = {}
     try:
-        results = run(options)
+        try:
+            run(options, results)
+        finally:  # what has been measured is shown and kept, whatever became of the rest
+            if "cold" in results:
+                show(results)
+                write(results, json_file)
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None
@@ -82,12 +88,14 @@ def main(
             "it, or lower --max-concurrency, --image-resolution or --sizes"
         )
         raise typer.Exit(2) from None
-    show(results)
-    write(results, json_file, plot_file)
+    if plot_file is not None:
+        from benchmarking.report import plot
+
+        plot(results, plot_file)
 
 
-def run(options: dict[str, Any]) -> dict[str, Any]:
-    """Check the options, load, measure; see the module for what is measured."""
+def run(options: dict[str, Any], results: dict[str, Any]) -> None:
+    """Check the options, load, measure; see the module for what is measured. ``results`` takes each part at once."""
     from benchmarking import report, workloads
     from benchmarking.card import card
     from benchmarking.inputs import Images, parse_resolution
@@ -109,7 +117,7 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     if options["against"]:
         names = [*(names or ["graphs" if has_graphs(llm) else "eager"]), TRANSFORMERS]
     check_variants(names, llm)
-    results: dict[str, Any] = {"environment": report.environment(llm), "options": _plain(options)}
+    results |= {"environment": report.environment(llm), "options": _plain(options)}
     stderr.print(report.heading(results["environment"]))
     results["cold"] = workloads.cold_request(llm, sources, load, load_seconds)
 
@@ -127,22 +135,21 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
 
         if names:
             counts = options["rounds"], options["repeats"]
-            results["comparison"] = {
-                kind: workloads.compare(llm, sources, load, names, kind, *counts, step) for kind in kinds
-            }
+            for kind in kinds:
+                found = workloads.compare(llm, sources, load, names, kind, *counts, step)
+                results.setdefault("comparison", {})[kind] = found
         else:
             if "single" in kinds:
                 cell_options = sizes, text_lens, options["repeats"], load.seed
-                results["single"] = workloads.single_grid(llm, sources, *cell_options, step)
+                results["single"] = []
+                results["single"].extend(workloads.single_grid(llm, sources, *cell_options, step))  # cell by cell
             if "closed loop" in kinds:
                 warmups, temperature = options["warmup_requests"], options["temperature"]
                 results["closed_loop"] = workloads.run_closed_loop(llm, sources, load, warmups, temperature, step)
+    # The clocks under load, not those of an idle card.
+    results["environment"]["card_after"] = card(llm.engine.model.device)
     if options["profile"]:
         results["profiler"] = workloads.profiler_check(llm, sources, load)
-    results["environment"]["card_after"] = card(
-        llm.engine.model.device
-    )  # the clocks under load, not those of an idle card
-    return results
 
 
 def load_llm(options: dict[str, Any]) -> Any:
@@ -210,7 +217,7 @@ def show(results: dict[str, Any]) -> None:
     out.print(results["environment"]["command"])
     out.print(report.heading(results["environment"]))
     out.print(report.cold_line(results["cold"]))
-    if "single" in results:
+    if results.get("single"):
         out.print(report.single_table(results["single"]))
     if "closed_loop" in results:
         out.print(serving_table(results["closed_loop"]["metrics"], results["options"]["max_concurrency"]))
@@ -221,14 +228,9 @@ def show(results: dict[str, Any]) -> None:
         out.print("profiler: " + ", ".join(f"{name} {value}" for name, value in found.items()))
 
 
-def write(results: dict[str, Any], json_file: Path | None, plot_file: Path | None) -> None:
-    """The files that were asked for."""
+def write(results: dict[str, Any], json_file: Path | None) -> None:
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
-    if plot_file is not None:
-        from benchmarking.report import plot
-
-        plot(results, plot_file)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,8 @@ class Load:
 
 def single_grid(
     llm: LLM, images: Images, sizes: list[str], text_lens: list[int], repeats: int, seed: int, step: Progress
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Time to first token over image sizes (or the files of a directory) and text lengths; two warm-ups a cell."""
-    cells = []
     sources = images.names or sizes
     for number, source in enumerate(sources):
         for text_len in text_lens:
@@ -114,8 +113,7 @@ def single_grid(
                 request = make_request(llm.processor.tokenizer, [data], text_len, 1, rng)
                 records.append(single_stream(llm, request))
                 step("single stream")
-            cells.append(_cell(source, text_len, records[2:]))
-    return cells
+            yield _cell(source, text_len, records[2:])
 
 
 def _cell(source: str, text_len: int, records: list[Record]) -> dict[str, Any]:

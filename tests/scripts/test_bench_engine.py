@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 
 from benchmarking.loading import load_llm
 from scripts import bench_engine
@@ -78,3 +80,16 @@ def test_what_a_step_reads():
     cache = llm.engine.cache
     a_token = cache.tensor.nbytes / (cache.num_blocks * cache.block_size)
     assert bench_engine.bytes_of_step(llm, 16, 100) == whole + 100 * a_token
+
+
+def test_what_was_measured_is_kept_where_the_rest_fails(monkeypatch, tmp_path, capsys):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("no room for the pictures")
+
+    monkeypatch.setattr(bench_engine, "vision_call", fail)
+    file = tmp_path / "out.json"
+    with pytest.raises(torch.OutOfMemoryError):
+        bench_engine.main("demo", "auto", "balanced", "cpu", "auto", False, True, False, file)
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 4
+    assert "prefill of 100 text tokens" in capsys.readouterr().out

@@ -79,3 +79,18 @@ def test_options_are_checked_before_anything_is_written(program, tmp_path, optio
     assert (done.exit_code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert done.stderr.startswith(f"error: {message}")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_was_measured_is_kept_where_the_rest_fails(program, plain, tmp_path, monkeypatch):
+    def fail(directory, files, device):
+        raise OSError("the disk has gone")
+
+    loaders = program.registered_commands[0].callback.__globals__["LOADERS"]
+    monkeypatch.setitem(loaders, "safetensors", fail)
+    file = tmp_path / "out.json"
+    done = CliRunner().invoke(program, ["--dir", str(plain.published), "--device", "cpu", "--json", str(file)])
+    assert done.exit_code == 2
+    assert "error: the disk has gone" in done.stderr
+    (only,) = json.loads(file.read_text())["runs"]
+    assert only["loader"] == "qwen3vl_moe"
+    assert "qwen3vl_moe" in done.stdout

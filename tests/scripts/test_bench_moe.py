@@ -161,6 +161,20 @@ def test_run_measures_every_point():
     assert json.loads(json.dumps(results))["shape"] == "6,2,16,8"
 
 
+def test_what_was_measured_is_there_after_an_error():
+    class Failing(FakeTimer):
+        def graph_us(self, candidates):
+            if len(results["points"]) == 2:
+                raise torch.OutOfMemoryError("no room for a third")
+            return super().graph_us(candidates)
+
+    results = {}
+    with pytest.raises(torch.OutOfMemoryError):
+        run_tiny(timer=Failing(), results=results)
+    assert [row["tokens"] for row in results["points"]] == [1, 5]
+    bench_moe.graph_table(results)
+
+
 def test_report_writes_json_and_plot_and_the_tables_show_the_numbers(tmp_path, capsys):
     results = run_tiny()
     bench_moe.report(results, tmp_path / "out.json", tmp_path / "out.png")

@@ -309,6 +309,25 @@ def test_the_program_measures_and_reports(app, tmp_path):
     assert results["profiler"]["trace_ms"] > 0
 
 
+@pytest.mark.parametrize(
+    ("failing", "kept"), [("run_closed_loop", {"single"}), ("profiler_check", {"single", "closed_loop"})]
+)
+def test_what_was_measured_is_kept_where_the_rest_fails(app, tmp_path, monkeypatch, failing, kept):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(f"benchmarking.workloads.{failing}", fail)
+    json_file = tmp_path / "out.json"
+    arguments = [*SMALL, "--sizes", "64x64", "--text-lens", "16", "--repeats", "1", "--num-prompts", "2"]
+    done = CliRunner().invoke(app, [*arguments, "--profile", "--json", str(json_file)])
+    assert done.exit_code == 2
+    assert "error: the device is out of memory" in done.stderr
+    assert "Time to first token" in done.stdout
+    results = json.loads(json_file.read_text())
+    assert results.keys() >= {"cold", *kept}
+    assert len(results["single"]) == 1
+
+
 def test_the_program_compares(app, tmp_path):
     json_file, plot_file = tmp_path / "out.json", tmp_path / "out.png"
     arguments = [*SMALL, "--workload", "single", "--compare", "reference,eager", "--against", "transformers"]
