@@ -19,7 +19,7 @@ from demo_training.pictures import IGNORE, MERGE, PATCH, Pictures, Tensors, pack
 from demo_training.questions import Example, make_example
 from demo_training.scenes import SIZES, Scene
 from demo_training.texts import Problem, few_shot_messages, text_messages
-from qwen3vl_moe.inputs.processor import IMAGE_PAD, VISION_END, VISION_START
+from qwen3vl_moe.inputs.tokenizer import IMAGE_PAD, VISION_END, VISION_START
 from qwen3vl_moe.model.rope import mrope_positions
 
 TURNS = 5  # most questions about one picture: drawing it costs more than asking
