@@ -144,7 +144,7 @@ def test_ctrl_c(start, plain, prompt, status):
         (["--model", "/nowhere/at/all"], "/nowhere/at/all is neither a directory nor a hub id"),
         (["--image", "nowhere.png"], "'nowhere.png'): there is no such file"),
         (["--image", str(SCRIPT)], "is not an image"),
-        (["--temperature", "-1"], "temperature=-1.0: 0 (greedy) or a positive number is needed"),
+        (["--temperature", "-1"], "temperature=-1.0: "),
         (["--max-tokens", "0"], "max_tokens=0"),
         (["--dtype", "float7"], "float7"),
         (["--device", "toaster"], "toaster"),
