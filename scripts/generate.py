@@ -234,7 +234,7 @@ def _answer_file(load: Callable, source: Path, target: Path, params: Any, settin
     from batch_file import read_requests
 
     requests, name = read_requests(source, params, settings), one_line(str(target))
-    with _ended_by_signals(), AnswerFile(target, requests, source) as answers:
+    with AnswerFile(target, requests, source) as answers:
         todo, before = answers.todo, len(answers.done)
         if answers.repaired:
             stderr.print(f"{name}: what was written in part only is answered again")
@@ -243,11 +243,12 @@ def _answer_file(load: Callable, source: Path, target: Path, params: Any, settin
         try:
             # The model first: a mistake in its options should leave no records behind that were made with them.
             llm = load() if any(request.error is None for request in todo) else None
-            speed = _answer_requests(llm, todo, answers) if todo else "nothing to do"
+            with _ended_by_signals():
+                speed = _answer_requests(llm, todo, answers) if todo else "nothing to do"
+                answers.sort()
         except (KeyboardInterrupt, SystemExit):
             stderr.print(f"interrupted: {len(answers.done)} of {len(requests)} are in {name}; the same command goes on")
             raise
-        answers.sort()
         errors = answers.num_errors
     again = "; delete the lines with an error to have those requests tried again" if errors else ""
     stderr.print(f"{name} is complete: {len(requests) - errors} answers, {errors} errors; {speed}{again}")
@@ -256,7 +257,10 @@ def _answer_file(load: Callable, source: Path, target: Path, params: Any, settin
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """A signal to end ends the program as an exception does, so that nothing is left lying about half written."""
+    """A signal to end ends the program as an exception does, so that nothing is left lying about half written.
+
+    Only while something is written: some modules in C++ do not survive an exception while they are being imported.
+    """
 
     def stop(number: int, frame: object) -> None:
         sys.exit(128 + number)
