@@ -46,3 +46,7 @@ class PromptError(UserError):
 
 class OptionError(UserError):
     """A sampling parameter or an engine option outside of what is possible."""
+
+
+class NumbersError(UserError):
+    """A model whose numbers are not finite: its weights or settings are damaged, or its dtype is too narrow."""

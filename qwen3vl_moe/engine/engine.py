@@ -1,24 +1,37 @@
-"""The loop: sequences in, steps, finished sequences out."""
+"""The loop: sequences in, steps, finished sequences out.
+
+An interrupt (Ctrl-C) may strike at any line. Whatever is changed in several steps is marked before the first and after
+the last of them; where the mark was left, nothing of the half-done change is used: every sequence goes back to the
+queue with no blocks, and finds most of them by their content again.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
+from dataclasses import replace
 
 import torch
 
+from qwen3vl_moe.engine.calls import Call
+from qwen3vl_moe.engine.constraints import Constraints, tokens_of_bad_words
+from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.detokenizer import TextStream, TokenBytes
 from qwen3vl_moe.engine.kv_cache import KVCache, plan_cache
+from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.outputs import Logprob, RequestMetrics
-from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
+from qwen3vl_moe.engine.params import SamplingParams, check_vocabulary
 from qwen3vl_moe.engine.runner import ChunkResult, Launched, Runner, StepResult, free_cache_bytes
 from qwen3vl_moe.engine.sampler import TokenLogprob
 from qwen3vl_moe.engine.scheduler import Chunk, Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
-from qwen3vl_moe.errors import OptionError, PromptError
+from qwen3vl_moe.errors import NumbersError, OptionError, PromptError, UserError
 from qwen3vl_moe.inputs.processor import Prompt
 from qwen3vl_moe.model import Qwen3VLMoe
+
+_DAMAGED = "the weights or settings of the checkpoint are damaged, or the dtype is too narrow"
 
 
 class Engine:
@@ -59,18 +72,14 @@ class Engine:
         self._launched: deque[Launched] = deque()
         self._last_read = 0.0  # when the last tokens were, in seconds since the epoch
         self._token_bytes = TokenBytes(tokenizer)
-        self._decoded: dict[int, str] = {}
         self._ids = itertools.count()
+        self._half_done = False  # whether a change of what scheduler, cache and sequences hold was broken off
+        self._taking: tuple[Sequence, int] | None = None  # who is given a token, and how many it had of its answer
 
-    def check(self, params: SamplingParams) -> None:
-        """Raises OptionError for parameters that this model cannot serve."""
-        vocabulary = self.model.config.text.vocab_size
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > vocabulary:
-                raise OptionError(f"{name}={getattr(params, name)}: the vocabulary has only {vocabulary} tokens")
-        outside = [token for token in params.stop_token_ids or () if token >= vocabulary]
-        if outside:
-            raise OptionError(f"stop_token_ids: {outside[0]} is outside of the vocabulary ({vocabulary} tokens)")
+    def check(self, params: SamplingParams) -> SamplingParams:
+        """Complete parameters; raises OptionError for those that this model cannot serve."""
+        check_vocabulary(params, self.model.config.text.vocab_size)
+        return self.defaults.complete(params)
 
     @property
     def has_room(self) -> bool:
@@ -88,17 +97,69 @@ class Engine:
     def request(
         self, prompt: Prompt, params: SamplingParams, arrival: float | None = None, preprocess: float = 0.0
     ) -> Sequence:
-        """Check a request and make its sequence, ready for :meth:`add`.
+        """The sequence of a request for one answer; for the rest see :meth:`requests`."""
+        [sequence] = self.requests(prompt, params, arrival, preprocess)
+        return sequence
+
+    def requests(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        arrival: float | None = None,
+        preprocess: float = 0.0,
+        call: Call | None = None,
+    ) -> list[Sequence]:
+        """Check a request and make a sequence for each of its answers, ready for :meth:`add`.
 
         Args:
             arrival: when work on it began (seconds since the epoch); now if None.
             preprocess: seconds that it took to make the prompt.
+            call: who waits for it: once that is over, so is the request. None: it is not given up by itself.
 
         Raises:
             PromptError: the prompt leaves no room for an answer in max_model_len.
             OptionError: see :meth:`check`.
         """
-        self.check(params)
+        params = self.check(params)
+        self._check_length(prompt)
+        eos = frozenset() if params.ignore_eos else self.defaults.eos_token_ids
+        constraints = Constraints(
+            params,
+            ending=eos.union(params.stop_token_ids or ()),
+            suppressed=self.defaults.suppressed,
+            bad_words=tokens_of_bad_words(self.tokenizer, params.bad_words or ()),
+        )
+        request_id, arrival = str(next(self._ids)), time.time() if arrival is None else arrival
+        sequences = []
+        for index in range(params.n):
+            own = params
+            if index:  # the first answer's prompt is everybody's
+                seed = None if params.seed is None else (params.seed + index) % 2**63
+                own = replace(params, seed=seed, prompt_logprobs=None)
+            sequence = Sequence(
+                request_id=request_id,
+                prompt=prompt,
+                params=own,
+                max_len=self.max_model_len,
+                eos_token_ids=eos,
+                text=self._text_stream(own),
+                generator=None if own.seed is None else torch.Generator(self.model.device).manual_seed(own.seed),
+                metrics=RequestMetrics(arrival_time=arrival),
+                index=index,
+                constraints=constraints or None,
+                call=call,
+            )
+            sequence.metrics.stages["preprocess"] = preprocess
+            sequences.append(sequence)
+        return sequences
+
+    def _text_stream(self, params: SamplingParams) -> TextStream:
+        if not params.detokenize:
+            return TextStream(None)
+        stop, include = tuple(params.stop or ()), params.include_stop_str_in_output
+        return TextStream(self._token_bytes, stop, include, params.skip_special_tokens)
+
+    def _check_length(self, prompt: Prompt) -> None:
         num_tokens = len(prompt.token_ids)
         if num_tokens >= self.max_model_len:
             images = sum(image.num_tokens for image in prompt.images)
@@ -109,20 +170,6 @@ class Engine:
                 + (", lower max_pixels" if images else "")
                 + " or raise max_model_len"
             )
-        params = self.defaults.complete(params)
-        generator = None if params.seed is None else torch.Generator(self.model.device).manual_seed(params.seed)
-        sequence = Sequence(
-            request_id=str(next(self._ids)),
-            prompt=prompt,
-            params=params,
-            max_len=self.max_model_len,
-            eos_token_ids=frozenset() if params.ignore_eos else self.defaults.eos_token_ids,
-            text=TextStream(self._token_bytes, tuple(params.stop or ())),
-            generator=generator,
-            metrics=RequestMetrics(arrival_time=time.time() if arrival is None else arrival),
-        )
-        sequence.metrics.stages["preprocess"] = preprocess
-        return sequence
 
     def add(self, sequence: Sequence) -> None:
         """Queue a request."""
@@ -130,38 +177,61 @@ class Engine:
 
     def abort(self, sequence: Sequence) -> None:
         """Give a request up and free what it holds. Harmless on a finished one."""
-        if not sequence.finished:
-            self.scheduler.remove(sequence)
-            sequence.finish("abort")
-            self._forget_finished()
+        if sequence.finished:
+            return
+        sequence.finish("abort")
+        if self._half_done:  # settle() keeps only what has not finished
+            return
+        self._half_done = True
+        self.scheduler.remove(sequence)
+        self._forget_finished()
+        self._half_done = False
+
+    def settle(self) -> None:
+        """After an interrupt: give up what no call waits for any more, and take back what was done by half."""
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            if sequence.call is not None and sequence.call.over:
+                self.abort(sequence)
+        if not self._half_done:
+            return
+        self._launched.clear()
+        going = dict.fromkeys([*self.scheduler.running, *self.scheduler.waiting])  # in one, or for a moment in both
+        self.scheduler.begin_again([sequence for sequence in going if not sequence.finished])
+        for sequence in self.scheduler.waiting:
+            taking, had = self._taking or (None, 0)
+            sequence.rewind(had if sequence is taking else len(sequence.output_ids), self.model.config.text.vocab_size)
+        self._taking, self._half_done = None, False
 
     def step(self) -> None:
         """Compute one step; the sequences in it carry the result.
 
         If the step after it does not depend on its tokens, that one is launched before they are read. Interrupted while
-        it waits, it leaves what was launched to the next call; if taking the tokens fails, what was launched is dropped
-        and computed again.
+        it waits, it leaves what was launched to the next call; interrupted elsewhere, or if something fails, what was
+        launched is dropped and computed again.
         """
+        if self._half_done:
+            self.settle()
+        self._half_done = True
         if not self._launched:
             self._launch(self.scheduler.schedule())
+        if self._launched and self._runs_ahead and len(self._launched) == 1:
+            self._launch(self.scheduler.ahead(self._launched[0].chunks), self._launched[0])
+        self._half_done = False
         if not self._launched:
             return
         step = self._launched[0]
-        if self._runs_ahead and len(self._launched) == 1:
-            self._launch(self.scheduler.ahead(step.chunks), step)
         result = self.runner.read(step)
+        self._half_done = True
         # What was launched ahead waited for the step before it.
         model_seconds = time.time() - max(step.started, self._last_read) - sum(result.seconds.values())
         self._last_read = time.time()
-        try:
-            self._launched.popleft()
-            for chunk, of_chunk in zip(step.chunks, result.results, strict=True):
-                if not chunk.sequence.finished:  # else this row is of no use
-                    self._take(chunk, of_chunk, result, max(0.0, model_seconds))
-        except BaseException:
-            self._launched.clear()  # tokens may be missing from here on: both steps are computed again
-            raise
+        self._launched.popleft()
+        for chunk, of_chunk in zip(step.chunks, result.results, strict=True):
+            if not chunk.sequence.finished:  # else this row is of no use
+                self._taking = chunk.sequence, len(chunk.sequence.output_ids)
+                self._take(chunk, of_chunk, result, max(0.0, model_seconds))
         self._forget_finished()
+        self._taking, self._half_done = None, False
 
     def _launch(self, chunks: list[Chunk], after: Launched | None = None) -> None:
         now = time.time()
@@ -186,10 +256,17 @@ class Engine:
         ):
             stages[stage] += of_step.seconds[stage] if takes_part else 0.0
         stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
-        sequence.prompt_logprobs += [self._readable(entry) for entry in of_chunk.prompt_logprobs]
-        if of_chunk.token_id is not None:
-            sequence.append(of_chunk.token_id, self._readable(of_chunk.logprobs) if of_chunk.logprobs else None)
-        self.scheduler.computed(chunk)
+        error = _error_of(sequence, of_chunk)
+        if error is not None:
+            sequence.fail(error)
+        else:
+            for entry in of_chunk.prompt_logprobs:
+                sequence.prompt_logprobs.append(self._readable(sequence, len(sequence.prompt_logprobs), entry))
+            if of_chunk.token_id is not None:
+                own = of_chunk.logprobs
+                logprobs = self._readable(sequence, len(sequence.token_ids), own) if own else None
+                sequence.append(of_chunk.token_id, logprobs)
+            self.scheduler.computed(chunk)
         if sequence.finished:
             self.scheduler.remove(sequence)
 
@@ -198,10 +275,27 @@ class Engine:
         while self._launched and all(chunk.sequence.finished for chunk in self._launched[0].chunks):
             self._launched.popleft()
 
-    def _readable(self, entries: list[TokenLogprob]) -> dict[int, Logprob]:
+    def _readable(self, sequence: Sequence, place: int, entries: list[TokenLogprob]) -> dict[int, Logprob]:
+        """Log-probabilities of what stands, or could stand, at a place of a sequence."""
+        before, decode = sequence.token_ids[max(0, place - 4) : place], sequence.params.detokenize
         readable: dict[int, Logprob] = {}
         for token_id, logprob, rank in entries:
-            if token_id not in self._decoded:
-                self._decoded[token_id] = self.tokenizer.decode([token_id])
-            readable.setdefault(token_id, Logprob(logprob, rank, self._decoded[token_id]))
+            if token_id not in readable:
+                text = self._token_bytes.decoded(token_id, before) if decode else None
+                readable[token_id] = Logprob(logprob, rank, text)
         return readable
+
+
+def _error_of(sequence: Sequence, result: ChunkResult) -> UserError | None:
+    """Why a chunk's result cannot be used, if it cannot."""
+    if any(math.isnan(entry[0][1]) for entry in result.prompt_logprobs):
+        known = len(sequence.prompt_logprobs) + len(result.prompt_logprobs)
+        return NumbersError(f"the logits of the prompt's first {known} tokens are not all finite: {_DAMAGED}")
+    if result.token_id is None or math.isfinite(result.highest_logit):
+        return None
+    number = len(sequence.output_ids) + 1
+    if result.highest_logit == -math.inf and sequence.constraints is not None:
+        return OptionError(
+            f"token {number} of the answer: allowed_token_ids, bad_words, min_tokens and suppressed tokens rule out all"
+        )
+    return NumbersError(f"token {number} of the answer: its logits are not finite ({result.highest_logit}): {_DAMAGED}")

@@ -8,18 +8,21 @@ has let go of it, it is free, but stays findable until its memory is needed; the
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qwen3vl_moe.config import TextConfig
-from qwen3vl_moe.engine.params import EngineOptions
+from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.errors import OptionError
 
-_CPU_BYTES = 4 << 30  # on a CPU: pages of the zeroed cache take memory only once they are written
+_CPU_BYTES = 4 << 30  # on a CPU, or a quarter of its memory if that is less
 
 
 def block_key(parent: bytes, token_ids: Sequence[int], images: Sequence[tuple[bytes, int]]) -> bytes:
@@ -57,7 +60,7 @@ class KVCache:
     ):
         self.num_blocks, self.block_size = num_blocks, block_size
         shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.tensor: Tensor = torch.zeros(shape, dtype=dtype, device=device)
+        self.tensor = _zeros(shape, dtype, torch.device(device))
         self._references = [0] * num_blocks  # block tables that hold the block
         self._free = OrderedDict.fromkeys(range(num_blocks))  # blocks without references; the next to be reused first
         self._key_of: list[bytes | None] = [None] * num_blocks
@@ -102,8 +105,8 @@ class KVCache:
         """Make full blocks findable, now that they are computed. Their content must not change after this."""
         for block, key in zip(blocks, keys, strict=True):
             if key not in self._block_of:  # of equal blocks the first one serves
+                self._key_of[block] = key  # first: a block that can be found has to know its name
                 self._block_of[key] = block
-                self._key_of[block] = key
 
     def release(self, table: list[int]) -> None:
         """Give a sequence's blocks back and empty its table."""
@@ -116,15 +119,38 @@ class KVCache:
                     self._free.move_to_end(block, last=False)
         table.clear()
 
+    def release_all(self) -> None:
+        """Take all blocks back from all tables, however far another change has come; who holds one has to drop it."""
+        self._references = [0] * self.num_blocks
+        self._block_of = {}
+        for block, key in enumerate(self._key_of):
+            # A name counts only while it is the only one: of equal blocks the first one serves.
+            if key is not None and self._block_of.setdefault(key, block) != block:
+                self._key_of[block] = None
+        # Those that nobody can find are the first to be reused.
+        is_named = [key is not None for key in self._key_of]
+        self._free = OrderedDict.fromkeys(sorted(range(self.num_blocks), key=is_named.__getitem__))
+
     def _forget(self, block: int) -> None:
         key = self._key_of[block]
         if key is not None:
-            del self._block_of[key]
             self._key_of[block] = None
+            self._block_of.pop(key, None)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros. On a CPU its pages take memory only once they are written; torch.zeros writes them all."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
     return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def _cpu_bytes() -> int:
+    return min(_CPU_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
 
 
 def plan_cache(
@@ -144,7 +170,7 @@ def plan_cache(
     size, model_len, num_blocks = options.block_size, options.model_len(config.max_positions), options.num_blocks
     block_bytes = bytes_per_block(config, size, dtype)
     if num_blocks is None:
-        fitting = (_CPU_BYTES if free_bytes is None else free_bytes) // block_bytes
+        fitting = (_cpu_bytes() if free_bytes is None else free_bytes) // block_bytes
         num_blocks = min(options.max_num_seqs * -(-model_len // size), fitting)
     if num_blocks < 1:
         raise OptionError(

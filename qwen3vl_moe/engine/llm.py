@@ -5,33 +5,48 @@ Prompts are made (templates, tokens, images) in threads ahead of the engine, whi
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.engine import Engine
+from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.outputs import RequestOutput
-from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
+from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.engine.runner import uses_graphs
-from qwen3vl_moe.engine.sequence import Sequence
+from qwen3vl_moe.engine.service import Prepare, Service
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
 from qwen3vl_moe.inputs.access import media_access
 from qwen3vl_moe.inputs.processor import Processor, Prompt
-from qwen3vl_moe.inputs.workers import prefetch
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.ops.dispatch import kernels_in_use
 from qwen3vl_moe.weights import load_model, resolve
 from qwen3vl_moe.weights.placement import tma_problem
 
 Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
-Prepare = Callable[[Any], Prompt]
+
+# vLLM's arguments of chat and generate that are not built, with the way out.
+_NOT_BUILT = {
+    "lora_request": "merge the adapter into the checkpoint",
+    "prompt_adapter_request": "merge the adapter into the checkpoint",
+    "priority": "requests begin in their order",
+    "guided_options_request": "check the answer, or allow tokens by allowed_token_ids",
+    "tokenization_kwargs": "truncate_prompt_tokens is a sampling parameter, or give token ids",
+    "mm_processor_kwargs": "min_pixels and max_pixels may stand beside an image in its message",
+    "chat_template": "chat_template.jinja lies in the checkpoint's directory",
+    "chat_template_content_format": "messages are given to the template as it is written for them",
+    "request_id": "outputs come in the order of the requests",
+    "prompt_token_ids": "give them as prompts",
+}
 
 
 class LLM:
@@ -42,6 +57,10 @@ class LLM:
         llm = LLM("Qwen/Qwen3-VL-30B-A3B-Instruct")
         content = [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is this?"}]
         print(llm.chat([{"role": "user", "content": content}])[0].outputs[0].text)
+
+    Several threads may call one LLM: each step serves the requests of all calls, and calls take turns at the steps. A
+    call works while its result is waited for; a stream that is neither read nor closed holds nobody up. (Which requests
+    share a step then depends on the clock, and so may the last bits of their numbers, and draws without a seed.)
 
     Args:
         model: a checkpoint directory, a hub id, or "demo": the small trained checkpoint of this package.
@@ -93,13 +112,14 @@ class LLM:
             directory, config, **limits, max_model_len=longest, access=access, alpha=alpha
         )
         tokenizer = self.processor.tokenizer
-        defaults = GenerationDefaults.from_pretrained(directory, self.processor.eos_token_id)
+        defaults = GenerationDefaults.from_pretrained(directory, self.processor.eos_token_id, config.text.vocab_size)
         weights = load_model(directory, device, dtype, moe, expert_layout=expert_layout, progress=progress)
         if moe == "auto" and weights.moe == "reference":
             self.moe_fallback = tma_problem(weights.device, weights.dtype, config.text)
             if weights.device.type == "cuda":  # on a CPU nobody expects the kernel
                 warnings.warn(f"moe='auto' runs the experts in plain torch: {self.moe_fallback}", stacklevel=2)
         self.engine = Engine(weights, tokenizer, defaults, options, progress)
+        self._service = Service(self.engine)
 
     @classmethod
     def from_parts(
@@ -117,6 +137,7 @@ class LLM:
         self.name, self.random_weights, self.moe_fallback = "a model in memory", False, None
         self.processor, self.options = processor, _engine_options(engine_options)
         self.engine = Engine(model, processor.tokenizer, defaults, self.options)
+        self._service = Service(self.engine)
         return self
 
     @property
@@ -157,20 +178,42 @@ class LLM:
 
     def chat(
         self,
-        conversations: Conversation | list[Conversation],
+        messages: Conversation | list[Conversation],
         sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+        *,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **not_built: Any,
     ) -> list[RequestOutput]:
         """Answer one conversation or several; see :meth:`generate` for the rest.
 
         Args:
-            conversations: messages ``{"role": "user", "content": ...}`` where content is a text or a list of
-                ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": path | URL | PIL image | bytes}``.
+            messages: ``{"role": "user", "content": ...}`` where content is a text or a list of
+                ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": path | URL | PIL image | bytes}``;
+                or a list of such conversations.
+            tools, chat_template_kwargs, add_generation_prompt, continue_final_message: of all conversations; see
+                :meth:`.Processor.chat`.
         """
-        many = [conversations] if _is_conversation(conversations) else conversations
-        return self._complete(many, self.processor.chat, "conversation", sampling_params)
+        _refuse_arguments(not_built)
+        asked = {
+            "tools": tools,
+            "chat_template_kwargs": chat_template_kwargs,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        many = [messages] if _is_conversation(messages) else messages
+        prepare = partial(self._prepare_chat, **asked)
+        return self._complete(many, prepare, "conversation", sampling_params, use_tqdm)
 
     def generate(
-        self, prompts: Any | list[Any], sampling_params: SamplingParams | list[SamplingParams] | None = None
+        self,
+        prompts: Any | list[Any],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+        **not_built: Any,
     ) -> list[RequestOutput]:
         """Continue one prompt or several, with no chat template.
 
@@ -178,6 +221,8 @@ class LLM:
             prompts: a text, a list of token ids, ``{"prompt": text, "multi_modal_data": {"image": one or a list}}``
                 (or ``"prompt_token_ids"`` for ``"prompt"``), or a list of such.
             sampling_params: one for all, or one per prompt; None takes everything from the checkpoint.
+            use_tqdm: show how many of the answers are there; unlike vLLM nothing is shown unasked.
+            not_built: vLLM's arguments that have no meaning here are refused by name.
 
         Returns:
             One output per prompt, in their order.
@@ -185,9 +230,19 @@ class LLM:
         Raises:
             PromptError: a prompt cannot be used; the others are given up, and the message says which one it was.
             OptionError: sampling parameters that the model cannot serve, or not as many as prompts.
+            NumbersError: the model's logits are not finite.
         """
+        _refuse_arguments(not_built)
         many = [prompts] if _is_prompt(prompts) else prompts
-        return self._complete(many, self.processor.prompt, "prompt", sampling_params)
+        return self._complete(many, self._prepare_prompt, "prompt", sampling_params, use_tqdm)
+
+    def get_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The checkpoint's tokenizer, shared: other threads may be at work with it."""
+        return self.processor.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What a request takes that brings no parameters: the checkpoint's, else the neutral values."""
+        return self.engine.defaults.complete(SamplingParams())
 
     def as_completed(
         self,
@@ -229,89 +284,58 @@ class LLM:
         Raises:
             PromptError, OptionError: at the call, before the first output.
         """
-        prompt, arrival, seconds = _timed(self._prepare, conversation_or_prompt)
-        return self._stream(self.engine.request(prompt, sampling_params or SamplingParams(), arrival, seconds))
+        return self._service.stream(conversation_or_prompt, self._prepare, sampling_params or SamplingParams())
 
-    def _stream(self, sequence: Sequence) -> Iterator[RequestOutput]:
-        # Queued at the first next(): a stream that is never begun leaves nothing behind.
-        self.engine.add(sequence)
-        finished, shown = False, 0
-        try:
-            while not finished:
-                if not sequence.finished:  # another call may have brought it to its end meanwhile
-                    self.engine.step()
-                finished = sequence.finished
-                if finished or len(sequence.text.text) > shown:
-                    shown = len(sequence.text.text)
-                    yield sequence.output()
-        finally:
-            self.engine.abort(sequence)
-
-    def _complete(self, items: Any, prepare: Prepare, kind: str, params: Any) -> list[RequestOutput]:
-        outputs: dict[int, Any] = dict(self._as_completed(items, prepare, kind, params))  # an error was raised
+    def _complete(
+        self, items: Any, prepare: Prepare, kind: str, params: Any, use_tqdm: bool = False
+    ) -> list[RequestOutput]:
+        items = _listed(items, kind)
+        done = self._as_completed(items, prepare, kind, params)
+        with closing(done), tqdm(total=len(items), desc="Processed prompts", disable=not use_tqdm) as bar:
+            outputs: dict[int, Any] = {}
+            for number, output in done:  # an error was raised
+                outputs[number] = output
+                bar.update()
         return [outputs[number] for number in range(len(outputs))]
 
     def _as_completed(
         self, items: Any, prepare: Prepare, kind: str, params: Any, return_exceptions: bool = False
-    ) -> Iterator[tuple[int, RequestOutput | UserError]]:
-        if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
-            raise PromptError(f"a {kind} or a list of them is needed, got {type(items).__name__}")
-        items = list(items)
+    ) -> Generator[tuple[int, RequestOutput | UserError], None, None]:
+        items = _listed(items, kind)
         params = _params_per_item(params, len(items), kind)
         if not return_exceptions:
-            for each in params:
+            for each in {id(each): each for each in params}.values():
                 self.engine.check(each)
-        return self._run(items, prepare, kind, params, return_exceptions)
+        return self._service.answers(items, prepare, kind, params, return_exceptions)
 
-    def _run(
-        self, items: list, prepare: Prepare, kind: str, params: list[SamplingParams], return_exceptions: bool
-    ) -> Iterator[tuple[int, RequestOutput | UserError]]:
-        going: dict[int, Sequence] = {}
-        entered = 0
-        # Images take far more memory as pixels than as files: only as many requests as can run are prepared ahead.
-        with closing(prefetch(partial(_timed, prepare), items, self.options.max_num_seqs)) as prepared:
-            try:
-                while entered < len(items) or going:
-                    while entered < len(items) and self.engine.has_room:
-                        number, entered = entered, entered + 1
-                        take = next(prepared)
-                        try:
-                            prompt, arrival, seconds = take()
-                            sequence = self.engine.request(prompt, params[number], arrival, seconds)
-                        except UserError as error:
-                            if not return_exceptions:
-                                where = f"{kind} {number}: " if len(items) > 1 else ""
-                                raise type(error)(f"{where}{error}") from error.__cause__
-                            yield number, error
-                        else:
-                            going[number] = sequence
-                            self.engine.add(sequence)
-                    self.engine.step()
-                    for number in [number for number, sequence in going.items() if sequence.finished]:
-                        yield number, going.pop(number).output()
-            finally:
-                # After an error or Ctrl-C nothing of this call stays behind, and the engine can go on.
-                for sequence in going.values():
-                    self.engine.abort(sequence)
-
-    def _prepare(self, conversation_or_prompt: Any) -> Prompt:
+    def _prepare(self, conversation_or_prompt: Any, keep: int | None) -> Prompt:
         is_chat = _is_conversation(conversation_or_prompt)
-        return (self.processor.chat if is_chat else self.processor.prompt)(conversation_or_prompt)
+        return (self._prepare_chat if is_chat else self._prepare_prompt)(conversation_or_prompt, keep)
+
+    def _prepare_chat(self, conversation: Any, keep: int | None, **asked: Any) -> Prompt:
+        return self.processor.chat(conversation, **asked, **_only_given(keep_last=keep))
+
+    def _prepare_prompt(self, prompt: Any, keep: int | None) -> Prompt:
+        return self.processor.prompt(prompt, **_only_given(keep_last=keep))
 
 
-def _timed(prepare: Prepare, item: Any) -> tuple[Prompt, float, float]:
-    """A prompt, when work on it began (seconds since the epoch), and how many seconds that took.
+def _only_given(**arguments: Any) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if value is not None}
 
-    Raises:
-        PromptError: it cannot be prepared, for whatever reason: one bad request is that request's error alone.
-    """
-    arrival = time.time()
+
+def _refuse_arguments(given: dict[str, Any]) -> None:
+    for name in _only_given(**given):
+        reason = _NOT_BUILT.get(name)
+        raise OptionError(f"unknown argument {name!r}" if reason is None else f"{name} is not supported: {reason}")
+
+
+def _listed(items: Any, kind: str) -> list:
     try:
-        return prepare(item), arrival, time.time() - arrival
-    except UserError:
-        raise
-    except Exception as error:  # of a library that met what nobody foresaw; the cause keeps its traceback
-        raise PromptError(f"the request cannot be prepared: {type(error).__name__}: {error}") from error
+        if not isinstance(items, str | bytes | Mapping):
+            return list(items)
+    except TypeError:  # nothing that can be gone through
+        pass
+    raise PromptError(f"a {kind} or a list of them is needed, got {type(items).__name__}")
 
 
 def _engine_options(given: dict[str, Any]) -> EngineOptions:

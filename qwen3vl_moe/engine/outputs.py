@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 STAGES = ("preprocess", "queue", "host_to_device", "vision", "prefill", "decode", "sample")
 
 
 @dataclass(frozen=True)
 class Logprob:
-    """One token's natural log-probability, its rank (1 is the most likely) and its text."""
+    """One token's natural log-probability, its rank (1 is the most likely) and its text.
+
+    Of a character that several tokens make, the last one's text is the character and the others' is empty. Without
+    ``detokenize`` there is none.
+    """
 
     logprob: float
     rank: int
-    decoded_token: str
+    decoded_token: str | None
 
 
 @dataclass
@@ -41,8 +46,8 @@ class CompletionOutput:
     """One answer.
 
     Attributes:
-        index: always 0; requests have one answer each.
-        text: the answer so far, without special tokens and without the stop that ended it.
+        index: which of the request's n answers this is.
+        text: the answer so far, without special tokens and without the stop that ended it, unless these were asked for.
         new_text: what ``text`` has gained since the stream's previous output.
         token_ids: every generated token, the one that ended the answer included.
         logprobs: per token, {token id: Logprob} of the token itself and of the most likely ones; None if not asked for.
@@ -60,20 +65,24 @@ class CompletionOutput:
     finish_reason: str | None
     stop_reason: int | str | None
 
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """One request and its answer.
+    """One request and its answers.
 
     Attributes:
         request_id: unique within the engine.
         prompt: the text after the chat template, None where the caller passed token ids.
         prompt_token_ids: with each image's placeholders expanded.
         prompt_logprobs: per prompt token, as ``logprobs`` above; the first is None. None if not asked for.
-        outputs: one answer.
-        finished: whether the answer is complete.
-        metrics: times.
+        outputs: n answers, in the order of their index.
+        finished: whether all answers are complete.
+        metrics: times; of several answers the first begin and the last end.
         num_image_tokens: how many of the prompt's tokens are image tokens.
+        num_cached_tokens: how many of the prompt's tokens were in the cache already.
     """
 
     request_id: str
@@ -84,3 +93,31 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_image_tokens: int
+    num_cached_tokens: int = 0
+
+
+def joined(parts: Sequence[RequestOutput]) -> RequestOutput:
+    """The output of a request, from those of its answers, each with one completion."""
+    first, *others = parts
+    if not others:
+        return first
+    metrics = [part.metrics for part in parts]
+
+    def over_all(name: str, choose: Callable[[Iterable[float]], float]) -> float | None:
+        known = [value for each in metrics if (value := getattr(each, name)) is not None]
+        return choose(known) if known else None
+
+    return replace(
+        first,
+        outputs=[completion for part in parts for completion in part.outputs],
+        finished=all(part.finished for part in parts),
+        metrics=RequestMetrics(
+            arrival_time=first.metrics.arrival_time,
+            first_scheduled_time=over_all("first_scheduled_time", min),
+            first_token_time=over_all("first_token_time", min),
+            finished_time=over_all("finished_time", max) if all(part.finished for part in parts) else None,
+            num_preemptions=sum(each.num_preemptions for each in metrics),
+            num_cached_tokens=first.metrics.num_cached_tokens,
+            stages={stage: max(each.stages[stage] for each in metrics) for stage in STAGES},
+        ),
+    )

@@ -14,14 +14,16 @@ from tqdm import tqdm
 
 from qwen3vl_moe.engine.cuda_graphs import StepGraphs, VisionGraphs, can_capture
 from qwen3vl_moe.engine.kv_cache import KVCache
-from qwen3vl_moe.engine.params import EngineOptions
+from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.sampler import TokenLogprob, sample, token_logprobs
 from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
+from qwen3vl_moe.engine.warm_up import compile_kernels
 from qwen3vl_moe.inputs.images import Picture, copy_pixels, cut_patches
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, VisionFeatures
 from qwen3vl_moe.ops import Segments
 from qwen3vl_moe.ops.transfer import to_device
+from tma_moe.launcher import instead_of_launching
 
 Mark = torch.cuda.Event | float
 _GRAPH_BYTES = 3 << 30  # what all graphs of the published model take
@@ -30,9 +32,13 @@ _PROMPT_LOGIT_ROWS = 256  # logits held at once for prompt_logprobs: 150 MB in f
 
 @dataclass
 class ChunkResult:
-    """What one chunk gave: the next token if it reached the sequence's end, and log-probabilities if asked for."""
+    """What one chunk gave: the next token if it reached the sequence's end, and log-probabilities if asked for.
+
+    ``highest_logit`` is not finite where the token means nothing (see :func:`.sampler.sample`).
+    """
 
     token_id: int | None = None
+    highest_logit: float = 0.0
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[list[TokenLogprob]] = field(default_factory=list)
 
@@ -45,6 +51,7 @@ class Launched:
         chunks: what it computes.
         tokens_R: int64 on the device, the next token of each chunk that samples.
         host_tokens_R: the same on the host, valid once the last mark is reached.
+        host_highest_R: fp32 on the host, the highest logit of each of them; so is this.
         logits_RV: what they were chosen by; valid until the next launch.
         prompt_logprobs: of each chunk.
         encoded: the sequences whose images it encodes.
@@ -55,6 +62,7 @@ class Launched:
     chunks: list[Chunk]
     tokens_R: Tensor
     host_tokens_R: Tensor
+    host_highest_R: Tensor
     logits_RV: Tensor
     prompt_logprobs: list[list[list[TokenLogprob]]]
     encoded: list[Sequence]
@@ -89,6 +97,7 @@ class Runner:
 
     def __init__(self, model: Qwen3VLMoe, cache: KVCache, options: EngineOptions, max_model_len: int):
         self.model, self.cache, self.replays = model, cache, True
+        self._options = options
         self._generator = torch.Generator(model.device).manual_seed(options.seed)
         self._steps: StepGraphs | None = None
         self._images: VisionGraphs | None = None
@@ -98,7 +107,8 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, progress: bool) -> None:
-        """Compile and capture before the first request what a step of any small shape will replay."""
+        """Compile what any step may launch, and capture what a step of any small shape will replay."""
+        compile_kernels(self.model, self.cache.tensor, self._options, progress)
         if self._steps is not None and self._images is not None:
             with tqdm(total=len(self._steps) + len(self._images), desc="CUDA graphs", disable=not progress) as bar:
                 for graphs in (self._steps, self._images):
@@ -128,19 +138,20 @@ class Runner:
             hidden_RH = self.model.text(batch.to(self.model.device), self.cache.tensor)
             logits_RV = self.model.compute_logits(hidden_RH[: len(sampling)])
         tokens_R = host_tokens_R = torch.empty(0, dtype=torch.int64)
+        host_highest_R = torch.empty(0)
         if sampling:
             marks["computed"] = _now(self.model.device)
             sequences = [chunks[number].sequence for number in sampling]
-            tokens_R = host_tokens_R = sample(logits_RV, sequences, self._generator)
-            if tokens_R.is_cuda:
-                host_tokens_R = torch.empty(tokens_R.shape, dtype=tokens_R.dtype, pin_memory=True)
-                host_tokens_R.copy_(tokens_R, non_blocking=True)
+            tokens_R, highest_R = sample(logits_RV, sequences, self._generator)
+            host_tokens_R, host_highest_R = _to_host(tokens_R), _to_host(highest_R)
             marks["sampled"] = _now(self.model.device)
         prompt_logprobs, row = [], len(sampling)
         for chunk, span in zip(chunks, spans, strict=True):
             prompt_logprobs.append(self._prompt_logprobs(hidden_RH, row, chunk.sequence, span))
             row += len(span)
-        return Launched(chunks, tokens_R, host_tokens_R, logits_RV, prompt_logprobs, encoded, marks, started)
+        return Launched(
+            chunks, tokens_R, host_tokens_R, host_highest_R, logits_RV, prompt_logprobs, encoded, marks, started
+        )
 
     @torch.inference_mode()
     def read(self, step: Launched) -> StepResult:
@@ -150,11 +161,12 @@ class Runner:
             last[0].synchronize()
         results = [ChunkResult(prompt_logprobs=entries) for entries in step.prompt_logprobs]
         sampled = [(chunk.sequence, r) for chunk, r in zip(step.chunks, results, strict=True) if chunk.samples]
-        for (_, result), token_id in zip(sampled, step.host_tokens_R.tolist(), strict=True):
-            result.token_id = token_id
+        tokens, highest = step.host_tokens_R.tolist(), step.host_highest_R.tolist()
+        for (_, result), token_id, highest_logit in zip(sampled, tokens, highest, strict=True):
+            result.token_id, result.highest_logit = token_id, highest_logit
         asked = [row for row, (sequence, _) in enumerate(sampled) if sequence.params.logprobs is not None]
         if asked:
-            num_top = [sampled[row][0].params.logprobs or 0 for row in asked]
+            num_top = [_num_top(sampled[row][0].params.logprobs, step.logits_RV) for row in asked]
             rows = torch.tensor(asked, device=step.logits_RV.device)
             entries = token_logprobs(step.logits_RV[rows], step.tokens_R[rows], max(num_top))
             for row, count, entry in zip(asked, num_top, entries, strict=True):
@@ -253,7 +265,7 @@ class Runner:
             targets = torch.tensor([sequence.token_ids[place + 1] for place in places], device=hidden_RH.device)
             row = first_row + start
             logits_RV = self.model.compute_logits(hidden_RH[row : row + len(places)])
-            entries += token_logprobs(logits_RV, targets, sequence.params.prompt_logprobs or 0)
+            entries += token_logprobs(logits_RV, targets, _num_top(sequence.params.prompt_logprobs, logits_RV))
         return entries
 
 
@@ -265,6 +277,18 @@ def _sampled_for(chunks: list[Chunk], step: Launched) -> Tensor:
         return step.tokens_R
     row_of = {sequence: row for row, sequence in enumerate(sampling)}
     return step.tokens_R[to_device(torch.tensor([row_of[sequence] for sequence in going]), step.tokens_R.device)]
+
+
+def _to_host(x: Tensor) -> Tensor:
+    """A copy on the host, valid once the device has reached the next mark."""
+    if not x.is_cuda:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+
+
+def _num_top(asked: int | None, logits_RV: Tensor) -> int:
+    """How many of the most likely tokens a request wants to know of."""
+    return logits_RV.shape[1] if asked == -1 else asked or 0
 
 
 def _now(device: torch.device) -> Mark:
@@ -303,8 +327,9 @@ def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
     """Device memory that the cache may take: what is left of ``gpu_memory_utilization`` beside the model and a step.
 
     The step is measured: images of ``max_encoder_tokens`` (a thousand each), whose features are kept while
-    ``max_prefill_tokens`` go through the decoder, with logits for ``max_num_seqs`` of them. None on a CPU, where the
-    cache has a bound of its own.
+    ``max_prefill_tokens`` go through the decoder beside ``max_num_seqs`` that decode, with logits for as many. Our
+    kernels allocate nothing, so they are left out: they would have to be compiled here. None on a CPU, where the cache
+    has a bound of its own.
     """
     device = model.device
     if device.type != "cuda":
@@ -315,11 +340,12 @@ def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
     vision = model.config.vision
     grid = (-(-options.max_encoder_tokens // 1024), 32 * vision.merge_size, 32 * vision.merge_size)
     pixels = (math.prod(grid), vision.patch_dim)
-    features = model.encode_images(torch.zeros(pixels, dtype=model.dtype, device=device), [grid])
-    places = torch.arange(options.max_prefill_tokens, device=device)
+    places = torch.arange(options.max_prefill_tokens + options.max_num_seqs, device=device)
     segments = Segments.build([len(places)], device=device)
-    logit_rows = places[: options.max_num_seqs]
-    model(Batch(torch.zeros_like(places), places.expand(3, -1), segments, logit_rows=logit_rows)).float().softmax(-1)
+    step = Batch(torch.zeros_like(places), places.expand(3, -1), segments, logit_rows=places[: options.max_num_seqs])
+    with instead_of_launching(lambda *_: None):
+        features = model.encode_images(torch.zeros(pixels, dtype=model.dtype, device=device), [grid])
+        model(step).float().softmax(-1)
     step_bytes = torch.cuda.max_memory_allocated(device) - before
     del features
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Logits to tokens: penalties, temperature, truncation, one draw per sequence; and log-probabilities.
+"""Logits to tokens: constraints, penalties, temperature, truncation, one draw per sequence; and log-probabilities.
 
 A greedy row depends on its logits alone, and one with a seed also on its own generator, so neither depends on the rest
 of the batch. Rows without a seed share the engine's generator.
@@ -19,8 +19,11 @@ from qwen3vl_moe.ops.transfer import to_device
 TokenLogprob = tuple[int, float, int]  # token id, natural log-probability, rank
 
 
-def sample(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Generator) -> Tensor:
-    """The next token of each sequence, int64 [R], on the device of the logits.
+def sample(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The next token of each sequence, int64 [R], and its highest logit, fp32 [R], on the device of the logits.
+
+    The highest logit is finite unless the row holds a NaN or an infinity, or the constraints leave no token: the token
+    then means nothing. It is for the host to look at, once it reads the tokens anyway.
 
     Args:
         logits_RV: of each sequence's last token, any floating dtype.
@@ -28,17 +31,22 @@ def sample(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Genera
         generator: random numbers, on the same device, for sequences without a generator of their own.
     """
     logits_RV = logits_RV.float()
-    penalised = [row for row, sequence in enumerate(sequences) if sequence.params.penalised]
-    if penalised:
+    edited = [row for row, s in enumerate(sequences) if s.constraints is not None or s.params.penalised]
+    if edited:
         logits_RV = logits_RV.clone()  # the caller's logits stay raw: log-probabilities are taken from them
-        for row in penalised:
-            _penalise(logits_RV[row], sequences[row])
-    tokens_R = logits_RV.argmax(-1)
+        for row in edited:
+            sequence = sequences[row]
+            if sequence.constraints is not None:
+                sequence.constraints.apply(logits_RV[row], sequence.output_ids)
+            if sequence.params.penalised:
+                _penalise(logits_RV[row], sequence)
+    tokens_R = logits_RV.argmax(-1)  # of a row with a NaN, the NaN's place
+    highest_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
     drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
     if drawn:
         rows = to_device(torch.tensor(drawn), logits_RV.device)
         tokens_R[rows] = _draw(logits_RV[rows], [sequences[row] for row in drawn], generator)
-    return tokens_R
+    return tokens_R, highest_R
 
 
 def _penalise(logits_V: Tensor, sequence: Sequence) -> None:

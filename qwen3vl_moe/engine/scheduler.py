@@ -75,6 +75,15 @@ class Scheduler:
             self.waiting.remove(sequence)
         self.cache.release(sequence.block_table)
 
+    def begin_again(self, sequences: list[Sequence]) -> None:
+        """Know these sequences only, all of them waiting, and no blocks but those that can be found."""
+        self.waiting = deque(sequences)  # first, so that each is in one of the two at any time
+        self.running = []
+        for sequence in sequences:
+            sequence.block_table = []
+            sequence.reset()
+        self.cache.release_all()
+
     def schedule(self) -> list[Chunk]:
         """The next step; empty only when there is nothing left to do."""
         self._make_room()
@@ -108,7 +117,8 @@ class Scheduler:
             sequence = self.waiting[0]
             if not self._admit(sequence, coming):
                 break
-            self.running.append(self.waiting.popleft())
+            self.running.append(sequence)
+            self.waiting.popleft()
             take(sequence)
         return chunks
 
@@ -121,7 +131,7 @@ class Scheduler:
         """
         live = [chunk for chunk in chunks if not chunk.sequence.finished]
         going = [chunk for chunk in live if not chunk.sequence.ends_next]
-        if len(live) < len(self.running) or not all(c.samples and not c.sequence.params.needs_history for c in live):
+        if len(live) < len(self.running) or not all(c.samples and not c.sequence.needs_history for c in live):
             return []
         if self.waiting and (len(going) < len(live) or self._has_room_for(self.waiting[0])):
             return []
@@ -191,7 +201,8 @@ class Scheduler:
             if self.cache.grow(sequence.block_table, len(sequence.token_ids)):
                 number += 1
                 continue
-            youngest = self.running.pop()
+            youngest = self.running[-1]
+            self.waiting.appendleft(youngest)
+            self.running.pop()
             self.cache.release(youngest.block_table)
             youngest.reset()
-            self.waiting.appendleft(youngest)

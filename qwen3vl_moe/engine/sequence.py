@@ -1,4 +1,4 @@
-"""One request, from its prompt to its last token."""
+"""One answer to a request, from its prompt to its last token."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qwen3vl_moe.engine.calls import Call
+from qwen3vl_moe.engine.constraints import Constraints
 from qwen3vl_moe.engine.detokenizer import TextStream
 from qwen3vl_moe.engine.kv_cache import block_key
 from qwen3vl_moe.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from qwen3vl_moe.engine.params import SamplingParams
+from qwen3vl_moe.errors import UserError
 from qwen3vl_moe.inputs.processor import ImageInput, Prompt
 from qwen3vl_moe.model import VisionFeatures
 
 
 @dataclass(eq=False)
 class Sequence:
-    """State of one request.
+    """State of one answer; a request has ``params.n`` of them.
 
     Prompt and answer are one list of tokens; the first ``num_computed`` of them are in the cache. A step computes the
     next few: a piece of the prompt, the last token alone, or (after a preemption) all of them again. When none is
@@ -26,13 +29,17 @@ class Sequence:
     beginning that the cache already holds just makes it start further on.
 
     Attributes:
-        request_id: unique within the engine.
+        request_id: unique within the engine, but for the answers of one request.
         prompt: token ids, positions, images.
         params: complete sampling parameters.
         max_len: most tokens of prompt and answer together.
         eos_token_ids: tokens that end the answer (empty with ignore_eos).
         text: the answer's text so far.
         generator: random numbers of a request with a seed, else None.
+        index: which of the request's answers this is.
+        constraints: what the request asks of single tokens; None: nothing.
+        call: who waits for it, if it is given up with that call.
+        error: what ended the answer before its time; None: nothing did.
         token_ids: prompt, then answer.
         num_computed: how many of them are in the cache.
         block_table: cache blocks in order.
@@ -51,6 +58,10 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    index: int = 0
+    constraints: Constraints | None = None
+    call: Call | None = None
+    error: UserError | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt.token_ids)
@@ -82,6 +93,16 @@ class Sequence:
         """Whether the next token is the last one, whatever it is."""
         num_tokens = len(self.token_ids) + 1
         return num_tokens - self.num_prompt_tokens == self.params.max_tokens or num_tokens >= self.max_len
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether a step has to know the answer so far: penalties count it, log-probabilities are read with it."""
+        params, constraints = self.params, self.constraints
+        return (
+            params.penalised
+            or params.logprobs is not None
+            or (constraints is not None and constraints.needs_history(len(self.token_ids) - self.num_prompt_tokens))
+        )
 
     def positions(self, start: int, stop: int) -> Tensor:
         """M-RoPE positions [3, stop - start] (int64, CPU) of a span of tokens."""
@@ -134,6 +155,22 @@ class Sequence:
         self.num_computed = 0
         self.metrics.num_preemptions += 1
 
+    def rewind(self, num_output: int, vocabulary: int) -> None:
+        """Go back to the first ``num_output`` tokens of the answer, none of which has ended it, with nothing computed.
+
+        The generator has drawn a row of ``vocabulary`` numbers for each of them.
+        """
+        del self.token_ids[self.num_prompt_tokens + num_output :], self.logprobs[num_output:]
+        self._block_keys = []
+        self.text.clear()
+        for number, token_id in enumerate(self.output_ids, start=1):
+            self.text.push(token_id, may_stop=number > (self.params.min_tokens or 0))
+        if self.generator is not None:
+            self.generator.manual_seed(self.params.seed or 0)
+            row = torch.empty(vocabulary, device=self.generator.device)
+            for _ in range(num_output):
+                row.exponential_(generator=self.generator)
+
     def append(self, token_id: int, logprobs: dict[int, Logprob] | None) -> None:
         """Take the next token of the answer, and end the answer if it has to."""
         if self.metrics.first_token_time is None:
@@ -143,26 +180,35 @@ class Sequence:
         if logprobs is not None:
             self.logprobs.append(logprobs)
 
-        if token_id in self.eos_token_ids:
-            self.finish("stop")
-        elif token_id in (self.params.stop_token_ids or ()):
-            self.finish("stop", token_id)
-        elif (stop := self.text.push(token_id)) is not None:
+        may_stop = len(self.token_ids) - self.num_prompt_tokens > (self.params.min_tokens or 0)
+        is_eos = token_id in self.eos_token_ids
+        if may_stop and (is_eos or token_id in (self.params.stop_token_ids or ())):
+            if self.params.include_stop_str_in_output:
+                self.text.push(token_id, may_stop=False)
+            self.finish("stop", None if is_eos else token_id)
+        elif (stop := self.text.push(token_id, may_stop)) is not None:
             self.finish("stop", stop)
         elif is_last:
             self.finish("length")
 
+    def fail(self, error: UserError) -> None:
+        """End the answer by an error, which the caller gets in its place."""
+        self.error = error
+        self.finish("error")
+
     def finish(self, reason: str, stop: int | str | None = None) -> None:
-        self.finish_reason, self.stop_reason = reason, stop
-        self.metrics.finished_time = time.time()
         self.text.flush()
+        self.metrics.finished_time = time.time()
+        # The reason last: interrupted before it, the answer has not finished, and its last token is taken back.
+        self.stop_reason = stop
+        self.finish_reason = reason
 
     def output(self) -> RequestOutput:
         """The answer so far; ``new_text`` is what this call adds to the one before it."""
         text, asked = self.text.text, self.params.logprobs is not None
         token_ids = self.output_ids
         completion = CompletionOutput(
-            index=0,
+            index=self.index,
             text=text,
             new_text=text[self._shown :],
             token_ids=token_ids,
@@ -185,4 +231,5 @@ class Sequence:
             finished=self.finished,
             metrics=self.metrics,
             num_image_tokens=sum(image.num_tokens for image in self.prompt.images),
+            num_cached_tokens=self.metrics.num_cached_tokens,
         )

@@ -28,6 +28,7 @@ from qwen3vl_moe.inputs.tokenizer import (
     IMAGE_PAD,
     IMAGE_PLACEHOLDER,
     VISION_TOKENS,
+    begins_too_long,
     bytes_per_token,
     check_tokens,
     encode,
@@ -177,6 +178,7 @@ class Processor:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        keep_last: int | None = None,
     ) -> Prompt:
         """The prompt that asks for the next answer in a conversation.
 
@@ -187,6 +189,7 @@ class Processor:
             add_generation_prompt: end with the header of the assistant's next message.
             continue_final_message: end within the last message, which the answer goes on with; it has to be the
                 assistant's, and ``add_generation_prompt`` has to be False.
+            keep_last: at most so many of the prompt's last tokens are kept; None keeps all.
 
         Raises:
             PromptError: the conversation or one of its images cannot be used, or it is longer than ``max_model_len``.
@@ -195,9 +198,9 @@ class Processor:
         text, images = self._render(
             messages, tools, chat_template_kwargs, add_generation_prompt, continue_final_message
         )
-        return self._build(text, self._encode(text), images, self.image_settings)
+        return self._build(text, self._encode(text), images, self.image_settings, keep_last=keep_last)
 
-    def prompt(self, prompt: str | Sequence[int] | Mapping[str, Any]) -> Prompt:
+    def prompt(self, prompt: str | Sequence[int] | Mapping[str, Any], *, keep_last: int | None = None) -> Prompt:
         """A prompt without a chat template.
 
         Args:
@@ -208,15 +211,18 @@ class Processor:
                 ``"text_token_ids": ids``, beside these or alone, are tokens that follow and that are text whatever
                 they spell: an answer that is fed back, where an image's placeholder stands for no image.
                 ``"mm_processor_kwargs"`` bounds this prompt's images: min_pixels and max_pixels, or size.
+            keep_last: at most so many of the prompt's last tokens are kept; None keeps all.
 
         Raises:
             PromptError: the prompt or one of its images cannot be used, or it is longer than ``max_model_len``.
         """
         parts = split_prompt(prompt)
+        if keep_last is not None and not parts.images:
+            parts = parts.last(keep_last)
         settings, text_ids = parts.settings(self.image_settings), self._check_ids(parts.text_ids)
         if isinstance(parts.body, str):
-            return self._build(parts.body, self._encode(parts.body), parts.images, settings, text_ids)
-        return self._build(None, self._check_ids(parts.body), parts.images, settings, text_ids)
+            return self._build(parts.body, self._encode(parts.body), parts.images, settings, text_ids, keep_last)
+        return self._build(None, self._check_ids(parts.body), parts.images, settings, text_ids, keep_last)
 
     def _render(
         self,
@@ -248,10 +254,11 @@ class Processor:
 
     def _encode(self, text: str) -> list[int]:
         limit = self.max_model_len
-        # Making tokens takes 250 times the memory of the text: one that cannot fit is refused by its bytes.
+        # Making tokens takes 250 times the memory of the text: one that cannot fit is refused before, by its bytes or,
+        # where tokens may be long, by its beginning.
         if limit is not None and 4 * len(text) > limit:  # else it has not even as many bytes
-            most = self._bytes_per_token
-            if most is not None and is_longer(self.tokenizer, text, most * limit):
+            most, tokenizer = self._bytes_per_token, self.tokenizer
+            if (most and is_longer(tokenizer, text, most * limit)) or begins_too_long(tokenizer, text, limit):
                 raise PromptError(
                     f"the prompt has {len(text)} characters, which are more tokens than max_model_len={limit}; "
                     "shorten it or raise max_model_len"
@@ -270,7 +277,10 @@ class Processor:
         requests: list[ImageRequest],
         settings: ImageSettings,
         text_ids: Sequence[int] = (),
+        keep_last: int | None = None,
     ) -> Prompt:
+        if keep_last is not None and not requests:
+            ids = ids[max(0, len(ids) + len(text_ids) - keep_last) :]
         if not ids and not text_ids:
             raise PromptError("the prompt is empty: at least one token is needed")
         runs = find_placeholders(ids, self.config)
@@ -295,6 +305,11 @@ class Processor:
                     f"{image.where} has {stop - start} {IMAGE_PAD} tokens in the prompt; write one, or as many as the "
                     f"image has tokens ({count})"
                 )
+        total = text_tokens + sum(counts)
+        if keep_last is not None and total > keep_last:
+            raise PromptError(
+                f"truncate_prompt_tokens={keep_last} would cut a prompt with images, which has {total} tokens"
+            )
         self._check_length(text_tokens, counts, opened, settings)
         prepared = side_by_side(
             lambda each: self._prepare(*each, settings), list(zip(opened, sizes, counts, strict=True))

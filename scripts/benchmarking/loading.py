@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarking.tiny import write_processor_dir
 from qwen3vl_moe import LLM, Qwen3VLMoe, Qwen3VLMoeConfig
-from qwen3vl_moe.engine.params import GenerationDefaults
+from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.inputs.processor import Processor
 from qwen3vl_moe.weights import resolve

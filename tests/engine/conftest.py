@@ -11,7 +11,7 @@ from PIL import Image
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine import LLM
-from qwen3vl_moe.engine.params import GenerationDefaults
+from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.inputs.processor import IMAGE_PLACEHOLDER, Processor
 from qwen3vl_moe.model import Qwen3VLMoe
 

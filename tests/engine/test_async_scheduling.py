@@ -3,7 +3,7 @@
 import pytest
 
 from qwen3vl_moe.engine import SamplingParams
-from qwen3vl_moe.engine.params import GenerationDefaults
+from qwen3vl_moe.engine.defaults import GenerationDefaults
 from tests.engine.conftest import PROMPTS, check_leaks
 
 TEXT = "Hello, how are you today?"

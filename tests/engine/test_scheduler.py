@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.detokenizer import TextStream
 from qwen3vl_moe.engine.kv_cache import KVCache, bytes_per_block, plan_cache
+from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.outputs import RequestMetrics
-from qwen3vl_moe.engine.params import EngineOptions, GenerationDefaults, SamplingParams
+from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.engine.runner import _prompt_logprob_span
 from qwen3vl_moe.engine.scheduler import Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
@@ -41,7 +43,7 @@ def make_sequence(pieces, num_output, prompt_logprobs=None, eos=()):
         params=GenerationDefaults().complete(SamplingParams(max_tokens=num_output, prompt_logprobs=prompt_logprobs)),
         max_len=len(token_ids) + num_output,
         eos_token_ids=frozenset(eos),
-        text=TextStream(lambda token_id: b""),
+        text=TextStream(None),
         generator=None,
         metrics=RequestMetrics(arrival_time=0.0),
     )

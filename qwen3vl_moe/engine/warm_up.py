@@ -1,0 +1,96 @@
+"""Every kernel that a step may launch, compiled before the first request, so that none compiles while serving.
+
+Which kernels a step launches depends on how many tokens it has, on whether sequences decode or read their prompts, on
+whether these have a past, and on nothing else that changes from step to step. So a walk through a few steps of each
+kind, of sizes that stand for all, meets every kernel. Nothing is computed: the launches only compile.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qwen3vl_moe.engine.options import EngineOptions
+from qwen3vl_moe.model import Batch, Qwen3VLMoe
+from qwen3vl_moe.ops import Segments, cut_patches
+from qwen3vl_moe.ops.dispatch import takes_kernels
+from tma_moe.launcher import compile_ahead
+
+_IMAGE_SIDES = (4, 32)  # in merged patches: of each of the two ways in which the tower's rotation is launched
+
+
+def step_sizes(model: Qwen3VLMoe, most: int) -> list[int]:
+    """Numbers of tokens that stand for all steps of up to ``most``.
+
+    The experts' kernels change where their tiles do; all others where tokens pass some power of two.
+    """
+    powers = [1 << i for i in range(most.bit_length())]
+    if model.moe != "tma":
+        return [*powers, most]
+    from tma_moe.recipe import call_ends
+
+    layer = next(layer.moe for layer in model.text.layers)
+    return sorted({*powers, *call_ends(layer.experts, model.config.text.experts_per_token, most)})
+
+
+def steps(sizes: list[int], max_num_seqs: int, block_size: int, device: torch.device) -> Iterator[Batch]:
+    """Steps of every kind and size: prompts from their beginning; prompts with a past; and decoding.
+
+    The last two are as graphs have them: padded, with slots of 32 bits.
+    """
+    for T in sizes:
+        kinds = [((T,), (T,), False), ((T,), (T + 1,), True)]
+        if max_num_seqs >= T:
+            kinds.append(((1,) * T, (2,) * T, True))
+        for q_lens, kv_lens, in_graph in kinds:
+            zeros_T = torch.zeros(T, dtype=torch.int64, device=device)
+            tables = torch.zeros(len(q_lens), -(-kv_lens[0] // block_size), dtype=torch.int32, device=device)
+            yield Batch(
+                input_ids_T=zeros_T,
+                positions_3T=zeros_T.expand(3, -1),
+                segments=Segments.build(q_lens, kv_lens, device, tables, block_size),
+                slots_T=zeros_T.int() if in_graph else zeros_T,
+                logit_rows=zeros_T[:max_num_seqs],
+                padding_T=zeros_T > 0 if in_graph else None,
+            )
+
+
+@torch.inference_mode()
+def compile_kernels(model: Qwen3VLMoe, cache: Tensor, options: EngineOptions, progress: bool) -> None:
+    """Compile what any step of these options may launch; nothing on a CPU.
+
+    Args:
+        cache: [L, 2, blocks, block_size, G, D]; neither read nor written.
+        progress: show a bar.
+    """
+    if not takes_kernels(model.lm_head.weight):
+        return
+    lock = threading.Lock()
+    with tqdm(desc="compiling kernels", disable=not progress) as bar:
+
+        def report(done: int, asked: int) -> None:
+            with lock:
+                bar.total, bar.n = asked, done
+                bar.refresh()
+
+        with compile_ahead(report):
+            walk(model, cache, options)
+
+
+def walk(model: Qwen3VLMoe, cache: Tensor, options: EngineOptions) -> None:
+    """Launch, whatever launching means here, every kernel that a step or an image may need."""
+    most = options.max_prefill_tokens + options.max_num_seqs
+    # The largest first, whose kernels take longest to compile.
+    for step in steps(step_sizes(model, most)[::-1], options.max_num_seqs, cache.shape[3], model.device):
+        model(step, cache)
+    vision = model.config.vision
+    sides = vision.patch_size, vision.merge_size, vision.temporal_patch_size
+    for side in _IMAGE_SIDES:
+        grid = (1, side * vision.merge_size, side * vision.merge_size)
+        pixels = torch.zeros(3 * math.prod(grid) * vision.patch_size**2, dtype=torch.uint8, device=model.device)
+        model.encode_images(cut_patches(pixels, [grid], sides, (0.5,) * 3, (0.5,) * 3, model.dtype), [grid])
