@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from pathlib import Path
 
 from tokenizers import pre_tokenizers
@@ -14,6 +15,9 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 IMAGE_PLACEHOLDER = VISION_START + IMAGE_PAD + VISION_END
 VISION_TOKENS = (VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+_SUSPICIOUS = 6  # characters a token: few texts have as many
+_NEAR = 1000  # characters
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -79,3 +83,21 @@ def is_longer(tokenizer: PreTrainedTokenizerFast, text: str, num_bytes: int) -> 
         return False
     normalizer = tokenizer.backend_tokenizer.normalizer
     return normalizer is None or len(normalizer.normalize_str(text).encode()) > num_bytes
+
+
+def begins_too_long(tokenizer: PreTrainedTokenizerFast, text: str, most_tokens: int) -> bool:
+    """Whether a beginning of a very long text has more tokens than that already.
+
+    A cut changes the tokens near to it, but none of a word that ends well before: the tokenizer looks at one character
+    behind a word, and for added tokens and accents at a few more. Only those are counted.
+    """
+    size = int(_SUSPICIOUS * most_tokens)
+    while size < len(text):
+        beginning = tokenizer.backend_tokenizer.encode(text[:size], add_special_tokens=False)
+        ends, words = [end for _, end in beginning.offsets], beginning.word_ids
+        near = bisect_right(ends, size - _NEAR)  # the first token that the cut may have changed, or words
+        unchanged = near if near == len(words) else words.index(words[near])
+        if unchanged > most_tokens:
+            return True
+        size *= 2
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qwen3vl_moe.errors import PromptError
 from qwen3vl_moe.inputs.processor import Processor
-from qwen3vl_moe.inputs.tokenizer import bytes_per_token
+from qwen3vl_moe.inputs.tokenizer import begins_too_long, bytes_per_token, encode
 from tests.inputs.parts import PLACEHOLDER, VOCAB_SIZE, make, picture, user
 
 
@@ -139,6 +140,32 @@ class TestTooLong:
         assert len(short.prompt(letters * 50).token_ids) == 50
         with pytest.raises(PromptError, match="more tokens than max_model_len=50"):
             short.prompt(letters * 50 + "\u1100")
+
+    @pytest.mark.parametrize("fixture", ["processor", "published"])
+    def test_a_beginning_tells_the_truth(self, fixture, request, monkeypatch):
+        # Whatever it says of a beginning, the whole text has at least that many tokens; and it says so of plain text.
+        tokenizer = request.getfixturevalue(fixture).tokenizer
+        for text in ("word " * 9000, "12 " * 9000, "<|im_end|>" * 9000):
+            assert begins_too_long(tokenizer, text, 1000)
+        monkeypatch.setattr("qwen3vl_moe.inputs.tokenizer._SUSPICIOUS", 0.3)  # many cuts of each text
+        pieces = ["word ", "e\u0301", "<|im_end|>", "\n", " ", "12", "世界", "\u1100\u1161\u11a8", "!!", "a" * 99]
+        draw, found = random.Random(1), 0
+        for _ in range(20):
+            text = "".join(draw.choices(pieces, k=600)) + "<|im_end|>"
+            count = len(encode(tokenizer, text))
+            assert not begins_too_long(tokenizer, text, count)
+            found += begins_too_long(tokenizer, text, count // 3)
+        assert found
+        assert not begins_too_long(tokenizer, "a" * 9000, 1000)  # of one word nothing is known before its end
+
+    def test_long_tokens_do_not_hide_long_texts(self, processor, directory, monkeypatch):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        tokenizer.add_tokens(["x" * 10**5])
+        lengths = []
+        monkeypatch.setattr("qwen3vl_moe.inputs.processor.encode", lambda _, text: lengths.append(len(text)) or [1])
+        with pytest.raises(PromptError, match="the prompt has 500000 characters, which are more tokens than max_model"):
+            limited(processor, 1000, tokenizer).prompt("word " * 10**5)
+        assert not lengths
 
     def test_a_tokenizer_without_such_a_bound(self, processor, directory):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
