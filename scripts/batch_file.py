@@ -91,31 +91,38 @@ def read_requests(path: Path, defaults: SamplingParams, settings: Mapping[str, A
     first_with: dict[str | int, int] = {}
     try:
         check_regular(path, UserError, most=MAX_FILE_BYTES)
-        file = open(path, "rb")  # noqa: SIM115  closed below
+        with open(path, "rb") as file:
+            for number, line in enumerate(lines_of(file), start=1):
+                if line := line.removeprefix(b"\xef\xbb\xbf").strip():
+                    requests.append(_request(len(requests), number, line, common, defaults, path.parent, first_with))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    with file:
-        for number, line in enumerate(lines_of(file), start=1):
-            line = line.removeprefix(b"\xef\xbb\xbf").strip()
-            if not line:
-                continue
-            fingerprint = hashlib.sha256(common + b"\n" + line).hexdigest()[:16]
-            name = conversation = error = None
-            params = defaults
-            try:
-                content = _parse(line)
-                name = _id(content)
-                if name is not None and first_with.setdefault(name, number) != number:
-                    raise PromptError(f"the id {name!r} is that of line {first_with[name]} too; ids are unique")
-                _check_keys(content, line)
-                conversation = _conversation(content, path.parent)
-                params = replace(defaults, **_sampling(content))
-            except Exception as problem:  # whatever is wrong with a line is wrong with that line alone
-                name = _salvaged_id(line) if name is None else name
-                kind = "" if isinstance(problem, UserError) else f"it cannot be used: {type(problem).__name__}: "
-                conversation, error = None, one_line(f"line {number}: {kind}{problem}")
-            requests.append(FileRequest(len(requests), name, fingerprint, conversation, params, error))
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     return requests
+
+
+def _request(
+    index: int,
+    number: int,
+    line: bytes,
+    common: bytes,
+    defaults: SamplingParams,
+    folder: Path,
+    first_with: dict[str | int, int],
+) -> FileRequest:
+    fingerprint = hashlib.sha256(common + b"\n" + line).hexdigest()[:16]
+    name = None
+    try:
+        content = _parse(line)
+        name = _id(content)
+        if name is not None and first_with.setdefault(name, number) != number:
+            raise PromptError(f"the id {name!r} is that of line {first_with[name]} too; ids are unique")
+        _check_keys(content, line)
+        params = replace(defaults, **_sampling(content))
+        return FileRequest(index, name, fingerprint, _conversation(content, folder), params)
+    except Exception as problem:  # whatever is wrong with a line is wrong with that line alone
+        name = _salvaged_id(line) if name is None else name
+        kind = "" if isinstance(problem, UserError) else f"it cannot be used: {type(problem).__name__}: "
+        return FileRequest(index, name, fingerprint, None, defaults, one_line(f"line {number}: {kind}{problem}"))
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes]:
