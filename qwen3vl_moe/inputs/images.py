@@ -272,7 +272,7 @@ def cut_patches(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype 
 
     Args:
         pixels: of :func:`copy_pixels`.
-        pictures: at least one, all of the same settings.
+        pictures: at least one; their settings differ at most in the bounds of the size.
         dtype: of the result; the arithmetic is fp32.
     """
     settings = pictures[0].settings
