@@ -6,6 +6,8 @@ exists.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,6 @@ def cached_attention(
     if not _in_kernels(q_TND):
         return reference.cached_attention(q_TND, segments, layer_cache)
 
-    from qwen3vl_moe.ops.kernels.packed_attention import paged_attention
     from qwen3vl_moe.ops.kernels.paged_decode import paged_decode
 
     # No kernel writes the rows that belong to no segment, and they must not be NaN.
@@ -66,8 +67,19 @@ def cached_attention(
     places = segments.q_starts, segments.kv_starts, segments.block_tables
     paged_decode(q_TND, layer_cache, out_TND, *places)
     if segments.max_q > 1:
-        paged_attention(q_TND, layer_cache, out_TND, *places)
+        _paged_attention(q_TND, layer_cache)(q_TND, layer_cache, out_TND, *places)
     return out_TND
+
+
+def _paged_attention(q_TND: Tensor, layer_cache: Tensor) -> Callable[..., None]:
+    if gluon_attention_problem(q_TND.device) is None:
+        from qwen3vl_moe.ops.kernels.hopper_attention import hopper_paged_attention, takes_cache
+
+        if takes_cache(layer_cache):
+            return hopper_paged_attention
+    from qwen3vl_moe.ops.kernels.packed_attention import paged_attention
+
+    return paged_attention
 
 
 def _in_kernels(q_TND: Tensor) -> bool:

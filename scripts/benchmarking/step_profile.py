@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 # Kernel names by kind, the first that matches; ours are those of kernels/tma_moe and qwen3vl_moe/ops/kernels.
 KINDS = {
-    "attention": r"attend_packed|attend_span|join_spans",
+    "attention": r"hopper_attend|attend_packed|attend_span|join_spans",
     "experts": r"(gemv|weights_m|weights_m_ws|tokens_m_ws)_(up|down)",
     "routing and combine": r"route_topk|group_few|count_pairs|group_many|^combine",
     "norms and rotation": r"add_norm|norm_rotate_store",

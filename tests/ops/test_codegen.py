@@ -21,6 +21,7 @@ from qwen3vl_moe.ops.kernels import (
     rotation,
 )
 from tests.kernels.codegen import GPUTarget, compile_for_hopper
+from tma_moe.launcher import instead_of_launching
 
 BF16, FP32, INT32 = (torch.empty(16, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.int32))
 
@@ -101,13 +102,13 @@ def test_patches_and_positions():
 
 
 def test_paged_decode():
-    arguments = (BF16, INT32, BF16, BF16, INT32, INT32, FP32, FP32, 256, 0.1)
+    arguments = (BF16, INT32, BF16, BF16, INT32, INT32, FP32, FP32, BF16, 256, 64, 0.1)
     constants = (16, 32, 4, 128, 16, 128, paged_decode._TOKENS)
     made = compile_for_hopper(paged_decode._attend_span, arguments, constants, {"num_warps": 4, "num_stages": 2})
     assert made.spilled == 0
     assert made.count("mma.sync") > 0
-    arguments = (FP32, FP32, BF16, INT32, INT32, 32)
-    constants = (32, 128, 128, paged_decode._MOST_SPANS, paged_decode._TOKENS)
+    arguments = (FP32, FP32, BF16, INT32, INT32, 32, 64)
+    constants = (32, 128, 128, paged_decode._TOGETHER, paged_decode._TOKENS)
     made = compile_for_hopper(paged_decode._join_spans, arguments, constants, {"num_warps": 2})
     assert made.spilled == 0
 
@@ -139,18 +140,28 @@ def test_packed_attention(heads, width, causal, tile, block_size):
 
 
 @pytest.mark.parametrize(
-    ("heads", "width", "causal"), [((32, 4), 128, True), ((16, 16), 72, False)], ids=["decoder", "vision"]
+    ("heads", "width", "causal", "block_size"),
+    [((32, 4), 128, True, 0), ((16, 16), 72, False, 0), ((32, 4), 128, True, 16), ((32, 4), 128, True, 64)],
+    ids=["decoder", "vision", "cache", "cache-of-large-blocks"],
 )
-def test_hopper_attention(heads, width, causal):
-    (N, G), dtype = heads, torch.bfloat16
-    q, k = (torch.empty(300, n, width, dtype=dtype, device="meta") for n in (N, G))
-    widths, kept, _ = hopper_attention._launch(torch.device("meta"), dtype, N, G, width, causal)
-    descriptors = [d for x in (q, k, k) for d in hopper_attention._descriptors(x, widths)]
-    arguments = (*descriptors, BF16, INT32, INT32, 3, 0.1)
-    made = compile_for_hopper(hopper_attention.attend_packed, arguments, kept.constants, kept.options)
+def test_hopper_attention(monkeypatch, heads, width, causal, block_size):
+    (N, G), dtype, meta = heads, torch.bfloat16, torch.device("meta")
+    q, k = (torch.empty(300, n, width, dtype=dtype, device=meta) for n in (N, G))
+    starts = torch.empty(4, dtype=torch.int32, device=meta)
+    seen = {}
+    with instead_of_launching(lambda launch, grid, args: seen.update(launch=launch, args=args)):
+        if block_size:
+            cache = torch.empty(2, 20, block_size, G, width, dtype=dtype, device=meta)
+            tables = torch.empty(3, 7, dtype=torch.int32, device=meta)
+            hopper_attention.hopper_paged_attention(q, cache, torch.empty_like(q), starts, starts, tables)
+        else:
+            hopper_attention.hopper_attention(q, k, k, starts, starts, causal=causal)
+    kept = seen["launch"]
+    made = compile_for_hopper(kept.kernel, seen["args"], kept.constants, kept.options)
     assert made.count("wgmma.mma_async") > 0
     assert made.count("mma.sync") == 0
-    assert made.count("cp.async.bulk.tensor") >= 3
+    # Of a block of keys in the cache 8 pages in two halves each, and as many of values.
+    assert made.count("cp.async.bulk.tensor") >= (32 if block_size else 3)
     assert made.shared <= 232_448
     # A few bytes are spilled by the compiler of triton 3.9, none by that of 3.6.
-    assert made.spilled <= 16
+    assert made.spilled <= (48 if block_size else 16)

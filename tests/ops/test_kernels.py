@@ -124,13 +124,13 @@ def test_norm_rotate_and_store(dtype, heads, width, with_norm, with_cache, T):
             assert cached[others].isnan().all()
 
 
-def paged(q_lens, kv_lens, heads, width, dtype):
-    """Queries, keys and values of sequences, and the same keys in a scattered cache of blocks of 16 tokens."""
+def paged(q_lens, kv_lens, heads, width, dtype, block_size=16):
+    """Queries, keys and values of sequences, and the same keys in the scattered blocks of a cache."""
     (N, G), S = heads, len(kv_lens)
-    blocks = -(-max(kv_lens) // 16)
+    blocks = -(-max(kv_lens) // block_size)
     tables = torch.randperm(S * blocks).view(S, blocks).int().to(DEVICE)
-    segments = Segments.build(q_lens, kv_lens, DEVICE, tables, 16)
-    cache = torch.full((2, S * blocks, 16, G, width), torch.nan, device=DEVICE, dtype=dtype)
+    segments = Segments.build(q_lens, kv_lens, DEVICE, tables, block_size)
+    cache = torch.full((2, S * blocks, block_size, G, width), torch.nan, device=DEVICE, dtype=dtype)
     k_rows, v_rows = cache.flatten(1, 2)
     rows = segments.cache_rows_U
     q = torch.randn(sum(q_lens), N, width, device=DEVICE, dtype=dtype)
@@ -149,6 +149,7 @@ def paged(q_lens, kv_lens, heads, width, dtype):
     [
         ([1], [1]),
         ([1, 1, 1, 1, 1], [3, 64, 65, 1, 130]),
+        ([1, 1], [2000, 700]),  # more passes than spans
         ([1, 20, 1, 0, 35], [70, 20, 5, 0, 90]),
         *([([1, 700, 300], [2000, 700, 900])] if ON_GPU else []),
     ],
@@ -247,6 +248,36 @@ def test_hopper_attention(dtype, causal, heads, width, q_lens, kv_lens):
         k[first:], v[first:] = torch.nan, torch.nan
         again = hopper_attention(q, k, v, segments.q_starts, segments.kv_starts, causal=causal)
         assert torch.equal(again[: q_lens[0]], ours[: q_lens[0]])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens"),
+    [
+        ([2], [2]),
+        ([63, 0, 64, 1, 65, 127, 128, 129], [63, 0, 640, 5, 65, 130, 1280, 1000]),
+        ([1] * 150 + [700, 1, 300, 1], [*range(1, 151), 2000, 70, 900, 1]),
+        ([5], [4001]),
+    ],
+)
+def test_hopper_attention_over_the_cache(dtype, block_size, q_lens, kv_lens):
+    """What nobody has written into the cache is NaN here, and decoding sequences' rows are left alone."""
+    from qwen3vl_moe.ops.kernels.hopper_attention import hopper_paged_attention, takes_cache
+
+    q, k, v, segments, cache, tables = paged(q_lens, kv_lens, (8, 2), 128, dtype, block_size)
+    assert takes_cache(cache)
+    ours = torch.full_like(q, torch.nan)
+    hopper_paged_attention(q, cache, ours, segments.q_starts, segments.kv_starts, tables)
+    singles = torch.cat([torch.full((n,), n == 1) for n in q_lens]).to(DEVICE)
+    assert torch.equal(ours.isnan().any(2).any(1), singles)
+    full = Segments.build([n for n in q_lens if n], [n for n in kv_lens if n], DEVICE)
+    exact, plain = (
+        plain_attention(q.to(kind), k.to(kind), v.to(kind), full, causal=True) for kind in (torch.float64, dtype)
+    )
+    within_rounding(ours[~singles], exact[~singles], plain[~singles])
 
 
 @runs_kernels

@@ -1,8 +1,9 @@
-"""Attention of packed sequences on Hopper: flash attention with one job per group of warps, in Gluon.
+"""Attention of many queries on Hopper: flash attention with one job per group of warps, in Gluon.
 
 After FlashAttention-3 (Shah et al., arXiv 2407.08608): the split into a producer and two consumers (section 3.1), and
 the softmax of one block of keys under the products of the next (section 3.2). Written for this model: sequences packed
-one after the other, grouped queries, head widths 128 (decoder) and 72 (vision tower).
+one after the other, grouped queries, head widths 128 (decoder) and 72 (vision tower). Keys and values are packed like
+the queries, or lie in the blocks of the cache (hopper_attention_copies.py).
 
 **One program** has a multiprocessor to itself and takes one tile after the other until none is left ("persistent"), so
 that the copies for the next tile run under the end of this one. A tile is 128 queries of one head of one sequence::
@@ -56,6 +57,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from qwen3vl_moe.ops.kernels.hopper_attention_copies import (
+    PAGE,
+    load_pages,
+    load_rows,
+    page_ring,
+    page_rows,
+    rings,
+)
 from qwen3vl_moe.ops.kernels.hopper_attention_tile import (
     KEYS,
     QUERIES,
@@ -68,74 +77,21 @@ from qwen3vl_moe.ops.kernels.hopper_attention_tile import (
     store,
     wait_for_values,
 )
+from qwen3vl_moe.ops.kernels.hopper_attention_walk import find_tile, first_with_tiles, span_of
 from qwen3vl_moe.ops.kernels.launch import softmax_scale
-from tma_moe.gluon_parts import make_barriers, tma_load
+from tma_moe.gluon_parts import make_barriers
 from tma_moe.launcher import Launch, current_stream, device_guard
 
 
 @gluon.jit
-def _tiles_of(q_starts_ptr, s, S):
-    """How many tiles of queries sequence s has; none past the last sequence."""
-    inside = s < S
-    stop = gl.load(q_starts_ptr + s + 1, mask=inside, other=0)
-    return (stop - gl.load(q_starts_ptr + s, mask=inside, other=0) + QUERIES - 1) // QUERIES
-
-
-@gluon.jit
-def _find(q_starts_ptr, S, place, s, base):
-    """The sequence that tile `place` (of all sequences', counted through) lies in, its first tile, and its tiles.
-
-    Looked for from sequence s on, whose first tile is `base`: a program's tiles only go up. Lengths are on the device,
-    so that a CUDA graph serves any.
-    """
-    tiles = _tiles_of(q_starts_ptr, s, S)
-    while (s < S) & (base + tiles <= place):
-        base += tiles
-        s += 1
-        tiles = _tiles_of(q_starts_ptr, s, S)
-    return s, base, tiles
-
-
-@gluon.jit
-def _span(q_starts_ptr, kv_starts_ptr, s, base, tiles, place, CAUSAL: gl.constexpr):
-    """Where a tile lies, in rows of the packed tensors.
-
-    Returns: the sequence's first query row, the end of its query rows, its first key row, its number of keys; then of
-    the tile: its first query, counted within the sequence, and how many blocks of keys any of its queries sees.
-    """
-    q_start, q_stop = gl.load(q_starts_ptr + s), gl.load(q_starts_ptr + s + 1)
-    kv_start = gl.load(kv_starts_ptr + s)
-    kv_len = gl.load(kv_starts_ptr + s + 1) - kv_start
-    # The last tile of a causal sequence has the most keys: it starts first.
-    first = (base + tiles - 1 - place) * QUERIES
-    seen = kv_len
-    if CAUSAL:
-        seen = gl.minimum(kv_len, kv_len - (q_stop - q_start) + first + QUERIES)
-    return q_start, q_stop, kv_start, kv_len, first, (seen + KEYS - 1) // KEYS
-
-
-@gluon.jit
-def _load_rows(descs, row, head, barrier, buffers, PARTS: gl.constexpr, WIDTH: gl.constexpr):
-    """Copy 128 rows of one head, from `row` on, into the one or two buffers of its parts; `barrier` hears of it.
-
-    Rows may run past the sequence into the next one's, and are masked later; past the tensor TMA writes zeros.
-    """
-    if PARTS == 1:
-        mbarrier.expect(barrier, descs[0].block_type.nbytes)
-        tma_load(descs[0], [row, head, 0], barrier, buffers[0])
-    else:
-        mbarrier.expect(barrier, descs[0].block_type.nbytes + descs[1].block_type.nbytes)
-        tma_load(descs[0], [row, head, 0], barrier, buffers[0])
-        tma_load(descs[1], [row, head, WIDTH], barrier, buffers[1])
-
-
-@gluon.jit
-def _produce(q, k, v, buffers, barriers, q_starts_ptr, kv_starts_ptr, S, sizes: gl.constexpr):
+def _produce(q, k, v, buffers, barriers, q_starts_ptr, kv_starts_ptr, tables_ptr, table_width, S, sizes: gl.constexpr):
     """The producer's warp: copies for each tile the queries, then block after block keys and values."""
     N: gl.constexpr = sizes[0]
     G: gl.constexpr = sizes[1]
     PARTS: gl.constexpr = sizes[2]
     WIDTH: gl.constexpr = sizes[3]
+    BLOCK_SIZE: gl.constexpr = sizes[6]
+    FEWEST: gl.constexpr = 2 if BLOCK_SIZE > 0 else 1
     q_buffers, k_rings, v_rings = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     STAGES: gl.constexpr = k_full.shape[0]
@@ -143,24 +99,36 @@ def _produce(q, k, v, buffers, barriers, q_starts_ptr, kv_starts_ptr, S, sizes: 
     count = 0  # tiles so far
     # Heads are the inner index: those that share a key/value head run at the same time, and find its keys in L2.
     tile = gl.program_id(0)
-    s, base, tiles = _find(q_starts_ptr, S, tile // N, gl.to_tensor(0), gl.to_tensor(0))
+    s, base, tiles = find_tile(
+        q_starts_ptr, S, tile // N, first_with_tiles(q_starts_ptr, S, FEWEST, 1), gl.to_tensor(0), FEWEST
+    )
     while s < S:
         n = tile % N
-        q_start, _, kv_start, _, first, blocks = _span(q_starts_ptr, kv_starts_ptr, s, base, tiles, tile // N, sizes[4])
+        q_start, _, kv_start, kv_len, first, blocks = span_of(
+            q_starts_ptr, kv_starts_ptr, s, base, tiles, tile // N, sizes[4]
+        )
         mbarrier.wait(q_empty.index(0), (count & 1) ^ 1)
-        _load_rows(q, q_start + first, n, q_full.index(0), stage_of(q_buffers, 0, PARTS), PARTS, WIDTH)
+        load_rows(q, q_start + first, n, q_full.index(0), stage_of(q_buffers, 0, PARTS), PARTS, WIDTH)
         for block in range(blocks):
             stage = step % STAGES
             phase = ((step // STAGES) & 1) ^ 1
-            row = kv_start + block * KEYS
-            mbarrier.wait(k_empty.index(stage), phase)
-            _load_rows(k, row, n // (N // G), k_full.index(stage), stage_of(k_rings, stage, PARTS), PARTS, WIDTH)
-            mbarrier.wait(v_empty.index(stage), phase)
-            _load_rows(v, row, n // (N // G), v_full.index(stage), stage_of(v_rings, stage, PARTS), PARTS, WIDTH)
+            if BLOCK_SIZE > 0:
+                table_at = tables_ptr + s * table_width
+                rows = page_rows(table_at, block * KEYS, kv_len, BLOCK_SIZE)
+                mbarrier.wait(k_empty.index(stage), phase)
+                load_pages(k[0], rows, n // (N // G), k_full.index(stage), k_rings[0], stage)
+                mbarrier.wait(v_empty.index(stage), phase)
+                load_pages(v[0], rows, n // (N // G), v_full.index(stage), v_rings[0], stage)
+            else:
+                row = kv_start + block * KEYS
+                mbarrier.wait(k_empty.index(stage), phase)
+                load_rows(k, row, n // (N // G), k_full.index(stage), stage_of(k_rings, stage, PARTS), PARTS, WIDTH)
+                mbarrier.wait(v_empty.index(stage), phase)
+                load_rows(v, row, n // (N // G), v_full.index(stage), stage_of(v_rings, stage, PARTS), PARTS, WIDTH)
             step += 1
         count += 1
         tile += gl.num_programs(0)
-        s, base, tiles = _find(q_starts_ptr, S, tile // N, s, base)
+        s, base, tiles = find_tile(q_starts_ptr, S, tile // N, s, base, FEWEST)
 
 
 @gluon.jit
@@ -172,6 +140,7 @@ def _consume(
     PARTS: gl.constexpr = sizes[2]
     CAUSAL: gl.constexpr = sizes[4]
     D: gl.constexpr = sizes[5]
+    FEWEST: gl.constexpr = 2 if sizes[6] > 0 else 1
     q_buffers, k_rings, v_rings = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     STAGES: gl.constexpr = k_full.shape[0]
@@ -189,10 +158,12 @@ def _consume(
     step = 0
     count = 0
     tile = gl.program_id(0)
-    s, base, tiles = _find(q_starts_ptr, S, tile // N, gl.to_tensor(0), gl.to_tensor(0))
+    s, base, tiles = find_tile(
+        q_starts_ptr, S, tile // N, first_with_tiles(q_starts_ptr, S, FEWEST, 4), gl.to_tensor(0), FEWEST
+    )
     while s < S:
         n = tile % N
-        q_start, q_stop, _, kv_len, first, blocks = _span(
+        q_start, q_stop, _, kv_len, first, blocks = span_of(
             q_starts_ptr, kv_starts_ptr, s, base, tiles, tile // N, CAUSAL
         )
         query = first + half * 64  # this consumer's first, within the sequence
@@ -254,34 +225,22 @@ def _consume(
             store(out[1], out_ptr, q_start + query, q_stop, n, width_1, N, D)
         count += 1
         tile += gl.num_programs(0)
-        s, base, tiles = _find(q_starts_ptr, S, tile // N, s, base)
+        s, base, tiles = find_tile(q_starts_ptr, S, tile // N, s, base, FEWEST)
 
 
-@gluon.jit
-def _rings(descs, STAGES: gl.constexpr, PARTS: gl.constexpr):
-    """Shared memory for STAGES blocks of each part, in the swizzled layout in which TMA writes and wgmma reads."""
-    # @gluon.jit supports no starred unpacking.
-    shape_1: gl.constexpr = [STAGES] + descs[0].block_type.shape  # noqa: RUF005
-    first = gl.allocate_shared_memory(descs[0].dtype, shape_1, descs[0].layout)
-    if PARTS == 1:
-        return (first,)
-    else:
-        shape_2: gl.constexpr = [STAGES] + descs[1].block_type.shape  # noqa: RUF005
-        second = gl.allocate_shared_memory(descs[1].dtype, shape_2, descs[1].layout)
-        return first, second
-
-
-@gluon.jit(do_not_specialize=["S"])
-def attend_packed(
+@gluon.jit(do_not_specialize=["S", "table_width"])
+def hopper_attend(
     q1,  # descriptor of [T, N, D] in blocks [QUERIES, 1, width of the first part]
     q2,  # the same in blocks of the second part's width, or None
-    k1,  # descriptors of [U, G, D] in blocks [KEYS, 1, width]
+    k1,  # descriptors of [U, G, D] in blocks [KEYS, 1, width]; of the cache's rows in blocks [PAGE, 1, 64]
     k2,
     v1,  # as k
     v2,
     out_ptr,  # [T, N, D], contiguous
     q_starts_ptr,  # int32 [S + 1]
     kv_starts_ptr,  # int32 [S + 1]
+    tables_ptr,  # int32 [S, B] where keys are in the cache
+    table_width,
     S,
     scale,  # 1 / sqrt(D) * log2(e)
     N: gl.constexpr,
@@ -290,22 +249,44 @@ def attend_packed(
     PARTS: gl.constexpr,
     CAUSAL: gl.constexpr,
     STAGES: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,  # of the cache; 0: keys are packed
 ):
-    """out[t, n] = softmax over the keys of t's sequence that it may see. With one part, q2, k2 and v2 are None."""
-    buffers = _rings((q1, q2), 1, PARTS), _rings((k1, k2), STAGES, PARTS), _rings((v1, v2), STAGES, PARTS)
+    """out[t, n] = softmax over the keys of t's sequence that it may see. With one part, q2, k2 and v2 are None.
+
+    Over the cache, sequences with one query are left alone.
+    """
+    if BLOCK_SIZE > 0:
+        buffers = rings((q1, q2), 1, 1), page_ring(k1, STAGES), page_ring(v1, STAGES)
+    else:
+        buffers = rings((q1, q2), 1, PARTS), rings((k1, k2), STAGES, PARTS), rings((v1, v2), STAGES, PARTS)
     q_full, q_empty = make_barriers(1, 1)
     k_full, k_empty = make_barriers(STAGES, 1)
     v_full, v_empty = make_barriers(STAGES, 1)
     barriers = q_full, q_empty, k_full, k_empty, v_full, v_empty
-    sizes: gl.constexpr = (N, G, PARTS, q1.block_type.shape[2], CAUSAL, D)
+    sizes: gl.constexpr = (N, G, PARTS, q1.block_type.shape[2], CAUSAL, D, BLOCK_SIZE)
     gl.warp_specialize(
         [
             (_consume, (gl.constexpr(0), out_ptr, buffers, barriers, q_starts_ptr, kv_starts_ptr, S, scale, sizes)),
             (_consume, (gl.constexpr(1), out_ptr, buffers, barriers, q_starts_ptr, kv_starts_ptr, S, scale, sizes)),
-            (_produce, ((q1, q2), (k1, k2), (v1, v2), buffers, barriers, q_starts_ptr, kv_starts_ptr, S, sizes)),
+            (
+                _produce,
+                (
+                    (q1, q2),
+                    (k1, k2),
+                    (v1, v2),
+                    buffers,
+                    barriers,
+                    q_starts_ptr,
+                    kv_starts_ptr,
+                    tables_ptr,
+                    table_width,
+                    S,
+                    sizes,
+                ),
+            ),
         ],
         [4, 1],  # warps of all but the first, which has the launch's four
-        [240, 24],  # registers per thread, of the same
+        [232, 40] if BLOCK_SIZE > 0 else [240, 24],  # registers per thread, of the same; pages take more to look up
     )
 
 
@@ -313,13 +294,13 @@ ROWS = KEYS.value  # of a TMA block, of queries and of keys
 assert QUERIES.value == ROWS
 
 
-def _descriptors(x_TND: Tensor, widths: tuple[int, ...]) -> list[TensorDescriptor | None]:
+def _descriptors(x_TND: Tensor, widths: tuple[int, ...], rows: int = ROWS) -> list[TensorDescriptor | None]:
     """One descriptor for each of two parts of a head, of which the second may not be needed."""
     shape, strides, bits = list(x_TND.shape), list(x_TND.stride()), 8 * x_TND.element_size()
     found: list[TensorDescriptor | None] = [None, None]
     for part, width in enumerate(widths):
         layout = gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * width), element_bitwidth=bits, rank=3)
-        found[part] = TensorDescriptor(x_TND, shape, strides, [ROWS, 1, width], layout=layout)
+        found[part] = TensorDescriptor(x_TND, shape, strides, [rows, 1, width], layout=layout)
     return found
 
 
@@ -337,12 +318,17 @@ def takes(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor) -> bool:
     )
 
 
+def takes_cache(layer_cache: Tensor) -> bool:
+    """Whether :func:`hopper_paged_attention` takes this cache: heads of 128 channels, blocks of whole pages."""
+    return layer_cache.shape[-1] == 128 and layer_cache.shape[2] % PAGE.value == 0
+
+
 @functools.cache
-def _launch(device: torch.device, dtype: torch.dtype, N: int, G: int, D: int, causal: bool) -> tuple:
+def _launch(device: torch.device, dtype: torch.dtype, N: int, G: int, D: int, causal: bool, block_size: int) -> tuple:
     """The widths of a head's parts, the launch, and how many programs run at once: one per multiprocessor."""
     # Device and dtype are only part of the key: a compiled kernel belongs to both.
     widths, stages = ((128,), 2) if D > 80 else ((64, 16), 3)
-    launch = Launch(attend_packed, (N, G, D, len(widths), causal, stages), warps=4, pdl=False)
+    launch = Launch(hopper_attend, (N, G, D, len(widths), causal, stages, block_size), warps=4, pdl=False)
     on_gpu = device.type == "cuda"  # elsewhere it is compiled only
     return widths, launch, torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
 
@@ -360,14 +346,37 @@ def hopper_attention(
     Returns:
         [T, N, D], contiguous. A sequence may be empty; one with queries has at least as many keys if causal.
     """
-    (T, N, D), G, S = q_TND.shape, k_UGD.shape[1], len(q_starts) - 1
-    out_TND = torch.empty((T, N, D), dtype=q_TND.dtype, device=q_TND.device)
-    if T:
-        widths, launch, multiprocessors = _launch(q_TND.device, q_TND.dtype, N, G, D, causal)
-        descriptors = [d for x in (q_TND, k_UGD, v_UGD) for d in _descriptors(x, widths)]
-        programs = min((-(-T // QUERIES.value) + S) * N, multiprocessors)
-        scale = softmax_scale(D)
-        with device_guard(q_TND.device):
-            stream = current_stream(q_TND.device)
-            launch(stream, (programs, 1, 1), *descriptors, out_TND, q_starts, kv_starts, S, scale)
+    (_, N, D), G = q_TND.shape, k_UGD.shape[1]
+    out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
+    made = _launch(q_TND.device, q_TND.dtype, N, G, D, causal, 0)
+    descriptors = [d for x in (k_UGD, v_UGD) for d in _descriptors(x, made[0])]
+    _run(made, q_TND, descriptors, out_TND, q_starts, kv_starts, q_starts)
     return out_TND
+
+
+def hopper_paged_attention(
+    q_TND: Tensor, layer_cache: Tensor, out_TND: Tensor, q_starts: Tensor, kv_starts: Tensor, block_tables: Tensor
+) -> None:
+    """Causal attention of new tokens over their sequences' cache, as :func:`.packed_attention.paged_attention`.
+
+    Args:
+        q_TND, out_TND: contiguous, D 128.
+        layer_cache: as :func:`takes_cache` says.
+    """
+    (_, N, D), (_, _, block_size, G, _) = q_TND.shape, layer_cache.shape
+    made = _launch(q_TND.device, q_TND.dtype, N, G, D, True, block_size)
+    # A block of the cache is copied page by page, and a page in the two halves that a swizzled buffer is made of.
+    descriptors = [d for rows in layer_cache.flatten(1, 2) for d in _descriptors(rows, (64,), PAGE.value)]
+    _run(made, q_TND, descriptors, out_TND, q_starts, kv_starts, block_tables)
+
+
+def _run(made: tuple, q_TND: Tensor, descriptors: list, out_TND: Tensor, q_starts, kv_starts, tables: Tensor) -> None:
+    (T, N, D), S = q_TND.shape, len(q_starts) - 1
+    if not T:
+        return
+    widths, launch, multiprocessors = made
+    programs = min((-(-T // QUERIES.value) + S) * N, multiprocessors)
+    operands = *_descriptors(q_TND, widths), *descriptors, out_TND, q_starts, kv_starts, tables
+    with device_guard(q_TND.device):
+        stream = current_stream(q_TND.device)
+        launch(stream, (programs, 1, 1), *operands, tables.stride(0), S, softmax_scale(D))

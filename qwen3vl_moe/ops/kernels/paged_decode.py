@@ -1,7 +1,8 @@
 """Attention of sequences with one new token over their paged cache, split over the cache (flash-decoding).
 
 One sequence's cache is too long for one multiprocessor and a small batch has too few sequences to fill the card, so
-each (sequence, key/value head) is cut into spans of the cache; a second kernel joins their partial softmaxes.
+each (sequence, key/value head) is cut into spans of the cache; a second kernel joins their partial softmaxes. Where a
+sequence is one span, which it is in a large batch, the first kernel writes its output and the second does nothing.
 The query heads that share a key/value head are the rows of one matrix product, so the cache is read once. Lengths and
 block tables are read on the device and the grid depends on the number of sequences only: the launches can be captured
 in a CUDA graph and replayed while sequences grow.
@@ -19,17 +20,18 @@ from torch import Tensor
 from qwen3vl_moe.ops.kernels.launch import run_kept, softmax_scale
 
 _TOKENS = 64  # of a span per pass: 64 rows of 128 channels are 16 KB of keys and as much of values
-_MOST_SPANS = 64
+_LEAST_SPANS, _MOST_SPANS = 8, 64  # of a sequence that is long enough
+_TOGETHER = 16  # spans that are joined at a time: more take too many registers
 
 
 @triton.jit
-def _span_of(length, spans, TOKENS: tl.constexpr):
-    """Tokens of a span, in whole passes: a short sequence fills only the first few of its spans."""
-    return tl.cdiv(tl.cdiv(length, spans), TOKENS) * TOKENS
+def _span_of(length, spans, least, TOKENS: tl.constexpr):
+    """Tokens of a span, in whole passes, `least` or more: a short sequence fills only the first few of its spans."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, spans), TOKENS) * TOKENS, least)
 
 
 # What differs from step to step is not specialised on, the number of spans included: compiling takes a second.
-@triton.jit(do_not_specialize=["table_width"])
+@triton.jit(do_not_specialize=["table_width", "least"])
 def _attend_span(
     q_ptr,  # [T, N, D]
     q_starts_ptr,  # [S + 1]
@@ -39,7 +41,9 @@ def _attend_span(
     kv_starts_ptr,  # [S + 1]
     partial_ptr,  # [S, N, spans, D] fp32
     lse_ptr,  # [S, N, spans] fp32, base 2
+    out_ptr,  # [T, N, D]
     table_width,
+    least,  # tokens of a span
     scale,  # 1 / sqrt(D) * log2(e)
     BLOCK_SIZE: tl.constexpr,
     N: tl.constexpr,
@@ -56,7 +60,7 @@ def _attend_span(
     if tl.load(q_starts_ptr + s + 1) - t != 1:
         return
     length = tl.load(kv_starts_ptr + s + 1) - tl.load(kv_starts_ptr + s)
-    span = _span_of(length, spans, TOKENS)
+    span = _span_of(length, spans, least, TOKENS)
     start = split * span
     stop = tl.minimum(start + span, length)
     if start >= stop:
@@ -87,12 +91,17 @@ def _attend_span(
         row_max = new_max
 
     out = acc / row_sum[:, None]
-    head = (s * N + g * SHARING + row) * spans + split
-    tl.store(partial_ptr + head[:, None] * D + d[None, :], out, mask=(row < SHARING)[:, None] & (d < D)[None, :])
-    tl.store(lse_ptr + head, row_max + tl.log2(row_sum), mask=row < SHARING)
+    inside = (row < SHARING)[:, None] & (d < D)[None, :]
+    if length <= span:
+        head = t.to(tl.int64) * N + g * SHARING + row
+        tl.store(out_ptr + head[:, None] * D + d[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        head = (s * N + g * SHARING + row) * spans + split
+        tl.store(partial_ptr + head[:, None] * D + d[None, :], out, mask=inside)
+        tl.store(lse_ptr + head, row_max + tl.log2(row_sum), mask=row < SHARING)
 
 
-@triton.jit(do_not_specialize=["spans"])
+@triton.jit(do_not_specialize=["spans", "least"])
 def _join_spans(
     partial_ptr,  # [S, N, spans, D] fp32
     lse_ptr,  # [S, N, spans] fp32, base 2
@@ -100,10 +109,11 @@ def _join_spans(
     q_starts_ptr,  # [S + 1]
     kv_starts_ptr,  # [S + 1]
     spans,
+    least,  # tokens of a span
     N: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
-    MOST: tl.constexpr,  # spans or more
+    TOGETHER: tl.constexpr,  # spans that are read at a time
     TOKENS: tl.constexpr,
 ):
     """One program per sequence and head: the spans' outputs, each by its share of the whole softmax."""
@@ -113,16 +123,24 @@ def _join_spans(
     if tl.load(q_starts_ptr + s + 1) - t != 1:
         return
     length = tl.load(kv_starts_ptr + s + 1) - tl.load(kv_starts_ptr + s)
-    split = tl.arange(0, MOST)
-    written = split * _span_of(length, spans, TOKENS) < length
+    span = _span_of(length, spans, least, TOKENS)
+    if (length > 0) & (length <= span):
+        return
     d = tl.arange(0, WIDTH)
-    lse = tl.load(lse_ptr + head * spans + split, mask=written, other=float("-inf"))
     # A sequence without keys, which fills up a graph's shape, has no span and gets zeros.
-    p = tl.where(written, tl.exp2(lse - tl.maximum(tl.max(lse), -1e30)), 0.0)
-    p = p / tl.maximum(tl.sum(p), 1e-38)
-    at = partial_ptr + (head * spans + split[:, None]) * D + d[None, :]
-    values = tl.load(at, mask=written[:, None] & (d < D)[None, :], other=0.0)
-    out = tl.sum(values * p[:, None], axis=0)
+    most, total, out = float("-inf"), 0.0, tl.zeros([WIDTH], tl.float32)
+    for at in range(0, tl.cdiv(length, span), TOGETHER):
+        split = at + tl.arange(0, TOGETHER)
+        written = split * span < length
+        lse = tl.load(lse_ptr + head * spans + split, mask=written, other=float("-inf"))
+        where = partial_ptr + (head * spans + split[:, None]) * D + d[None, :]
+        values = tl.load(where, mask=written[:, None] & (d < D)[None, :], other=0.0)
+        new_most = tl.maximum(most, tl.max(lse))
+        share, rescale = tl.exp2(lse - new_most), tl.exp2(most - new_most)
+        out = out * rescale + tl.sum(values * share[:, None], axis=0)
+        total = total * rescale + tl.sum(share)
+        most = new_most
+    out = out / tl.maximum(total, 1e-38)
     out_at = out_ptr + (t.to(tl.int64) * N + head % N) * D + d
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
@@ -150,20 +168,23 @@ def paged_decode(
     (_, N, D), S = q_TND.shape, len(q_starts) - 1
     _, _, block_size, G, _ = layer_cache.shape
     k_rows, v_rows = layer_cache.unbind(0)
-    # Twice as many programs as multiprocessors, no finer: a span is at least one pass.
-    spans = max(1, min(_MOST_SPANS, triton.next_power_of_2(triton.cdiv(2 * _processors(q_TND.device), S * G))))
+    # Twice as many programs as multiprocessors. Where sequences alone are as many, spans are only for long ones, of
+    # which a few among many short ones would otherwise keep the step waiting.
+    enough = triton.next_power_of_2(triton.cdiv(2 * _processors(q_TND.device), S * G))
+    spans = max(_LEAST_SPANS, min(enough, _MOST_SPANS))
+    least = _TOKENS * (spans // min(enough, spans))
     partial = torch.empty(S, N, spans, D, dtype=torch.float32, device=q_TND.device)
     lse = torch.empty(S, N, spans, dtype=torch.float32, device=q_TND.device)
     rows, width = max(16, triton.next_power_of_2(N // G)), max(16, triton.next_power_of_2(D))
     run_kept(
         _attend_span,
         (S, G, spans),
-        (q_TND, q_starts, k_rows, v_rows, block_tables, kv_starts, partial, lse),
-        (block_tables.shape[1], softmax_scale(D)),
+        (q_TND, q_starts, k_rows, v_rows, block_tables, kv_starts, partial, lse, out_TND),
+        (block_tables.shape[1], least, softmax_scale(D)),
         (block_size, N, G, D, rows, width, _TOKENS),
         warps=4,
         early=False,
         stages=2,
     )
-    operands, constants = (partial, lse, out_TND, q_starts, kv_starts), (N, D, width, _MOST_SPANS, _TOKENS)
-    run_kept(_join_spans, (S * N, 1, 1), operands, (spans,), constants, warps=2, early=False)
+    operands, constants = (partial, lse, out_TND, q_starts, kv_starts), (N, D, width, _TOGETHER, _TOKENS)
+    run_kept(_join_spans, (S * N, 1, 1), operands, (spans, least), constants, warps=2, early=False)
