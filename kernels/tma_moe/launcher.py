@@ -69,7 +69,7 @@ def compile_ahead(report: Callable[[int, int], None] | None = None) -> Iterator[
 
     A program that walks through all that it will ever launch, on tensors of any content, has every kernel ready on
     leaving. Without this, each is compiled at its first launch, while everything waits. (Triton's compiler releases the
-    interpreter lock, so threads use all cores.)
+    interpreter lock, so threads use all cores.) Begin with what takes longest.
 
     Args:
         report: called, in any thread, with how many kernels are compiled and how many there are, as either grows.
@@ -85,7 +85,7 @@ def compile_ahead(report: Callable[[int, int], None] | None = None) -> Iterator[
             nonlocal asked
             asked += 1
             tell()
-            future = super().submit(fn, *args, **kwargs)
+            future = super().submit(_load, fn, *args, **kwargs)
             future.add_done_callback(finished)
             return future
 
@@ -101,9 +101,17 @@ def compile_ahead(report: Callable[[int, int], None] | None = None) -> Iterator[
             met.add(launch)
             launch.kernel.warmup(*args, *launch.constants, grid=grid, **launch.options)
 
-    pool = Pool(len(os.sched_getaffinity(0)), "compile")
+    on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
+    pool = Pool(len(os.sched_getaffinity(0)), "compile", *on_device)
     with pool, triton.AsyncCompileMode(pool), instead_of_launching(compile_it):
         yield
+
+
+def _load(compile_it: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Compile a kernel and load it, too: for its first launch triton calls a C compiler, which takes as long."""
+    kernel = compile_it(*args, **kwargs)
+    _ = kernel.run  # loads where it is first looked at
+    return kernel
 
 
 def device_guard(device: torch.device) -> AbstractContextManager:
