@@ -1,0 +1,122 @@
+"""Several threads at one LLM: each call gets what it would have got alone, and none waits for ever."""
+
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from qwen3vl_moe.engine import SamplingParams
+from qwen3vl_moe.engine.calls import Turns
+from qwen3vl_moe.errors import PromptError
+from tests.engine.conftest import PROMPTS, check_leaks
+
+TEXT = "Hello, how are you today?"
+TEXTS = [TEXT, "One two three", PROMPTS["one image"], [5, 6, 7, 8], PROMPTS["three odd images"], "a"]
+
+
+def params(number):
+    kinds = [
+        {"temperature": 0},
+        {"temperature": 1.0, "seed": number},
+        {"temperature": 0, "stop": ["e"]},
+        {"temperature": 0.9, "seed": 3, "n": 2},
+        {"temperature": 0, "logit_bias": {9: 2}, "min_tokens": 4},
+        {"temperature": 0, "repetition_penalty": 1.2, "logprobs": 1},
+    ]
+    return SamplingParams(max_tokens=4 + number % 7, ignore_eos=True, **kinds[number % len(kinds)])
+
+
+def call(llm, number):
+    """One of the ways to ask; what was answered, as tokens and texts."""
+    prompt = TEXTS[number // 2 % len(TEXTS)]
+    if number % 3 == 0:
+        (output,) = llm.generate([prompt], params(number))
+    elif number % 3 == 1:
+        *_, output = llm.stream(prompt, params(number))
+    else:
+        ((_, output),) = llm.as_completed([prompt], params(number))
+    return [(completion.token_ids, completion.text) for completion in output.outputs]
+
+
+@pytest.fixture(autouse=True)
+def switch_often():
+    """Threads change places a thousand times as often as they would."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("options", [{}, {"max_num_seqs": 3}, {"block_size": 4, "num_blocks": 60}])
+def test_every_call_gets_its_own_answer(plain, make_llm, options):
+    llm = make_llm(plain, **options)
+    alone = [call(llm, number) for number in range(36)]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(lambda number: call(llm, number), range(36))) == alone
+    check_leaks(llm)
+
+
+@pytest.mark.timeout(60)
+def test_what_is_left_open_holds_nobody_up(plain, make_llm):
+    llm = make_llm(plain, max_num_seqs=2)
+    left = [llm.stream(TEXT, params(0)), llm.as_completed([TEXT] * 5, params(0)), llm.stream(TEXT, params(0))]
+    for each in left[:2]:
+        next(each)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda number: call(llm, number), (0, 0)))
+    assert answers[0] == answers[1]
+    assert list(left[1]), "and it goes on where it was left"
+    left[0].close()
+    check_leaks(llm)
+
+
+@pytest.mark.timeout(60)
+def test_an_error_in_one_thread_is_nobody_elses(plain, make_llm):
+    llm = make_llm(plain)
+    alone = call(llm, 0)
+
+    def either(number):
+        if number % 2:
+            return call(llm, 0)
+        with pytest.raises(PromptError):
+            llm.generate([TEXT, ""], params(0))
+        return alone
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(either, range(12))) == [alone] * 12
+    check_leaks(llm)
+
+
+@pytest.mark.timeout(60)
+def test_a_generator_closed_by_another_thread_gives_its_requests_up(llm):
+    stream = llm.stream(TEXT, SamplingParams(max_tokens=200, ignore_eos=True))
+    next(stream)
+    closing = threading.Thread(target=stream.close)
+    closing.start()
+    closing.join(30)
+    assert not closing.is_alive()
+    check_leaks(llm)
+
+
+@pytest.mark.timeout(60)
+def test_turns_are_handed_round():
+    """Whoever wants the lock again at once comes after those who waited."""
+    turns, order, ready = Turns(), [], threading.Barrier(3)
+
+    def work(name):
+        ready.wait(30)
+        for _ in range(20):
+            with turns, turns:  # the holder may take it again
+                order.append(name)
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(order) == 60
+    assert max(order.index(name) for name in "abc") < 10, "one thread kept the lock to itself"
