@@ -185,8 +185,9 @@ def _to_rgb(image: Image.Image, opened: OpenedImage) -> Image.Image:
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         # Pillow reads these modes in units of 8 bits, but nothing in the image says so: refuse what would be clipped.
-        low, high = (float(value) for value in np.asarray(image.getextrema()).ravel())  # of the one band
-        if low < 0 or high > 255 or (image.mode == "F" and 0 < high <= 1):
+        pixels = np.asarray(image)  # not getextrema, which may pass over a NaN
+        low, high = float(pixels.min()), float(pixels.max())
+        if not 0 <= low <= high <= 255 or (image.mode == "F" and 0 < high <= 1):
             raise PromptError(
                 f"{opened.where} has mode {image.mode} with values from {low:g} to {high:g}; what is white there is "
                 "not defined: scale it to 0..255 and convert it to mode L or RGB first"

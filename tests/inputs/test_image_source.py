@@ -71,7 +71,11 @@ class TestColours:
         np.testing.assert_array_equal(np.asarray(rgb(image)), np.asarray(load_image(image)))
 
     @pytest.mark.parametrize(
-        "values", [np.array([[0, 256]], np.int32), np.array([[-1, 4]], np.int32), np.array([[0.0, 0.75]], np.float32)]
+        "values",
+        [
+            *(np.array([pair], np.int32) for pair in ([0, 256], [-1, 4])),
+            *(np.array([pair], np.float32) for pair in ([0, 0.75], [0, np.nan], [np.nan, 200], [9, np.inf])),
+        ],
     )
     def test_32_bit_of_unknown_range_is_refused(self, values):
         with pytest.raises(PromptError, match=r"image 0 .*what is white there is not defined"):
