@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 import time
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from qwen3vl_moe.errors import PromptError
 from qwen3vl_moe.inputs.processor import Processor
 from qwen3vl_moe.inputs.tokenizer import begins_too_long, bytes_per_token, encode
-from tests.inputs.parts import PLACEHOLDER, VOCAB_SIZE, make, picture, user
+from tests.inputs.parts import PLACEHOLDER, VOCAB_SIZE, make, picture, png, user
 
 
 def limited(processor: Processor, max_model_len: int, tokenizer=None) -> Processor:
@@ -103,6 +104,16 @@ class TestBoundsOfOnePrompt:
         alone = [processor.chat([{"role": "user", "content": [item]}]).images[0] for item in content]
         assert [each.digest for each in prompt.images] == [each.digest for each in alone]
         assert torch.equal(prompt.images[1].pixel_values, alone[1].pixel_values)
+
+    @pytest.mark.parametrize(("keys", "tokens"), [({"max_pixels": 16384}, 12), ({}, 300), ({"max_pixels": None}, 300)])
+    def test_published(self, published, keys, tokens):
+        url = "data:image/png;base64," + base64.b64encode(png(picture(640, 480))).decode()
+        for item in (
+            {"type": "image_url", "image_url": {"url": url}, **keys},
+            {"type": "image_url", "image_url": {"url": url, **keys}},
+            {"type": "image", "image": picture(640, 480), **keys},
+        ):
+            assert published.chat([{"role": "user", "content": [item]}]).images[0].num_tokens == tokens
 
 
 class TestTooLong:
