@@ -89,4 +89,4 @@ def needs_server(item: Any) -> bool:
 
 
 def _is_address(value: Any) -> bool:
-    return isinstance(value, str) and value[:8].lower().startswith(("http://", "https://"))
+    return isinstance(value, str) and value[:32].lstrip().lower().startswith(("http://", "https://"))

@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -181,36 +181,6 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> l
         if not helper.cancel():  # one that has not begun would find nothing left to do
             helper.result()
     return [outcomes[number].result() for number in range(len(items))]
-
-
-def prefetch(
-    function: Callable[[Item], Result], items: Sequence[Item], ahead: int
-) -> Generator[Callable[[], Result], None, None]:
-    """For every item in turn, a call that gives ``function(item)``, waiting for it where it is not ready yet.
-
-    Threads work on the next ``ahead`` items meanwhile, never on more, so that results do not pile up in memory. What
-    ``function`` raises is raised by the call of that item alone. Closing the iterator drops everything that no thread
-    has begun; a thread that is at work ends its item, whose result is then thrown away.
-
-    Args:
-        function: safe to run in several threads at once.
-        items: a single one is not worth a thread: its call does the work itself.
-        ahead: at least 1.
-    """
-    if len(items) == 1:
-        yield partial(function, items[0])
-        return
-    futures: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            futures.append(POOL.submit(function, item))
-            if len(futures) > ahead:
-                yield futures.popleft().result
-        while futures:
-            yield futures.popleft().result
-    finally:
-        for future in futures:
-            future.cancel()
 
 
 class Budget:

@@ -173,20 +173,20 @@ class TestNoRegularFile:
             open_image(path, 0)
 
 
+@pytest.mark.timeout(20)
 def test_size_limit(monkeypatch, tmp_path):
     data = encoded(noise(32, 32))
-    path, growing = tmp_path / "a.png", tmp_path / "b.png"
+    path = tmp_path / "a.png"
     path.write_bytes(data)
     base = base64.b64encode(data).decode()
     monkeypatch.setattr(fetch, "MAX_FILE_BYTES", len(data) - 1)
     for source in (data, path, f"data:;base64,{base}", base):
         with pytest.raises(PromptError, match="is larger than 0 MiB"):
             open_image(source, 0)
-    # One that grows after its size was asked for is not read any further.
-    growing.write_bytes(data)
+    # One that grows after its size was asked for is read as far as the limit.
     monkeypatch.setattr(fetch, "_size_of_file", lambda *_: 1)
     with pytest.raises(PromptError, match="is larger than 0 MiB"):
-        open_image(growing, 0)
+        open_image("/dev/zero", 0)
 
 
 def test_many_threads_read_at_once(tmp_path):
