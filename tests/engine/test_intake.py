@@ -9,7 +9,7 @@ import pytest
 from qwen3vl_moe.engine import SamplingParams
 from qwen3vl_moe.engine.intake import Intake, needs_server
 from qwen3vl_moe.errors import PromptError
-from qwen3vl_moe.inputs.workers import POOL
+from qwen3vl_moe.inputs.workers import POOL, side_by_side
 from tests.engine.conftest import check_leaks
 
 TEXT = "Hello, how are you today?"
@@ -30,6 +30,7 @@ REMOTE = {"prompt": "late", "multi_modal_data": {"image": URL}}
     [
         (with_image(URL), True),
         (with_image("HTTPS://example.org/cat.png"), True),
+        (with_image(" https://example.org/cat.png\n"), True),
         (with_image("cat.png"), False),
         (with_image("data:image/png;base64,http"), False),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}]}], True),
@@ -64,30 +65,40 @@ def test_what_needs_no_server_comes_in_order(ahead):
         assert taken(intake) == list(range(20))
 
 
-def test_only_a_few_are_made_ahead():
-    made = []
-    with closing(Intake(made.append, list(range(50)), ahead=4)) as intake:
-        intake.take(may_wait=True)
-        time.sleep(0.05)
-        assert len(made) <= 6
-    assert intake.left == 49
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_work_runs_ahead_and_not_too_far():
+    begun = []
+    with closing(Intake(begun.append, list(range(50)), ahead=5)) as intake:
+        for number in range(10):
+            intake.take(may_wait=True)
+            wait_for(lambda: len(begun) == number + 6)  # this one and five ahead  # noqa: B023
+            time.sleep(0.002)
+            assert len(begun) == number + 6
+    assert intake.left == 40
 
 
 def test_closing_drops_what_has_not_begun():
-    began, go = threading.Semaphore(0), threading.Event()
+    begun, ended, go_on = [], [], threading.Event()
 
-    def prepare(number):
-        began.release()
-        go.wait(30)
+    def work(n):
+        begun.append(n)
+        assert go_on.wait(10)
+        ended.append(n)
 
-    intake = Intake(prepare, list(range(200)), ahead=150)
-    assert intake._begin() is None
-    assert began.acquire(timeout=30)
+    intake = Intake(work, list(range(100)), ahead=60)
+    intake.take(may_wait=True)
+    wait_for(lambda: begun)
     intake.close()
-    go.set()
-    time.sleep(0.05)
-    futures = [future for _, future in intake._next]
-    assert sum(future.cancelled() for future in futures) > 50
+    go_on.set()
+    side_by_side(lambda _: None, range(2))  # what was left in the queue would stand before these
+    wait_for(lambda: len(ended) == len(begun))
+    assert len(begun) <= POOL.size  # those that a thread had taken up
 
 
 def test_an_error_is_that_of_its_item():
