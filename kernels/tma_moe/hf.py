@@ -49,8 +49,9 @@ _FLAGS = {
     "_is_expert_parallel": (False, "expert parallelism (_is_expert_parallel=True) is not supported"),
 }
 # Names of sizes and settings that say nothing beyond the parameters' shapes. Others, such as a limit to clamp at, may.
+# accelerate wraps `forward` where it spreads a model over devices.
 _ATTRIBUTES = {
-    *_FLAGS, "act_fn", "config", "training", "num_experts", "hidden_dim", "hidden_size", "intermediate_dim",
+    *_FLAGS, "act_fn", "config", "forward", "training", "num_experts", "hidden_dim", "hidden_size", "intermediate_dim",
     "intermediate_size",
 }  # fmt: skip
 _EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

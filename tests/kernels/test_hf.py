@@ -1,6 +1,7 @@
 """tma_moe as an experts implementation of transformers: equal to transformers' own, shared memory, clear refusals."""
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -289,6 +290,15 @@ def test_modules_that_are_not_standard_are_refused_by_name(change, message):
     change(experts_modules(model)[0])
     with pytest.raises(ValueError, match=f"Qwen3MoeExperts.*{message}.*grouped_mm"):
         logits(model, "tma_moe_reference")
+
+
+def test_a_wrapped_forward_is_no_setting():
+    """As accelerate leaves it where it spreads a model over devices."""
+    model = build(qwen3_moe)
+    expected = logits(model, "eager")
+    for module in experts_modules(model):
+        module._hf_hook, module.forward = object(), functools.partial(type(module).forward, module)
+    torch.testing.assert_close(logits(model, "tma_moe_reference"), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("value", [False, True])
