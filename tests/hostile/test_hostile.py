@@ -36,7 +36,7 @@ def test_every_input_is_used_or_refused_in_a_line():
 
 
 def test_the_watch_finds_every_kind_of_fault():
-    report = run_corpus(num_workers=1, most_cpu_s=1.0, planted=True)
+    report = run_corpus(num_workers=1, planted=True)
     faults = dict(fault.removeprefix("planted: ").split(": ", 1) for fault in report.faults)
     assert faults["raises"].startswith("KeyError")
     assert "os.system" in faults["runs_a_program"]

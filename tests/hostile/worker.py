@@ -57,7 +57,7 @@ def hangs() -> None:
 
 
 def takes_memory() -> None:
-    bytearray(600 << 20)
+    bytearray(520 << 20)
 
 
 def dies() -> None:
@@ -170,6 +170,12 @@ def outcome_of(run: Callable[[], Any]) -> tuple[str, bool]:
     return "", True
 
 
+def peak_kilobytes() -> int:
+    """The most memory that this process has held so far; getrusage would begin with what its parent held."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
 def main() -> None:
     # What the library prints goes elsewhere: standard output belongs to the answers.
     answers = os.fdopen(os.dup(1), "w")
@@ -183,9 +189,9 @@ def main() -> None:
         sys.addaudithook(forbid)
         print(json.dumps([(door, name) for door, name, _ in cases]), file=answers, flush=True)
         for line in sys.stdin:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            before = peak_kilobytes()
             wrong, used = outcome_of(cases[int(line)][2])
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10  # of its peak, in MB
+            grown = (peak_kilobytes() - before) >> 10
             print(json.dumps([wrong, used, grown]), file=answers, flush=True)
 
 
