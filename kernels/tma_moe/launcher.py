@@ -101,8 +101,13 @@ def compile_ahead(report: Callable[[int, int], None] | None = None) -> Iterator[
             met.add(launch)
             launch.kernel.warmup(*args, *launch.constants, grid=grid, **launch.options)
 
-    on_device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else (None, ())
-    pool = Pool(len(os.sched_getaffinity(0)), "compile", *on_device)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def begin() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)
+
+    pool = Pool(len(os.sched_getaffinity(0)), "compile", begin)
     with pool, triton.AsyncCompileMode(pool), instead_of_launching(compile_it):
         yield
 

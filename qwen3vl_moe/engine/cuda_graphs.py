@@ -87,7 +87,7 @@ class _Inputs:
         assert tables is not None
         assert logit_rows is not None
         assert batch.slots_T is not None
-        S, width = tables.shape
+        S, width = len(tables), min(tables.shape[1], host["tables"].shape[1])
         if not sampled:
             host["ids_T"][:T] = batch.input_ids_T
         host["ids_T"][T:] = 0
@@ -98,7 +98,7 @@ class _Inputs:
             host[name][: S + 1] = starts
             host[name][S + 1 :] = starts[-1]
         host["logit_rows"][: len(logit_rows)] = logit_rows
-        host["tables"][:S, :width] = tables
+        host["tables"][:S, :width] = tables[:, :width]
         self._device.copy_(self._host, non_blocking=True)
         self._copied.record()
         if sampled:

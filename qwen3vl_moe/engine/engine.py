@@ -199,7 +199,9 @@ class Engine:
         self.scheduler.begin_again([sequence for sequence in going if not sequence.finished])
         for sequence in self.scheduler.waiting:
             taking, had = self._taking or (None, 0)
-            sequence.rewind(had if sequence is taking else len(sequence.output_ids), self.model.config.text.vocab_size)
+            sequence.rewind(
+                had if sequence is taking else sequence.num_output_tokens, self.model.config.text.vocab_size
+            )
         self._taking, self._half_done = None, False
 
     def step(self) -> None:
@@ -228,7 +230,7 @@ class Engine:
         self._launched.popleft()
         for chunk, of_chunk in zip(step.chunks, result.results, strict=True):
             if not chunk.sequence.finished:  # else this row is of no use
-                self._taking = chunk.sequence, len(chunk.sequence.output_ids)
+                self._taking = chunk.sequence, chunk.sequence.num_output_tokens
                 self._take(chunk, of_chunk, result, max(0.0, model_seconds))
         self._forget_finished()
         self._taking, self._half_done = None, False
@@ -248,13 +250,12 @@ class Engine:
     def _take(self, chunk: Chunk, of_chunk: ChunkResult, of_step: StepResult, model_seconds: float) -> None:
         """Give a sequence what a step has computed for it."""
         sequence = chunk.sequence
-        stages, is_encoded = sequence.metrics.stages, sequence in of_step.encoded
-        for stage, takes_part in (
-            ("host_to_device", is_encoded),
-            ("vision", is_encoded),
-            ("sample", chunk.samples),
-        ):
-            stages[stage] += of_step.seconds[stage] if takes_part else 0.0
+        stages = sequence.metrics.stages
+        if of_step.encoded and sequence in of_step.encoded:
+            stages["host_to_device"] += of_step.seconds["host_to_device"]
+            stages["vision"] += of_step.seconds["vision"]
+        if chunk.samples:
+            stages["sample"] += of_step.seconds["sample"]
         stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
         error = _error_of(sequence, of_chunk)
         if error is not None:
@@ -288,12 +289,12 @@ class Engine:
 
 def _error_of(sequence: Sequence, result: ChunkResult) -> UserError | None:
     """Why a chunk's result cannot be used, if it cannot."""
-    if any(math.isnan(entry[0][1]) for entry in result.prompt_logprobs):
+    if result.prompt_logprobs and any(math.isnan(entry[0][1]) for entry in result.prompt_logprobs):
         known = len(sequence.prompt_logprobs) + len(result.prompt_logprobs)
         return NumbersError(f"the logits of the prompt's first {known} tokens are not all finite: {_DAMAGED}")
     if result.token_id is None or math.isfinite(result.highest_logit):
         return None
-    number = len(sequence.output_ids) + 1
+    number = sequence.num_output_tokens + 1
     if result.highest_logit == -math.inf and sequence.constraints is not None:
         return OptionError(
             f"token {number} of the answer: allowed_token_ids, bad_words, min_tokens and suppressed tokens rule out all"

@@ -7,7 +7,6 @@ import math
 import time
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -15,15 +14,16 @@ from tqdm import tqdm
 from qwen3vl_moe.engine.cuda_graphs import StepGraphs, VisionGraphs, can_capture
 from qwen3vl_moe.engine.kv_cache import KVCache
 from qwen3vl_moe.engine.options import EngineOptions
-from qwen3vl_moe.engine.sampler import TokenLogprob, sample, token_logprobs
+from qwen3vl_moe.engine.packing import Packer
+from qwen3vl_moe.engine.sampler import SamplingPlan, TokenLogprob, sample, token_logprobs
 from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.engine.warm_up import compile_kernels
 from qwen3vl_moe.inputs.images import Picture, copy_pixels, cut_patches
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, VisionFeatures
 from qwen3vl_moe.ops import Segments
+from qwen3vl_moe.ops.ahead import allocate_only
 from qwen3vl_moe.ops.transfer import to_device
-from tma_moe.launcher import instead_of_launching
 
 Mark = torch.cuda.Event | float
 _GRAPH_BYTES = 3 << 30  # what all graphs of the published model take
@@ -98,6 +98,7 @@ class Runner:
     def __init__(self, model: Qwen3VLMoe, cache: KVCache, options: EngineOptions, max_model_len: int):
         self.model, self.cache, self.replays = model, cache, True
         self._options = options
+        self._packer, self._plan = Packer(cache.block_size), SamplingPlan.of([], model.device)
         self._generator = torch.Generator(model.device).manual_seed(options.seed)
         self._steps: StepGraphs | None = None
         self._images: VisionGraphs | None = None
@@ -130,7 +131,8 @@ class Runner:
         begins = [0, *itertools.accumulate(chunk.stop - chunk.start for chunk in chunks)]
         sample_rows = [begins[number + 1] - 1 for number in sampling]
         prompt_rows = [begins[i] + place - chunks[i].start for i, span in enumerate(spans) for place in span]
-        batch = self._pack(chunks, sample_rows + prompt_rows, after)
+        sampled_T = None if after is None else _sampled_for(chunks, after)
+        batch = self._packer.pack(chunks, sample_rows + prompt_rows, sampled_T)
         graphs = self._steps if self.replays and not prompt_rows else None
         logits_RV = None if graphs is None else graphs.run(batch)
         hidden_RH = None
@@ -142,7 +144,9 @@ class Runner:
         if sampling:
             marks["computed"] = _now(self.model.device)
             sequences = [chunks[number].sequence for number in sampling]
-            tokens_R, highest_R = sample(logits_RV, sequences, self._generator)
+            if self._plan.sequences != sequences:
+                self._plan = SamplingPlan.of(sequences, self.model.device)
+            tokens_R, highest_R = sample(logits_RV, self._plan, self._generator)
             host_tokens_R, host_highest_R = _to_host(tokens_R), _to_host(highest_R)
             marks["sampled"] = _now(self.model.device)
         prompt_logprobs, row = [], len(sampling)
@@ -215,44 +219,6 @@ class Runner:
             features = self.model.encode_images(pixel_values_PC, grids)
         marks["encoded"] = _now(device)
         return features, marks
-
-    def _pack(self, chunks: list[Chunk], logit_rows: list[int], after: Launched | None) -> Batch:
-        """The step as one batch on the host, but for tokens that only the device knows."""
-        block_size = self.cache.block_size
-        token_ids: list[int] = []
-        slots: list[Tensor] = []
-        tables = torch.zeros(len(chunks), max(len(c.sequence.block_table) for c in chunks), dtype=torch.int32)
-        visual: list[VisionFeatures] = []
-        visual_rows: list[int] = []
-        for number, chunk in enumerate(chunks):
-            sequence, start, stop = chunk.sequence, chunk.start, chunk.stop
-            table = torch.tensor(sequence.block_table, dtype=torch.int32)
-            tables[number, : len(table)] = table
-            place = torch.arange(start, stop)
-            slots.append(table[place // block_size].long() * block_size + place % block_size)
-            # A chunk may begin or end inside an image: it takes the features of exactly its own placeholders.
-            for i, image in sequence.images_in(start, stop):
-                first, last = max(start, image.start), min(stop, image.start + image.num_tokens)
-                features = sequence.features[i]
-                assert features is not None  # encoded just now, or in an earlier step
-                visual.append(features.rows(first - image.start, last - image.start))
-                visual_rows.extend(range(len(token_ids) + first - start, len(token_ids) + last - start))
-            token_ids.extend(sequence.token_ids[start:stop])
-
-        return Batch(
-            # By way of NumPy, which reads a list of thousands in a quarter of torch's time.
-            input_ids_T=torch.from_numpy(np.array(token_ids)) if after is None else _sampled_for(chunks, after),
-            positions_3T=torch.cat([c.sequence.positions(c.start, c.stop) for c in chunks], dim=1),
-            segments=Segments.build(
-                [c.stop - c.start for c in chunks],
-                [c.stop for c in chunks],
-                block_tables=tables,
-                block_size=block_size,
-            ),
-            slots_T=torch.cat(slots),
-            visual=VisionFeatures.cat(visual).at(torch.tensor(visual_rows)) if visual else None,
-            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
-        )
 
     def _prompt_logprobs(
         self, hidden_RH: Tensor | None, first_row: int, sequence: Sequence, span: range
@@ -343,7 +309,7 @@ def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
     places = torch.arange(options.max_prefill_tokens + options.max_num_seqs, device=device)
     segments = Segments.build([len(places)], device=device)
     step = Batch(torch.zeros_like(places), places.expand(3, -1), segments, logit_rows=places[: options.max_num_seqs])
-    with instead_of_launching(lambda *_: None):
+    with allocate_only():
         features = model.encode_images(torch.zeros(pixels, dtype=model.dtype, device=device), [grid])
         model(step).float().softmax(-1)
     step_bytes = torch.cuda.max_memory_allocated(device) - before

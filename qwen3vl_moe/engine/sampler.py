@@ -10,6 +10,8 @@ time, and without truncation nothing has to be sorted.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,51 @@ from qwen3vl_moe.ops.transfer import to_device
 TokenLogprob = tuple[int, float, int]  # token id, natural log-probability, rank
 
 
-def sample(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What a step's sampling needs to know of its sequences; the same from step to step as long as they are.
+
+    Attributes:
+        sequences: R of them, in row order.
+        edited: rows whose logits are changed by constraints or penalties.
+        drawn_D: int64 rows whose tokens are drawn, on the device; the others are greedy.
+        temperature_D1: of these, fp32.
+        seeded: which of these have generators of their own.
+        truncated: int64 [C], which of these have a top_k, top_p or min_p; None: none.
+        top_k, top_p_C1, min_p_C1: of those.
+    """
+
+    sequences: list[Sequence]
+    edited: list[int]
+    drawn_D: Tensor
+    temperature_D1: Tensor
+    seeded: list[tuple[int, torch.Generator]]
+    truncated: Tensor | None
+    top_k: list[int]
+    top_p_C1: Tensor
+    min_p_C1: Tensor
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], device: torch.device | str) -> SamplingPlan:
+        """The plan of sequences in row order; tensors go to the device of the logits."""
+        drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
+        params = [sequences[row].params for row in drawn]
+        truncated = [number for number, of_row in enumerate(params) if of_row.truncated]
+        columns = torch.tensor([(params[n].top_p, params[n].min_p) for n in truncated]).reshape(-1, 2)
+        return cls(
+            sequences=sequences,
+            edited=[row for row, s in enumerate(sequences) if s.constraints is not None or s.params.penalised],
+            drawn_D=to_device(torch.tensor(drawn, dtype=torch.int64), device),
+            temperature_D1=to_device(torch.tensor([of_row.temperature for of_row in params]), device)[:, None],
+            seeded=[(n, own) for n, row in enumerate(drawn) if (own := sequences[row].generator) is not None],
+            truncated=to_device(torch.tensor(truncated), device) if truncated else None,
+            top_k=[params[number].top_k or 0 for number in truncated],
+            top_p_C1=to_device(columns[:, :1], device),
+            min_p_C1=to_device(columns[:, 1:], device),
+        )
+
+
+def sample(logits_RV: Tensor, plan: SamplingPlan, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The next token of each sequence, int64 [R], and its highest logit, fp32 [R], on the device of the logits.
 
     The highest logit is finite unless the row holds a NaN or an infinity, or the constraints leave no token: the token
@@ -27,25 +73,24 @@ def sample(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Genera
 
     Args:
         logits_RV: of each sequence's last token, any floating dtype.
-        sequences: R of them, in row order.
+        plan: of these sequences.
         generator: random numbers, on the same device, for sequences without a generator of their own.
     """
     logits_RV = logits_RV.float()
-    edited = [row for row, s in enumerate(sequences) if s.constraints is not None or s.params.penalised]
-    if edited:
+    if plan.edited:
         logits_RV = logits_RV.clone()  # the caller's logits stay raw: log-probabilities are taken from them
-        for row in edited:
-            sequence = sequences[row]
+        for row in plan.edited:
+            sequence = plan.sequences[row]
             if sequence.constraints is not None:
                 sequence.constraints.apply(logits_RV[row], sequence.output_ids)
             if sequence.params.penalised:
                 _penalise(logits_RV[row], sequence)
     tokens_R = logits_RV.argmax(-1)  # of a row with a NaN, the NaN's place
     highest_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
-    drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
-    if drawn:
-        rows = to_device(torch.tensor(drawn), logits_RV.device)
-        tokens_R[rows] = _draw(logits_RV[rows], [sequences[row] for row in drawn], generator)
+    if len(plan.drawn_D) == len(tokens_R):
+        return _draw(logits_RV, plan, generator), highest_R
+    if len(plan.drawn_D):
+        tokens_R[plan.drawn_D] = _draw(logits_RV[plan.drawn_D], plan, generator)
     return tokens_R, highest_R
 
 
@@ -62,25 +107,20 @@ def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
         logits_V[used] -= params.frequency_penalty * counts + params.presence_penalty
 
 
-def _draw(logits_RV: Tensor, sequences: list[Sequence], generator: torch.Generator) -> Tensor:
-    """One random token per row, int64 [R]."""
-    columns = [(s.params.temperature, s.params.top_p, s.params.min_p) for s in sequences]
-    temperature_R, top_p_R, min_p_R = to_device(torch.tensor(columns), logits_RV.device).unbind(1)
-    logits_RV = logits_RV / temperature_R[:, None]
-    truncated = [row for row, sequence in enumerate(sequences) if sequence.params.truncated]
-    if truncated:
-        rows = to_device(torch.tensor(truncated), logits_RV.device)
-        top_k = [sequences[row].params.top_k or 0 for row in truncated]
-        lowest_R1 = _truncation(logits_RV[rows], top_k, top_p_R[rows], min_p_R[rows])
-        logits_RV[rows] = logits_RV[rows].where(logits_RV[rows] >= lowest_R1, -torch.inf)
-    times_RV = torch.empty_like(logits_RV).exponential_(generator=generator)
-    for row, sequence in enumerate(sequences):
-        if sequence.generator is not None:
-            times_RV[row].exponential_(generator=sequence.generator)
-    return (logits_RV.softmax(-1) / times_RV).argmax(-1)
+def _draw(logits_DV: Tensor, plan: SamplingPlan, generator: torch.Generator) -> Tensor:
+    """One random token per row that is drawn, int64 [D]."""
+    logits_DV = logits_DV / plan.temperature_D1
+    if plan.truncated is not None:
+        logits_CV = logits_DV[plan.truncated]
+        lowest_C1 = _truncation(logits_CV, plan.top_k, plan.top_p_C1, plan.min_p_C1)
+        logits_DV[plan.truncated] = logits_CV.where(logits_CV >= lowest_C1, -torch.inf)
+    times_DV = torch.empty_like(logits_DV).exponential_(generator=generator)
+    for row, own in plan.seeded:
+        times_DV[row].exponential_(generator=own)
+    return (logits_DV.softmax(-1) / times_DV).argmax(-1)
 
 
-def _truncation(logits_RV: Tensor, top_k: list[int], top_p_R: Tensor, min_p_R: Tensor) -> Tensor:
+def _truncation(logits_RV: Tensor, top_k: list[int], top_p_R1: Tensor, min_p_R1: Tensor) -> Tensor:
     """The lowest logit that each row may draw, [R, 1]: min_p, then top_k, then top_p over what is left.
 
     The limit is a value, so tokens that tie with the last one kept are kept too.
@@ -91,10 +131,10 @@ def _truncation(logits_RV: Tensor, top_k: list[int], top_p_R: Tensor, min_p_R: T
     sorted_RK = logits_RV.topk(max(top_k), dim=-1).values
     k_R1 = to_device(torch.tensor(top_k), logits_RV.device)[:, None]
     out_of_k = torch.arange(max(top_k), device=logits_RV.device) >= k_R1
-    too_rare = sorted_RK < sorted_RK[:, :1] + min_p_R[:, None].log()
+    too_rare = sorted_RK < sorted_RK[:, :1] + min_p_R1.log()
     probabilities_RK = sorted_RK.masked_fill(out_of_k | too_rare, -torch.inf).softmax(-1)
     before_RK = probabilities_RK.cumsum(-1) - probabilities_RK
-    kept_RK = (probabilities_RK > 0) & (before_RK < top_p_R[:, None])
+    kept_RK = (probabilities_RK > 0) & (before_RK < top_p_R1)
     kept_RK[:, 0] = True
     return sorted_RK.gather(1, kept_RK.sum(-1, keepdim=True) - 1)
 

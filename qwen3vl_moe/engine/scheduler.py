@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from qwen3vl_moe.engine.kv_cache import KVCache
 from qwen3vl_moe.engine.sequence import Sequence
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens ``start`` to ``stop`` of one sequence, computed in one step.
 
     ``samples`` tells whether the sequence's next token comes out of it.
@@ -135,9 +134,11 @@ class Scheduler:
             return []
         if self.waiting and (len(going) < len(live) or self._has_room_for(self.waiting[0])):
             return []
-        if sum(self.cache.needed(c.sequence.block_table, c.stop + 1) for c in going) > self.cache.num_free:
+        size = self.cache.block_size
+        growing = [chunk for chunk in going if chunk.stop >= len(chunk.sequence.block_table) * size]
+        if sum(self.cache.needed(c.sequence.block_table, c.stop + 1) for c in growing) > self.cache.num_free:
             return []
-        for chunk in going:
+        for chunk in growing:
             self.cache.grow(chunk.sequence.block_table, chunk.stop + 1)
         return [Chunk(chunk.sequence, chunk.stop, chunk.stop + 1, samples=True) for chunk in going]
 
@@ -149,7 +150,9 @@ class Scheduler:
     def computed(self, chunk: Chunk) -> None:
         """A chunk is in the cache: its sequence goes on, and the blocks that it has filled can be found."""
         chunk.sequence.advance(chunk.stop)
-        self.cache.publish(*self._filled(chunk))
+        blocks, keys = self._filled(chunk)
+        if blocks:
+            self.cache.publish(blocks, keys)
 
     def _admit(self, sequence: Sequence, coming: set[bytes]) -> bool:
         """Blocks for a waiting sequence, or False if it has to wait."""
@@ -198,7 +201,8 @@ class Scheduler:
         number = 0
         while number < len(self.running):
             sequence = self.running[number]
-            if self.cache.grow(sequence.block_table, len(sequence.token_ids)):
+            tokens, table = len(sequence.token_ids), sequence.block_table
+            if tokens <= len(table) * self.cache.block_size or self.cache.grow(table, tokens):
                 number += 1
                 continue
             youngest = self.running[-1]

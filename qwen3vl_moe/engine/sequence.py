@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from qwen3vl_moe.engine.calls import Call
 from qwen3vl_moe.engine.constraints import Constraints
@@ -44,6 +43,9 @@ class Sequence:
         num_computed: how many of them are in the cache.
         block_table: cache blocks in order.
         features: vision features per image, None before they are computed and after the prompt is in the cache.
+        num_prompt_tokens: of the prompt.
+        position_offset: of a token of the answer, its M-RoPE position (the same on all three axes) less its place.
+        admissions: how often it was given blocks to begin with.
     """
 
     request_id: str
@@ -65,6 +67,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt.token_ids)
+        self.num_prompt_tokens, self.admissions = len(self.token_ids), 0
+        self.position_offset = self.prompt.next_position - self.num_prompt_tokens
         self.features: list[VisionFeatures | None] = [None] * len(self.prompt.images)
         self.logprobs: list[dict[int, Logprob]] = []
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
@@ -72,8 +76,8 @@ class Sequence:
         self._block_keys: list[bytes] = []
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt.token_ids)
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def output_ids(self) -> list[int]:
@@ -101,18 +105,8 @@ class Sequence:
         return (
             params.penalised
             or params.logprobs is not None
-            or (constraints is not None and constraints.needs_history(len(self.token_ids) - self.num_prompt_tokens))
+            or (constraints is not None and constraints.needs_history(self.num_output_tokens))
         )
-
-    def positions(self, start: int, stop: int) -> Tensor:
-        """M-RoPE positions [3, stop - start] (int64, CPU) of a span of tokens."""
-        known, prompt = self.prompt.positions_3T, self.num_prompt_tokens
-        inside = known[:, start : min(stop, prompt)]
-        if stop <= prompt:
-            return inside
-        # Text has the same position on all three axes, and goes on where the prompt's positions ended.
-        first = self.prompt.next_position + max(start, prompt) - prompt
-        return torch.cat([inside, torch.arange(first, self.prompt.next_position + stop - prompt).expand(3, -1)], dim=1)
 
     def images_in(self, start: int, stop: int) -> list[tuple[int, ImageInput]]:
         """Images (with their number) that have placeholder tokens in a span."""
@@ -141,13 +135,14 @@ class Sequence:
     def start_at(self, num_cached: int) -> None:
         """Begin, or begin again, behind tokens that were found in the cache."""
         self.num_computed = num_cached
+        self.admissions += 1
         if not self.metrics.num_preemptions:
             self.metrics.num_cached_tokens = num_cached
 
     def advance(self, computed: int) -> None:
         """The first ``computed`` tokens are in the cache now. Features of a cached prompt are not needed any more."""
         self.num_computed = computed
-        if computed >= self.num_prompt_tokens:
+        if self.features and computed >= self.num_prompt_tokens:
             self.features = [None] * len(self.features)
 
     def reset(self) -> None:
@@ -180,7 +175,7 @@ class Sequence:
         if logprobs is not None:
             self.logprobs.append(logprobs)
 
-        may_stop = len(self.token_ids) - self.num_prompt_tokens > (self.params.min_tokens or 0)
+        may_stop = self.num_output_tokens > (self.params.min_tokens or 0)
         is_eos = token_id in self.eos_token_ids
         if may_stop and (is_eos or token_id in (self.params.stop_token_ids or ())):
             if self.params.include_stop_str_in_output:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,25 +18,12 @@ from tqdm import tqdm
 
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.model import Batch, Qwen3VLMoe
+from qwen3vl_moe.model.text import DecoderLayer
 from qwen3vl_moe.ops import Segments, cut_patches
+from qwen3vl_moe.ops.ahead import compile_ahead, sizes_to_compile
 from qwen3vl_moe.ops.dispatch import takes_kernels
-from tma_moe.launcher import compile_ahead
 
 _IMAGE_SIDES = (4, 32)  # in merged patches: of each of the two ways in which the tower's rotation is launched
-
-
-def step_sizes(model: Qwen3VLMoe, most: int) -> list[int]:
-    """Numbers of tokens that stand for all steps of up to ``most``.
-
-    The experts' kernels change where their tiles do; all others where tokens pass some power of two.
-    """
-    powers = [1 << i for i in range(most.bit_length())]
-    if model.moe != "tma":
-        return [*powers, most]
-    from tma_moe.recipe import call_ends
-
-    layer = next(layer.moe for layer in model.text.layers)
-    return sorted({*powers, *call_ends(layer.experts, model.config.text.experts_per_token, most)})
 
 
 def steps(sizes: list[int], max_num_seqs: int, block_size: int, device: torch.device) -> Iterator[Batch]:
@@ -44,7 +32,7 @@ def steps(sizes: list[int], max_num_seqs: int, block_size: int, device: torch.de
     The last two are as graphs have them: padded, with slots of 32 bits.
     """
     for T in sizes:
-        kinds = [((T,), (T,), False), ((T,), (T + 1,), True)]
+        kinds: list[tuple[tuple[int, ...], tuple[int, ...], bool]] = [((T,), (T,), False), ((T,), (T + 1,), True)]
         if max_num_seqs >= T:
             kinds.append(((1,) * T, (2,) * T, True))
         for q_lens, kv_lens, in_graph in kinds:
@@ -84,13 +72,16 @@ def compile_kernels(model: Qwen3VLMoe, cache: Tensor, options: EngineOptions, pr
 
 def walk(model: Qwen3VLMoe, cache: Tensor, options: EngineOptions) -> None:
     """Launch, whatever launching means here, every kernel that a step or an image may need."""
-    most = options.max_prefill_tokens + options.max_num_seqs
+    moe = cast(DecoderLayer, model.text.layers[0]).moe
+    experts = moe.experts if model.moe == "tma" else None
+    sizes = sizes_to_compile(options.max_prefill_tokens + options.max_num_seqs, experts, moe.experts_per_token)
     # The largest first, whose kernels take longest to compile.
-    for step in steps(step_sizes(model, most)[::-1], options.max_num_seqs, cache.shape[3], model.device):
+    for step in steps(sizes[::-1], options.max_num_seqs, cache.shape[3], model.device):
         model(step, cache)
     vision = model.config.vision
     sides = vision.patch_size, vision.merge_size, vision.temporal_patch_size
+    half = 0.5, 0.5, 0.5
     for side in _IMAGE_SIDES:
         grid = (1, side * vision.merge_size, side * vision.merge_size)
         pixels = torch.zeros(3 * math.prod(grid) * vision.patch_size**2, dtype=torch.uint8, device=model.device)
-        model.encode_images(cut_patches(pixels, [grid], sides, (0.5,) * 3, (0.5,) * 3, model.dtype), [grid])
+        model.encode_images(cut_patches(pixels, [grid], sides, half, half, model.dtype), [grid])

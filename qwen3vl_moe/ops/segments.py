@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,9 +54,9 @@ class Segments:
         kv_lens = q_lens if kv_lens is None else kv_lens
 
         def starts(lengths: Sequence[int]) -> Tensor:
-            total = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-            total[1:] = torch.tensor(lengths, dtype=torch.int32).cumsum(0)
-            return to_device(total, device)
+            total = np.zeros(len(lengths) + 1, np.int32)
+            np.cumsum(lengths, out=total[1:])
+            return to_device(torch.from_numpy(total), device)
 
         q_starts = starts(q_lens)
         kv_starts = q_starts if kv_lens is q_lens else starts(kv_lens)

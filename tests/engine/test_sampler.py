@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 
 from qwen3vl_moe.engine import SamplingParams
 from qwen3vl_moe.engine.defaults import GenerationDefaults
-from qwen3vl_moe.engine.sampler import sample, token_logprobs
+from qwen3vl_moe.engine.sampler import SamplingPlan, sample, token_logprobs
 
 VOCABULARY = 50
 
@@ -31,7 +31,7 @@ def sequence(prompt=(1, 2, 3), answer=(), seed=None, constraints=None, **params)
 
 
 def draw(logits, rows, seed=0):
-    return sample(logits, rows, torch.Generator().manual_seed(seed))[0].tolist()
+    return sample(logits, SamplingPlan.of(rows, "cpu"), torch.Generator().manual_seed(seed))[0].tolist()
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_draws_follow_the_truncated_distribution(logits, name):
 
 def test_greedy_is_argmax_and_draws_nothing(logits):
     rows = [sequence(temperature=0) for _ in logits]
-    assert sample(logits, rows, generator=None)[0].tolist() == logits.argmax(-1).tolist()
+    assert sample(logits, SamplingPlan.of(rows, "cpu"), generator=None)[0].tolist() == logits.argmax(-1).tolist()
 
 
 def test_repetition_penalty_is_that_of_transformers(logits):

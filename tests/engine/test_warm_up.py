@@ -14,6 +14,7 @@ from qwen3vl_moe.engine import warm_up
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.model import Batch, Qwen3VLMoe
 from qwen3vl_moe.ops import Segments, attend, cut_patches, patches, residual, rotation
+from qwen3vl_moe.ops.ahead import sizes_to_compile
 from tma_moe import op, recipe
 from tma_moe.launcher import Launch, instead_of_launching
 
@@ -103,5 +104,7 @@ def test_no_image_launches_what_was_not_compiled(model, warm):
 
 
 def test_sizes_end_at_the_most(model):
-    assert warm_up.step_sizes(model, 8392)[-1] == 8392
-    assert warm_up.step_sizes(model, 1) == [1]
+    experts = model.text.layers[0].moe.experts
+    assert sizes_to_compile(8392, experts, 8)[-1] == 8392
+    assert sizes_to_compile(1, experts, 8) == [1]
+    assert sizes_to_compile(100, None, 8) == [1, 2, 4, 8, 16, 32, 64, 100]

@@ -1,0 +1,126 @@
+"""A step's chunks as one :class:`Batch` on the host: a few NumPy calls over all of them.
+
+The card computes a step of some hundred sequences in a few milliseconds. Host work that grew with every sequence, by a
+tensor here and there, would take longer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen3vl_moe.engine.scheduler import Chunk
+from qwen3vl_moe.engine.sequence import Sequence
+from qwen3vl_moe.model import Batch, VisionFeatures
+from qwen3vl_moe.model.batch import VisualTokens
+from qwen3vl_moe.ops import Segments
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Block tables, int32 [S, B], of sequences that decode; ``admissions`` tells whether one has begun again since."""
+
+    sequences: list[Sequence]
+    admissions: list[int]
+    rows: np.ndarray
+
+
+class Packer:
+    """Packs steps over a cache of blocks of ``block_size`` tokens.
+
+    Sequences that only decode keep their block tables from step to step, with a new block where one is full.
+    """
+
+    def __init__(self, block_size: int):
+        self._block_size = block_size
+        self._decoding: _Tables | None = None
+
+    def pack(self, chunks: list[Chunk], logit_rows: list[int], sampled_T: Tensor | None) -> Batch:
+        """The step that computes these chunks.
+
+        Args:
+            chunks: at least one; images that have placeholders in them have their features.
+            logit_rows: of the step, whose logits are wanted.
+            sampled_T: the chunks' tokens, int64 on the device, where the host does not know them yet.
+
+        Returns:
+            A batch with all tensors but those of images and ``sampled_T`` on the host.
+        """
+        sequences = [chunk.sequence for chunk in chunks]
+        starts_S, stops_S = np.array([c.start for c in chunks]), np.array([c.stop for c in chunks])
+        lens_S = stops_S - starts_S
+        begins_S = np.cumsum(lens_S) - lens_S  # rows of the step
+        tables = self._tables(sequences, starts_S, lens_S)
+        # Of each row: its sequence, and its place within that.
+        s_T = np.repeat(np.arange(len(chunks)), lens_S)
+        place_T = np.arange(len(s_T)) + np.repeat(starts_S - begins_S, lens_S)
+        blocks_T = tables[s_T, place_T // self._block_size].astype(np.int64)
+        positions_3T = np.empty((3, len(s_T)), np.int64)
+        positions_3T[:] = place_T + np.array([s.position_offset for s in sequences])[s_T]
+        for chunk, begin in zip(chunks, begins_S.tolist(), strict=True):
+            # Within its prompt a token's position is not its place: images have rows and columns.
+            if chunk.start < (prompt := chunk.sequence.num_prompt_tokens):
+                known = chunk.sequence.prompt.positions_3T[:, chunk.start : min(chunk.stop, prompt)]
+                positions_3T[:, begin : begin + known.shape[1]] = known.numpy()
+        if sampled_T is None:
+            tokens = itertools.chain.from_iterable(c.sequence.token_ids[c.start : c.stop] for c in chunks)
+            sampled_T = torch.from_numpy(np.fromiter(tokens, np.int64, len(s_T)))
+        return Batch(
+            input_ids_T=sampled_T,
+            positions_3T=torch.from_numpy(positions_3T),
+            segments=Segments.build(
+                lens_S.tolist(), stops_S.tolist(), block_tables=torch.from_numpy(tables), block_size=self._block_size
+            ),
+            slots_T=torch.from_numpy(blocks_T * self._block_size + place_T % self._block_size),
+            visual=_visual_tokens(chunks, begins_S.tolist()),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        )
+
+    def _tables(self, sequences: list[Sequence], starts_S: np.ndarray, lens_S: np.ndarray) -> np.ndarray:
+        """Block tables, int32 [S, B], padded with 0; valid until the next call."""
+        if lens_S.max() > 1:
+            self._decoding = None
+            return _block_tables(sequences, 0)
+        admissions = [sequence.admissions for sequence in sequences]
+        known, last = self._decoding, int(starts_S.max()) // self._block_size
+        if (
+            known is None
+            or known.sequences != sequences
+            or known.admissions != admissions
+            or last >= known.rows.shape[1]
+        ):
+            # Wide enough for some hundred steps to come.
+            self._decoding = _Tables(sequences, admissions, _block_tables(sequences, last + 8))
+            return self._decoding.rows
+        for row in np.flatnonzero(starts_S % self._block_size == 0).tolist():
+            number = int(starts_S[row]) // self._block_size
+            known.rows[row, number] = sequences[row].block_table[number]
+        return known.rows
+
+
+def _block_tables(sequences: list[Sequence], width: int) -> np.ndarray:
+    """Block tables, int32 [S, B], B at least ``width``."""
+    lens_S = np.array([len(sequence.block_table) for sequence in sequences])
+    blocks = itertools.chain.from_iterable(sequence.block_table for sequence in sequences)
+    tables = np.zeros((len(sequences), max(width, lens_S.max())), np.int32)
+    tables[np.arange(tables.shape[1]) < lens_S[:, None]] = np.fromiter(blocks, np.int32, lens_S.sum())
+    return tables
+
+
+def _visual_tokens(chunks: list[Chunk], begins: list[int]) -> VisualTokens | None:
+    """The image tokens among the chunks, which begin at these rows of the step."""
+    features: list[VisionFeatures] = []
+    rows: list[np.ndarray] = []
+    for chunk, begin in zip(chunks, begins, strict=True):
+        # A chunk may begin or end inside an image: it takes the features of exactly its own placeholders.
+        for number, image in chunk.sequence.images_in(chunk.start, chunk.stop):
+            first, last = max(chunk.start, image.start), min(chunk.stop, image.start + image.num_tokens)
+            of_image = chunk.sequence.features[number]
+            assert of_image is not None  # encoded just now, or in an earlier step
+            features.append(of_image.rows(first - image.start, last - image.start))
+            rows.append(np.arange(first, last) + (begin - chunk.start))
+    return VisionFeatures.cat(features).at(torch.from_numpy(np.concatenate(rows))) if rows else None
