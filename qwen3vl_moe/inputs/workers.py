@@ -158,22 +158,23 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> l
     if not is_pool_thread() and (futures := POOL.submit_all(function, items)):
         return [future.result() for future in futures]
     outcomes: dict[int, Future[Result]] = {}
-    numbers = itertools.count()
+    numbers, wanted = itertools.count(), True
 
     def work(_: Any = None) -> None:
-        while (number := next(numbers)) < len(items):
+        while wanted and (number := next(numbers)) < len(items):
             outcomes[number] = outcome = Future()
             try:
                 outcome.set_result(function(items[number]))
             except BaseException as error:
                 outcome.set_exception(error)
                 if not isinstance(error, Exception):
-                    raise  # Ctrl-C: the rest is not wanted any more
+                    raise
 
     helpers = [POOL.submit(work, None) for _ in items[1:]]
     try:
         work()
-    except BaseException:
+    except BaseException:  # Ctrl-C
+        wanted = False
         for helper in helpers:
             helper.cancel()
         raise
