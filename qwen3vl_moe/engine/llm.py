@@ -41,7 +41,7 @@ _NOT_BUILT = {
     "priority": "requests begin in their order",
     "guided_options_request": "check the answer, or allow tokens by allowed_token_ids",
     "tokenization_kwargs": "truncate_prompt_tokens is a sampling parameter, or give token ids",
-    "mm_processor_kwargs": "min_pixels and max_pixels may stand beside an image in its message",
+    "mm_processor_kwargs": "a prompt's dict may hold it; in a message min_pixels and max_pixels stand beside the image",
     "chat_template": "chat_template.jinja lies in the checkpoint's directory",
     "chat_template_content_format": "messages are given to the template as it is written for them",
     "request_id": "outputs come in the order of the requests",
@@ -159,7 +159,7 @@ class LLM:
             **kernels_in_use(model.device, model.dtype, head_dims),
             "cuda_graphs": uses_graphs(model, self.options),
             "max_model_len": engine.max_model_len,
-            "max_num_seqs": self.options.max_num_seqs,
+            "max_num_seqs": engine.scheduler.max_num_seqs,
             "max_prefill_tokens": self.options.max_prefill_tokens,
             "kv_cache_tokens": engine.cache.num_blocks * engine.cache.block_size,
         }
@@ -219,7 +219,7 @@ class LLM:
 
         Args:
             prompts: a text, a list of token ids, ``{"prompt": text, "multi_modal_data": {"image": one or a list}}``
-                (or ``"prompt_token_ids"`` for ``"prompt"``), or a list of such.
+                (or ``"prompt_token_ids"`` for ``"prompt"``; :meth:`.Processor.prompt` has the rest), or a list of such.
             sampling_params: one for all, or one per prompt; None takes everything from the checkpoint.
             use_tqdm: show how many of the answers are there; unlike vLLM nothing is shown unasked.
             not_built: vLLM's arguments that have no meaning here are refused by name.

@@ -26,6 +26,9 @@ Timed = tuple[
 ]  # a prompt, when work on it began (since the epoch) and how long it took, in seconds
 
 
+_AHEAD = 128  # requests that are prepared and wait for the engine
+
+
 class Service:
     """Calls of one engine.
 
@@ -56,7 +59,9 @@ class Service:
             while not finished:
                 self._advance([sequences])
                 finished, written = _ended(sequences), sum(len(sequence.text.text) for sequence in sequences)
-                _raise_error(sequences, "")
+                error = _error_of(sequences)
+                if error is not None:
+                    raise error
                 if finished or written > shown:
                     shown = written
                     yield joined([sequence.output() for sequence in sequences])
@@ -80,9 +85,10 @@ class Service:
                 raise type(error_or_output)(f"{where}{error_or_output}") from error_or_output.__cause__
             return number, error_or_output
 
-        # Images take far more memory as pixels than as files: only as many requests as can run are prepared ahead.
+        # Images take far more memory as pixels than as files: only so many requests are prepared ahead.
+        ahead = min(self.engine.scheduler.max_num_seqs, _AHEAD)
         pairs = list(zip(items, params, strict=True))
-        intake = Intake(lambda pair: self._prepared(prepare, pair), pairs, self.engine.scheduler.max_num_seqs)
+        intake = Intake(lambda pair: self._prepared(prepare, pair), pairs, ahead)
         with closing(intake):
             try:
                 self._begin([])
@@ -158,9 +164,3 @@ def _ended(sequences: list[Sequence]) -> bool:
 
 def _error_of(sequences: list[Sequence]) -> UserError | None:
     return next((sequence.error for sequence in sequences if sequence.error is not None), None)
-
-
-def _raise_error(sequences: list[Sequence], where: str) -> None:
-    error = _error_of(sequences)
-    if error is not None:
-        raise type(error)(f"{where}{error}")

@@ -47,15 +47,23 @@ def test_a_seed_gives_the_same_tokens_in_any_batch(plain):
 def test_launching_ahead_changes_no_token(plain):
     """fp32, so that the rows in vain of other requests do not round a request's logits otherwise."""
     prompts = list(PROMPTS.values()) * 3
-    params = [SamplingParams(temperature=t, max_tokens=10 + 7 * n, seed=n) for n in range(3) for t in (0, 0.7, 1.0)]
+    biased = {"logit_bias": {5: 3.0, 9: -100}, "allowed_token_ids": range(400)}
+    asked = ({}, biased, {"min_tokens": 8, "bad_words": ["e", "an"]})
+    params = [
+        SamplingParams(temperature=t, max_tokens=10 + 7 * n, seed=n, **asked[n])
+        for n in range(3)
+        for t in (0, 0.7, 1.0)
+    ]
     expected, ours = (
         load(plain, "cuda", max_model_len=512, async_scheduling=on).generate(prompts, params) for on in (False, True)
     )
     assert [o.outputs[0].token_ids for o in ours] == [o.outputs[0].token_ids for o in expected]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_a_step_of_decoding_is_launched_without_waiting(plain, temperature, monkeypatch):
+@pytest.mark.parametrize(
+    "asked", [{"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 0.7, "logit_bias": {5: 3.0, 9: -100}}]
+)
+def test_a_step_of_decoding_is_launched_without_waiting(plain, asked, monkeypatch):
     """Packing, copying and sampling; the plain loop over the experts waits in the decoder, the fused one does not."""
     llm = load(plain, "cuda", max_model_len=512)
     launch, guard = llm.engine.runner.launch, torch.cuda.set_sync_debug_mode
@@ -73,7 +81,7 @@ def test_a_step_of_decoding_is_launched_without_waiting(plain, temperature, monk
             for hook in hooks:
                 hook.remove()
 
-    params = SamplingParams(temperature=temperature, top_k=20, top_p=0.9, max_tokens=16, ignore_eos=True)
+    params = SamplingParams(**asked, top_k=20, top_p=0.9, max_tokens=16, ignore_eos=True)
     llm.generate(list(PROMPTS.values()), params)  # what is made once is made here
     monkeypatch.setattr(llm.engine.runner, "launch", guarded)
     llm.generate(list(PROMPTS.values()), params)
