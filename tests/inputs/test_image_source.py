@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import struct
 import threading
+import time
 import zlib
 from io import BytesIO
 
@@ -327,6 +328,7 @@ class TestReading:
                 with lock:
                     held.append(image.width)
                     most.append(list(held))
+                time.sleep(0.02)  # in which all the others would come
                 if number == 4:
                     raise RuntimeError  # a thread that fails gives its part back
                 with lock:
@@ -340,7 +342,7 @@ class TestReading:
             assert not thread.is_alive()
         assert len(most) == 8
         assert all(len(together) <= 4 for together in most)  # the one that failed still stands in the list
-        assert all(400 not in together or set(together) <= {400, 40} for together in most)
+        assert all(400 not in together or len(together) <= 2 for together in most)  # as there
 
 
 def png_header(width: int, height: int) -> bytes:
