@@ -54,7 +54,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Most problems in a step.")] = 128,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most problems in a step; unset: by the cache.")] = None,
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="Part of the GPU's memory to use: more of it holds more problems at a time.")
     ] = 0.9,
@@ -91,7 +91,7 @@ def main(
         if through == "transformers":
             from peers import TransformersLM
 
-            lm = TransformersLM(llm, max_num_seqs)
+            lm = TransformersLM(llm, max_num_seqs or 32)
         else:
             lm = EngineLM(llm)
         stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")

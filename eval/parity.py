@@ -63,7 +63,7 @@ def main(
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(help="Most problems in a step.")] = 128,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most problems in a step; unset: by the cache.")] = None,
     load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
 ) -> None:
     """Compare accuracy and log-probabilities of several ways to compute the same weights."""

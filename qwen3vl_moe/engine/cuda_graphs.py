@@ -25,9 +25,12 @@ from qwen3vl_moe.ops.dispatch import attention_takes, takes_kernels
 from qwen3vl_moe.ops.transfer import to_device
 
 # Padding is cheap where experts skip it; each graph takes time and memory to make.
-_DECODE = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
+_DECODE = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 # Beyond the last ones the card needs longer for a step than the host for its launches.
 _TOKENS = (128, 256, 384, 512, 768, 1024, 1536, 2048)
+# Each sequence of a graph costs something, whether it has tokens or not; a step with more of them and a prompt keeps the
+# card busy long enough.
+_MIXED_SEQS = 128
 _PATCHES = (256, 512, 768, 1024, 1296, 1600, 2048, 3072, 4096)
 _IMAGES = 32  # in one graph of the vision tower
 
@@ -99,7 +102,8 @@ class _Inputs:
             host[name][S + 1 :] = starts[-1]
         host["logit_rows"][: len(logit_rows)] = logit_rows
         host["tables"][:S, :width] = tables[:, :width]
-        self._device.copy_(self._host, non_blocking=True)
+        used = self._host.numel() - (len(host["tables"]) - S) * host["tables"].shape[1]  # the tables come last
+        self._device[:used].copy_(self._host[:used], non_blocking=True)
         self._copied.record()
         if sampled:
             self.device["ids_T"][:T] = batch.input_ids_T
@@ -125,6 +129,7 @@ class StepGraphs:
         self.model, self.cache, self.max_num_seqs = model, cache, max_num_seqs
         self._table_width = -(-max_model_len // cache.shape[3])
         self._decode = (*(size for size in _DECODE if size < max_num_seqs), max_num_seqs)
+        self._mixed_seqs = min(max_num_seqs, _MIXED_SEQS)
         config, device, dtype = model.config.text, model.device, model.dtype
         rows, layers = _TOKENS[-1], len(model.config.vision.deepstack_indexes)
         # One set of buffers serves all buckets: graphs run one after the other.
@@ -154,7 +159,7 @@ class StepGraphs:
         """
         decoding = batch.segments.max_q == 1 and batch.visual is None
         num_logits = len(batch.input_ids_T if batch.logit_rows is None else batch.logit_rows)
-        if max(len(batch.segments.q_lens), num_logits) > self.max_num_seqs:
+        if max(len(batch.segments.q_lens), num_logits) > (self.max_num_seqs if decoding else self._mixed_seqs):
             return None
         size = bucket_of(len(batch.input_ids_T), self._decode if decoding else _TOKENS)
         if size is None:
@@ -179,7 +184,7 @@ class StepGraphs:
 
     def _graph(self, size: int, decoding: bool) -> _Graph:
         if (size, decoding) not in self._graphs:
-            S = size if decoding else self.max_num_seqs
+            S = size if decoding else self._mixed_seqs
             inputs = _Inputs(size, S, self._table_width, self.model.device)
             inputs.host["slots_T"][:] = -1
             inputs._device.copy_(inputs._host)

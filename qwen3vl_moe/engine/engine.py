@@ -54,20 +54,22 @@ class Engine:
         progress: bool = False,
     ):
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
-        free_bytes = None if options.num_blocks else free_cache_bytes(model, options)
-        num_blocks, self.max_model_len = plan_cache(model.config.text, model.dtype, options, free_bytes)
+        on_gpu = model.device.type == "cuda"
+        most = options.with_seats(None, on_gpu)
+        free_bytes = None if options.num_blocks else free_cache_bytes(model, most)
+        num_blocks, self.max_model_len = plan_cache(model.config.text, model.dtype, most, free_bytes)
+        options = options.with_seats(num_blocks, on_gpu)
         self.cache = KVCache(model.config.text, num_blocks, options.block_size, model.dtype, model.device)
         self.scheduler = Scheduler(
             self.cache,
-            options.max_num_seqs,
+            options.seats,
             options.max_prefill_tokens,
             options.max_encoder_tokens,
             options.enable_prefix_caching,
         )
         self.runner = Runner(model, self.cache, options, self.max_model_len)
         self.runner.warm_up(progress)
-        by_default = model.device.type == "cuda"
-        self._runs_ahead = by_default if options.async_scheduling is None else options.async_scheduling
+        self._runs_ahead = on_gpu if options.async_scheduling is None else options.async_scheduling
         # Steps whose tokens have not been read: at most two inside of step(), one outside.
         self._launched: deque[Launched] = deque()
         self._last_read = 0.0  # when the last tokens were, in seconds since the epoch

@@ -171,7 +171,7 @@ def plan_cache(
     block_bytes = bytes_per_block(config, size, dtype)
     if num_blocks is None:
         fitting = (_cpu_bytes() if free_bytes is None else free_bytes) // block_bytes
-        num_blocks = min(options.max_num_seqs * -(-model_len // size), fitting)
+        num_blocks = min(options.seats * -(-model_len // size), fitting)
     if num_blocks < 1:
         raise OptionError(
             f"no memory is left for the KV cache (a block takes {block_bytes / 1e6:.2f} MB): raise "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwen3vl_moe.errors import OptionError
 
+_MOST_SEQS, _CPU_SEQS, _TOKENS_PER_SEAT = 512, 128, 128
 _DEFAULT_MODEL_LEN = 32768  # the published model could do 262144, which is 24 GiB of cache for a single sequence
 
 
@@ -15,7 +16,8 @@ class EngineOptions:
 
     Attributes:
         max_model_len: most tokens of prompt and answer; None: 32768, or fewer where the model or the cache hold fewer.
-        max_num_seqs: most sequences in a step.
+        max_num_seqs: most sequences in a step; None: 512 on a GPU, or fewer where the cache has not 128 tokens for each
+            of them; 128 on a CPU, where more gain nothing.
         max_prefill_tokens: most prompt tokens in a step.
         max_encoder_tokens: most tokens of images that are encoded in a step, which bounds the tower's memory and time
             in it. A larger image is encoded in a step of its own.
@@ -34,7 +36,7 @@ class EngineOptions:
     """
 
     max_model_len: int | None = None
-    max_num_seqs: int = 128
+    max_num_seqs: int | None = None
     max_prefill_tokens: int = 8192
     max_encoder_tokens: int = 8192
     block_size: int = 16
@@ -49,7 +51,7 @@ class EngineOptions:
         sizes = "max_model_len", "max_num_seqs", "max_prefill_tokens", "max_encoder_tokens", "block_size", "num_blocks"
         for name in sizes:
             value = getattr(self, name)
-            is_left_open = value is None and name in ("max_model_len", "num_blocks")
+            is_left_open = value is None and name in ("max_model_len", "max_num_seqs", "num_blocks")
             if not is_left_open and (type(value) is not int or value < 1):
                 raise OptionError(f"{name}={value!r}: an integer of at least 1 is needed")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
@@ -61,6 +63,19 @@ class EngineOptions:
             raise OptionError(f"async_scheduling={self.async_scheduling!r}: True, False or None is needed")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise OptionError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: a number in (0, 1] is needed")
+
+    def with_seats(self, num_blocks: int | None, on_gpu: bool) -> EngineOptions:
+        """The same with ``max_num_seqs`` settled: by the size of the cache, or as it may be at most."""
+        if self.max_num_seqs is not None:
+            return self
+        fed = _MOST_SEQS if num_blocks is None else num_blocks * self.block_size // _TOKENS_PER_SEAT
+        return replace(self, max_num_seqs=max(1, min(fed, _MOST_SEQS)) if on_gpu else _CPU_SEQS)
+
+    @property
+    def seats(self) -> int:
+        """``max_num_seqs`` once it is settled."""
+        assert self.max_num_seqs is not None, "with_seats() settles it"
+        return self.max_num_seqs
 
     def model_len(self, max_positions: int) -> int:
         """The length limit before the cache has its say.

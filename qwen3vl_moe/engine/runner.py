@@ -103,7 +103,7 @@ class Runner:
         self._steps: StepGraphs | None = None
         self._images: VisionGraphs | None = None
         if uses_graphs(model, options):
-            self._steps = StepGraphs(model, cache.tensor, options.max_num_seqs, max_model_len)
+            self._steps = StepGraphs(model, cache.tensor, options.seats, max_model_len)
             self._images = VisionGraphs(model)
 
     @torch.inference_mode()
@@ -306,9 +306,9 @@ def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
     vision = model.config.vision
     grid = (-(-options.max_encoder_tokens // 1024), 32 * vision.merge_size, 32 * vision.merge_size)
     pixels = (math.prod(grid), vision.patch_dim)
-    places = torch.arange(options.max_prefill_tokens + options.max_num_seqs, device=device)
+    places = torch.arange(options.max_prefill_tokens + options.seats, device=device)
     segments = Segments.build([len(places)], device=device)
-    step = Batch(torch.zeros_like(places), places.expand(3, -1), segments, logit_rows=places[: options.max_num_seqs])
+    step = Batch(torch.zeros_like(places), places.expand(3, -1), segments, logit_rows=places[: options.seats])
     with allocate_only():
         features = model.encode_images(torch.zeros(pixels, dtype=model.dtype, device=device), [grid])
         model(step).float().softmax(-1)

@@ -74,9 +74,9 @@ def walk(model: Qwen3VLMoe, cache: Tensor, options: EngineOptions) -> None:
     """Launch, whatever launching means here, every kernel that a step or an image may need."""
     moe = cast(DecoderLayer, model.text.layers[0]).moe
     experts = moe.experts if model.moe == "tma" else None
-    sizes = sizes_to_compile(options.max_prefill_tokens + options.max_num_seqs, experts, moe.experts_per_token)
+    sizes = sizes_to_compile(options.max_prefill_tokens + options.seats, experts, moe.experts_per_token)
     # The largest first, whose kernels take longest to compile.
-    for step in steps(sizes[::-1], options.max_num_seqs, cache.shape[3], model.device):
+    for step in steps(sizes[::-1], options.seats, cache.shape[3], model.device):
         model(step, cache)
     vision = model.config.vision
     sides = vision.patch_size, vision.merge_size, vision.temporal_patch_size

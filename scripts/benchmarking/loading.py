@@ -73,7 +73,7 @@ def load_llm(
         defaults = GenerationDefaults.from_pretrained(directory, processor.eos_token_id)
     weights = random_model(config, place, parse_dtype(dtype, config.dtype), moe=moe)
     if routing is not None:  # before the LLM captures its graphs
-        rows = engine_options.get("max_prefill_tokens", 8192) + engine_options.get("max_num_seqs", 128)
+        rows = engine_options.get("max_prefill_tokens", 8192) + (engine_options.get("max_num_seqs") or 512)
         draw_routing(weights, routing, rows)
     llm = LLM.from_parts(weights, processor, defaults, **engine_options)
     llm.name = f"{Path(model).name}-dummy" if model else "Qwen3-VL-30B-A3B sizes"

@@ -424,9 +424,26 @@ def test_the_least_recently_used_goes_first_and_its_end_before_its_beginning():
 def test_size_of_the_published_cache():
     """96 KiB a token: 48 layers x 2 x 4 heads x 128 x 2 bytes."""
     text = Qwen3VLMoeConfig.qwen3_vl_30b_a3b().text
+    options = EngineOptions(max_num_seqs=128)
     assert bytes_per_block(text, 16, torch.bfloat16) == 16 * 96 * 1024
-    assert plan_cache(text, torch.bfloat16, EngineOptions(), 10 * 2**30) == (10 * 2**30 // (16 * 96 * 1024), 32768)
-    assert plan_cache(text, torch.bfloat16, EngineOptions(), 2**50) == (128 * 2048, 32768)
-    assert plan_cache(text, torch.bfloat16, EngineOptions(), 2**30) == (682, 682 * 16)
+    assert plan_cache(text, torch.bfloat16, options, 10 * 2**30) == (10 * 2**30 // (16 * 96 * 1024), 32768)
+    assert plan_cache(text, torch.bfloat16, options, 2**50) == (128 * 2048, 32768)
+    assert plan_cache(text, torch.bfloat16, options, 2**30) == (682, 682 * 16)
     with pytest.raises(OptionError, match="no memory is left for the KV cache"):
-        plan_cache(text, torch.bfloat16, EngineOptions(), -5)
+        plan_cache(text, torch.bfloat16, options, -5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_blocks", "on_gpu", "seats"),
+    [
+        (7, 10**6, True, 7),  # as asked for
+        (None, None, True, 512),  # at most
+        (None, 10**6, True, 512),
+        (None, 800, True, 100),  # 128 tokens for each
+        (None, 3, True, 1),
+        (None, 800, False, 128),
+    ],
+)
+def test_seats_by_the_size_of_the_cache(asked, num_blocks, on_gpu, seats):
+    options = EngineOptions(max_num_seqs=asked, block_size=16)
+    assert options.with_seats(num_blocks, on_gpu).seats == seats
