@@ -9,6 +9,7 @@ from qwen3vl_moe.ops.attend import attention, cached_attention
 from qwen3vl_moe.ops.mlp import linear_gelu
 from qwen3vl_moe.ops.patches import add_positions, cut_patches
 from qwen3vl_moe.ops.residual import Addend, OpenProduct, ResidualStream
+from qwen3vl_moe.ops.resize import resize_picture
 from qwen3vl_moe.ops.rotation import rotate_and_store
 from qwen3vl_moe.ops.segments import Segments
 
@@ -22,5 +23,6 @@ __all__ = [
     "cached_attention",
     "cut_patches",
     "linear_gelu",
+    "resize_picture",
     "rotate_and_store",
 ]

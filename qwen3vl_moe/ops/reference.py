@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from qwen3vl_moe.ops.segments import Segments
 
+RESIZE_BITS = 22  # Pillow's: 32, less 8 of a pixel, and 2 for sums that are negative or beyond white
+
 
 def rotate(x_TND: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Rotates each head: channel i is paired with channel i + D/2 (the split-half convention of the checkpoint).
@@ -101,6 +103,25 @@ def mix_positions(table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tens
     for corner in range(1, 4):
         out_PC += table_SC[index_P4[:, corner]] * weight_P4[:, corner, None]
     return out_PC
+
+
+def resize_rows(pixels_HW3: Tensor, table: Tensor) -> Tensor:
+    """Interleaved uint8 pixels to planes [3, H, new], by a ``weight_table`` of :mod:`qwen3vl_moe.ops.resize`."""
+    return _resize_last(pixels_HW3.permute(2, 0, 1), table)
+
+
+def resize_columns(pixels_CHW: Tensor, table: Tensor) -> Tensor:
+    """Planes to planes [C, new, W]."""
+    return _resize_last(pixels_CHW.mT, table).mT.contiguous()
+
+
+def _resize_last(pixels: Tensor, table: Tensor) -> Tensor:
+    """One pass, along the last dimension. The sums stay below 2^31: weights of either sign add up to less than 1.3."""
+    first, last = table[0].long(), pixels.shape[-1] - 1
+    sums = pixels.new_full((*pixels.shape[:-1], len(first)), 1 << (RESIZE_BITS - 1), dtype=torch.int32)
+    for tap, weight in enumerate(table[1:]):
+        sums += pixels[..., (first + tap).clamp(max=last)].int() * weight
+    return (sums >> RESIZE_BITS).clamp(0, 255).to(torch.uint8)
 
 
 def cut_patches(

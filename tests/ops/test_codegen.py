@@ -18,6 +18,7 @@ from qwen3vl_moe.ops.kernels import (
     paged_decode,
     patches,
     residual,
+    resize,
     rotation,
 )
 from tests.kernels.codegen import GPUTarget, compile_for_hopper
@@ -99,6 +100,16 @@ def test_patches_and_positions():
     made = compile_for_hopper(patches._add_positions, arguments, (1152, 2048, True), {"num_warps": 8})
     assert made.spilled == 0
     made.assert_takes_turn(reads_early=False)
+
+
+@pytest.mark.parametrize(("kernel", "numbers"), [(resize._resize_rows, 3), (resize._resize_columns, 4)])
+def test_resize(kernel, numbers):
+    pixels = torch.empty(16, dtype=torch.uint8)
+    arguments = (pixels, INT32, pixels, *(37,) * numbers)
+    made = compile_for_hopper(kernel, arguments, (resize._BLOCK,), {"num_warps": 4})
+    assert made.spilled == 0
+    assert made.registers <= 32  # sixteen programs a multiprocessor, to wait for memory together
+    assert "mad.wide" in made.ptx or "mul.wide" in made.ptx or "mul.lo.s64" in made.ptx  # 64 bits, of large pictures
 
 
 def test_paged_decode():
