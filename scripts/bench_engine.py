@@ -9,6 +9,9 @@ detokenising (the vision tower alone is called without the scheduler). Medians o
 experts by a balanced draw (--routing), since a random router crowds tokens onto a few, which flatters every figure; how
 many experts a layer reads in the timed steps is printed beside each figure.
 
+Host rows: what a decode step costs the host, the time that it waits for the device left out. As long as that is less
+than the step itself, the device never waits.
+
 Floors: a step reads the touched experts, the other weights and the cache once, at the bandwidth of a device-to-device
 copy measured in the same run; prefill and vision need their matrix products, at the rate of a large bf16 product
 measured likewise. Prefill gets the larger of the two.
@@ -47,7 +50,10 @@ from qwen3vl_moe.weights.placement import parse_device
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 # Sequences and their context. Beside the 30B weights, an 80 GB card has room for some 95,000 tokens.
-DECODE = ((1, 450), (32, 512), (128, 512))
+DECODE = ((1, 450), (32, 512), (128, 512), (256, 300), (1, 8192), (1, 32768), (1, 65000))
+PREFILL = (450, 8192, 16384, 32768, 65000)
+HOST, HOST_CONTEXT = (1, 32, 128, 256, 512), 64
+LONGEST = 66048  # of what is measured with random weights
 
 
 def photo(side: int, rng: np.random.Generator) -> bytes:
@@ -77,9 +83,9 @@ def first_token(llm: LLM, rng: np.random.Generator, times: int) -> dict:
 
 
 def decode_step(llm: LLM, S: int, context: int, bandwidth: float, rng: np.random.Generator, steps: int) -> dict | None:
-    """Steps in which S sequences decode around a context length; None if the cache does not hold so many."""
+    """Steps in which S sequences decode around a context length; None if they do not fit."""
     engine = llm.engine
-    if S * (context + steps) > llm.settings["kv_cache_tokens"]:
+    if not fits(llm, S, context + steps):
         return None
     sequences = [add_request(llm, context - steps // 2, rng, steps) for _ in range(S)]
     seconds, experts = [], 0.0
@@ -105,6 +111,48 @@ def decode_step(llm: LLM, S: int, context: int, bandwidth: float, rng: np.random
     }
 
 
+def fits(llm: LLM, S: int, T: int) -> bool:
+    """Whether S sequences of T tokens run at once."""
+    seats, length, room = (llm.settings[name] for name in ("max_num_seqs", "max_model_len", "kv_cache_tokens"))
+    return seats >= S and length >= T and room >= S * T
+
+
+def host_step(llm: LLM, S: int, rng: np.random.Generator, steps: int) -> dict | None:
+    """What a decode step of S sequences costs the host; None if so many do not fit."""
+    engine = llm.engine
+    if not fits(llm, S, HOST_CONTEXT + steps):
+        return None
+    sequences = [add_request(llm, HOST_CONTEXT, rng, steps) for _ in range(S)]
+    while [sequence.pending for sequence in engine.scheduler.running] != [1] * S:
+        engine.step()
+    waited, read = 0.0, engine.runner.read
+
+    def timed_read(step):
+        nonlocal waited
+        started = time.perf_counter()
+        list(step.marks.values())[-1].synchronize()
+        waited += time.perf_counter() - started
+        return read(step)
+
+    engine.runner.read, seconds = timed_read, []
+    try:
+        for _ in range(steps // 2):
+            waited, started = 0.0, time.perf_counter()
+            engine.step()
+            seconds.append(time.perf_counter() - started - waited)
+    finally:
+        engine.runner.read = read
+        for sequence in sequences:
+            engine.abort(sequence)
+    return {
+        "what": f"host, decode step of {S} sequences",
+        "ms": 1e3 * statistics.median(seconds),
+        "p20_ms": 1e3 * float(np.percentile(seconds, 20)),
+        "p80_ms": 1e3 * float(np.percentile(seconds, 80)),
+        "note": f"{1e6 * statistics.median(seconds) / S:.1f} microseconds a sequence",
+    }
+
+
 def bytes_of_step(llm: LLM, experts: float, cached: int) -> float:
     """What a step of the decoder has to read: so many experts a layer, the other weights, so many cached tokens."""
     model, text = llm.engine.model, llm.engine.model.config.text
@@ -124,11 +172,16 @@ def add_request(llm: LLM, T: int, rng: np.random.Generator, max_tokens: int = 1)
     return sequence
 
 
-def prefill_step(llm: LLM, T: int, bandwidth: float, rate: float, rng: np.random.Generator, times: int) -> dict:
-    """One step over a prompt of T tokens."""
+def prefill(llm: LLM, T: int, bandwidth: float, rate: float, rng: np.random.Generator, times: int) -> dict | None:
+    """A prompt of T tokens, in as many steps as it takes; None if it does not fit."""
+    if not fits(llm, 1, T + 1):
+        return None
     engine, text = llm.engine, llm.engine.model.config.text
-    add_request(llm, T, rng)
+    first = add_request(llm, T, rng)
     experts, seconds = experts_in_next_step(llm), []
+    while not first.finished:
+        engine.step()
+    chunks = -(-T // llm.settings["max_prefill_tokens"])
     for _ in range(times + 2):
         sequence = add_request(llm, T, rng)
         started = time.perf_counter()
@@ -140,9 +193,9 @@ def prefill_step(llm: LLM, T: int, bandwidth: float, rate: float, rng: np.random
     per_token = text.hidden_size * (per_token + 3 * text.experts_per_token * text.expert_width)
     flop = text.num_layers * (2 * T * per_token + 2 * T * T * text.num_heads * text.head_dim)
     return {
-        "what": f"prefill of {T} text tokens in one step",
+        "what": f"prefill of {T} text tokens in {'one step' if chunks == 1 else f'{chunks} steps'}",
         "ms": 1e3 * statistics.median(seconds[2:]),
-        "floor_ms": 1e3 * max(flop / rate, bytes_of_step(llm, experts, 0) / bandwidth),
+        "floor_ms": 1e3 * max(flop / rate, chunks * bytes_of_step(llm, experts, 0) / bandwidth),
         "note": f"{experts:.0f} of {text.num_experts} experts a layer",
     }
 
@@ -198,8 +251,8 @@ def vision_call(llm: LLM, images: int, rate: float, rng: np.random.Generator, ti
 def profiles(llm: LLM, rng: np.random.Generator) -> dict[str, StepProfile]:
     """Profiles of a decode step of each batch, of a prefill step, and of the tower."""
     engine, found = llm.engine, {}
-    for S, context in DECODE:
-        if S * (context + 20) > llm.settings["kv_cache_tokens"]:
+    for S, context in DECODE[:3]:
+        if not fits(llm, S, context + 20):
             continue  # `measure` has said so
         sequences = [add_request(llm, context, rng, 20) for _ in range(S)]
         while [sequence.pending for sequence in engine.scheduler.running] != [1] * S:
@@ -240,7 +293,7 @@ def main(
         if profile and parse_device(device).type != "cuda":
             raise OptionError(f"--profile looks at a GPU's kernels; --device {device} has none")
         started = time.perf_counter()
-        length = 16384 if model is None else None
+        length = LONGEST if model is None else None
         drawn = routing if load_format == "dummy" else None
         options = {"device": device, "moe": moe, "enforce_eager": eager, "max_model_len": length}
         llm = load_llm(model, load_format=load_format, routing=drawn, **options)
@@ -284,10 +337,13 @@ def measure(llm: LLM, quick: bool) -> Iterator[dict]:
         if row := decode_step(llm, S, context, bandwidth, rng, 8 if quick else 40):
             yield row
         else:
-            room = llm.settings["kv_cache_tokens"]
-            console.print(f"left out: batch {S} at context {context}, for which a cache of {room} tokens is too small")
-    for T in (100,) if quick else (450, 8192):
-        yield prefill_step(llm, T, bandwidth, rate, rng, times)
+            console.print(f"left out: batch {S} at context {context}, which does not fit (see the settings above)")
+    for S in (1, 3) if quick else HOST:
+        if llm.engine.model.device.type == "cuda" and (row := host_step(llm, S, rng, 8 if quick else 60)):
+            yield row
+    for T in (100,) if quick else PREFILL:
+        if row := prefill(llm, T, bandwidth, rate, rng, times if T <= 8192 else 2):
+            yield row
     for images in (1,) if quick else (1, 32):
         yield vision_call(llm, images, rate, rng, times)
 
