@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,7 @@ def main(
         task_check(asked, output, max_gen_toks, temperature, cache)
         import beside_scripts  # noqa: F401
         from benchmarking.loading import load_llm
+        from benchmarking.watch import Watch
         from lm import EngineLM
 
         sizes = {
@@ -87,7 +89,9 @@ def main(
         if through == "transformers":
             # The engine only lends its weights: it gets a cache for one sequence, and no graphs.
             sizes |= {"max_num_seqs": 1, "enforce_eager": True}
+        started = time.perf_counter()
         llm = load_llm(model, load_format=load_format, device=device, dtype=dtype, moe=moe, routing=routing, **sizes)
+        stderr.print(f"loading and warming up: {time.perf_counter() - started:.1f} s", style="dim")
         if through == "transformers":
             from peers import TransformersLM
 
@@ -96,9 +100,15 @@ def main(
             lm = EngineLM(llm)
         stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")
         kwargs = generation(max_gen_toks, temperature, ignore_eos)
-        results, tracker = problems.evaluate(
-            lm, asked, name=llm.name, gen_kwargs=kwargs, cache=cache and cache_file(cache, llm.settings), output=output
-        )
+        with Watch(llm) as watch:
+            results, tracker = problems.evaluate(
+                lm,
+                asked,
+                name=llm.name,
+                gen_kwargs=kwargs,
+                cache=cache and cache_file(cache, llm.settings),
+                output=output,
+            )
         figures = {
             **llm.settings,
             "through": through,
@@ -106,6 +116,8 @@ def main(
             **speed(lm, len(results["samples"]["gsm8k"]) // len(problems.FILTERS)),
         }
         report(results, figures, asked)
+        for line in watch.lines():
+            stderr.print(line, style="dim")
         try:
             if ignore_eos and lm.answers and through == "engine":
                 figures["experts"] = experts_read(llm, lm.answers, temperature)

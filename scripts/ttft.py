@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,6 +101,7 @@ def run(options: dict[str, Any], results: dict[str, Any]) -> None:
     from benchmarking.card import card
     from benchmarking.inputs import Images, parse_resolution
     from benchmarking.variants import TRANSFORMERS, check_names, check_variants, has_graphs
+    from benchmarking.watch import Watch
 
     # All that can be wrong is found before the weights are loaded, as far as it can be known.
     kinds = _kinds(options)
@@ -119,15 +121,15 @@ def run(options: dict[str, Any], results: dict[str, Any]) -> None:
     check_variants(names, llm)
     results |= {"environment": report.environment(llm), "options": _plain(options)}
     stderr.print(report.heading(results["environment"]))
-    results["cold"] = workloads.cold_request(llm, sources, load, load_seconds)
-
     if names:
         total = len(kinds) * options["rounds"] * len(names)
     else:
         cells = len(sources.names or sizes) * len(text_lens)
         per_kind = {"single": cells * (options["repeats"] + 2), "closed loop": load.num_prompts}
         total = sum(per_kind[kind] for kind in kinds)
-    with tqdm(total=total) as bar:
+    # Variants bring engines of their own, whose kernels may compile.
+    with tqdm(total=total) as bar, nullcontext() if names else Watch(llm) as watch:
+        results["cold"] = workloads.cold_request(llm, sources, load, load_seconds)
 
         def step(what: str) -> None:
             bar.set_description(what)
@@ -146,6 +148,8 @@ def run(options: dict[str, Any], results: dict[str, Any]) -> None:
             if "closed loop" in kinds:
                 warmups, temperature = options["warmup_requests"], options["temperature"]
                 results["closed_loop"] = workloads.run_closed_loop(llm, sources, load, warmups, temperature, step)
+    if watch is not None:
+        results["watched"] = watch.lines()
     # The clocks under load, not those of an idle card.
     results["environment"]["card_after"] = card(llm.engine.model.device)
     if options["profile"]:
@@ -223,6 +227,8 @@ def show(results: dict[str, Any]) -> None:
         out.print(serving_table(results["closed_loop"]["metrics"], results["options"]["max_concurrency"]))
     for kind, comparison in results.get("comparison", {}).items():
         out.print(report.comparison_table(kind, comparison))
+    for line in results.get("watched", ()):
+        out.print(line)
     if "profiler" in results:
         found = {name: f"{value:.2f}" for name, value in results["profiler"].items() if value is not None}
         out.print("profiler: " + ", ".join(f"{name} {value}" for name, value in found.items()))
