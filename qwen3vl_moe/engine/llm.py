@@ -30,7 +30,7 @@ from qwen3vl_moe.inputs.processor import Processor, Prompt
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.ops.dispatch import kernels_in_use
 from qwen3vl_moe.weights import load_model, resolve
-from qwen3vl_moe.weights.placement import tma_problem
+from qwen3vl_moe.weights.placement import parse_device, tma_problem
 
 Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
 
@@ -108,8 +108,15 @@ class LLM:
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         access = media_access(media_root, allow_hosts, allow_private_hosts)
         longest = options.model_len(config.text.max_positions)
+        device = parse_device(device)
         self.processor = Processor.from_pretrained(
-            directory, config, **limits, max_model_len=longest, access=access, alpha=alpha
+            directory,
+            config,
+            **limits,
+            max_model_len=longest,
+            access=access,
+            alpha=alpha,
+            resize_on_device=device.type == "cuda",
         )
         tokenizer = self.processor.tokenizer
         defaults = GenerationDefaults.from_pretrained(directory, self.processor.eos_token_id, config.text.vocab_size)
@@ -128,6 +135,7 @@ class LLM:
         """An LLM around a model that is in memory already.
 
         Args:
+            processor: with ``resize_on_device`` for a model on a GPU, which spares the host the resize of images.
             defaults: the checkpoint's sampling; None: greedy, until the tokenizer's end-of-text token.
         """
         self = cls.__new__(cls)

@@ -213,6 +213,7 @@ class Runner:
         marks["copied"] = _now(device)
         grids = [picture.grid for picture in pictures]
         pixel_values_PC = cut_patches(pixels, pictures, self.model.dtype)
+        del pixels  # before the tower needs the memory
         graphs = self._images if self.replays else None
         features = None if graphs is None else graphs.run(pixel_values_PC, grids)
         if features is None:

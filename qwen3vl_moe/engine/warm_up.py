@@ -7,7 +7,6 @@ kind, of sizes that stand for all, meets every kernel. Nothing is computed: the 
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator
 from typing import cast
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.model import Batch, Qwen3VLMoe
 from qwen3vl_moe.model.text import DecoderLayer
-from qwen3vl_moe.ops import Segments, cut_patches
+from qwen3vl_moe.ops import Segments, cut_patches, resize_picture
 from qwen3vl_moe.ops.ahead import compile_ahead, sizes_to_compile
 from qwen3vl_moe.ops.dispatch import takes_kernels
 
@@ -83,5 +82,6 @@ def walk(model: Qwen3VLMoe, cache: Tensor, options: EngineOptions) -> None:
     half = 0.5, 0.5, 0.5
     for side in _IMAGE_SIDES:
         grid = (1, side * vision.merge_size, side * vision.merge_size)
-        pixels = torch.zeros(3 * math.prod(grid) * vision.patch_size**2, dtype=torch.uint8, device=model.device)
-        model.encode_images(cut_patches(pixels, [grid], sides, half, half, model.dtype), [grid])
+        pixels_HW3 = torch.zeros(side, side, 3, dtype=torch.uint8, device=model.device)
+        planes = resize_picture(pixels_HW3, grid[1] * vision.patch_size, grid[2] * vision.patch_size)
+        model.encode_images(cut_patches([planes], sides, half, half, model.dtype), [grid])

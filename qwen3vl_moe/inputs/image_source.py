@@ -9,6 +9,7 @@ transformers, which are black as a rule.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -41,11 +42,20 @@ _CALLERS_IMAGE_LOCK = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class OpenedImage:
-    """An image whose header was read. ``where`` is what error messages call it."""
+    """An image whose header was read.
+
+    Attributes:
+        where: what error messages call it.
+        digest: SHA-256 of its file; None: it is the caller's own PIL image, not one that was opened here.
+    """
 
     image: Image.Image
     where: str
-    callers: bool  # the caller's own PIL image, not one that was opened here
+    digest: bytes | None
+
+    @property
+    def callers(self) -> bool:
+        return self.digest is None
 
     @property
     def size_text(self) -> str:
@@ -77,14 +87,15 @@ def open_image(source: Any, index: int, access: MediaAccess | None = None) -> Op
     """
     where = f"image {index} ({describe(source)})"
     if isinstance(source, Image.Image):
-        image = source
+        image, digest = source, None
     else:
-        image = _read_header(fetch(source, where, access or MediaAccess()), where)
+        data = fetch(source, where, access or MediaAccess())
+        image, digest = _read_header(data, where), hashlib.sha256(data).digest()
         if image.width * image.height > MAX_PIXELS:
             raise _too_many_pixels(f"{where} is {image.width}x{image.height} pixels", MAX_PIXELS)
     if image.width == 0 or image.height == 0:
         raise PromptError(f"{where} is {image.width}x{image.height} pixels: it has no area")
-    return OpenedImage(image, where, callers=image is source)
+    return OpenedImage(image, where, digest)
 
 
 @contextmanager

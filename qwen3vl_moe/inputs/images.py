@@ -1,9 +1,8 @@
-"""RGB pictures -> what the vision tower takes: resized to whole image tokens on the host, then normalised and cut into
-patches on the model's device.
+"""RGB pictures -> what the vision tower takes: resized to whole image tokens, normalised, and cut into patches.
 
 The rules are those of transformers 5.17's ``Qwen2VLImageProcessorPil`` (bicubic resize by Pillow, values scaled by
-1/255, then ``(x - mean) / std`` in fp32). The patches are equal bit for bit. There is one resize: nowhere else in the
-package is an image scaled.
+1/255, then ``(x - mean) / std`` in fp32). The patches are equal bit for bit. There is one resize: by Pillow on the host
+or, for a GPU, by kernels that give the same pixels (:mod:`qwen3vl_moe.ops.resize`).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from qwen3vl_moe import ops
 from qwen3vl_moe.errors import ConfigError, OptionError, PromptError
 from qwen3vl_moe.inputs.workers import side_by_side
 from qwen3vl_moe.json_files import read_json_object
+from qwen3vl_moe.ops.transfer import all_to_device
 
 MAX_ASPECT_RATIO = 200
 MAX_PIXELS_BOUND = 2**40  # of anything that counts pixels: far above every memory, and safe to calculate with
@@ -33,8 +33,9 @@ _LEAST_TOKENS, _MOST_TOKENS = 4, 16384  # the bounds of qwen-vl-utils, where an 
 
 _PARALLEL_PIXELS = 2**17  # about 2 ms of work; below that, handing it over costs more than it saves
 _LARGE_PIXELS = 2**25  # as many bytes a channel
-# Fewer are copied faster than torch wakes its threads, for which a busy host takes milliseconds.
-_SERIAL_BYTES = 4 << 20
+_BAND_ROWS = 128  # of a picture, which are read out at a time: Pillow makes two copies of what it gives
+# A picture that waits for a GPU to resize it may take so many times the memory that it takes when resized.
+_MOST_DECODED = 4
 
 _PROCESSOR_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 # Settings that would change the pixels, with the only value that is implemented.
@@ -219,56 +220,52 @@ class ImageSettings:
         except OptionError as error:
             raise PromptError(f"{where}: {error}") from None
 
-    def resize(self, image: Image.Image, size: ImageSize | None = None) -> Picture:
-        """An RGB image at the size that the model sees: the one it asks for, or within the settings' bounds."""
+    def resize(
+        self, image: Image.Image, size: ImageSize | None = None, source: bytes | None = None, on_device: bool = False
+    ) -> Picture:
+        """An RGB image for the model, at the size that it asks for or within the settings' bounds.
+
+        Args:
+            source: a digest of what the image was decoded from, and how; None: its pixels tell which it is.
+            on_device: leave the resize to the device, unless the decoded pixels would take too much memory until then.
+        """
         grid = _, rows, columns = self.grid(image.height, image.width, size=size)
         width, height = columns * self.patch_size, rows * self.patch_size
-        pixels_3HW = np.empty((3, height, width), np.uint8)
-
-        def fill(channel: int) -> bytes:
-            plane = image.getchannel(channel)
-            pixels_3HW[channel] = np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC))
-            return hashlib.sha256(pixels_3HW[channel].reshape(-1)).digest()
-
-        # Pillow resizes the channels of an image independently, so each can have a core of its own. Of a very large one
-        # there is a single copy of a channel at a time.
-        parallel = width * height >= _PARALLEL_PIXELS and image.width * image.height <= _LARGE_PIXELS
-        of_planes = side_by_side(fill, range(3)) if parallel else map(fill, range(3))
-        digest = hashlib.sha256(b"".join(of_planes) + repr(grid).encode()).digest()
-        return Picture(torch.from_numpy(pixels_3HW), grid, digest, self)
+        resized = not on_device or image.width * image.height > _MOST_DECODED * width * height
+        pixels = _resize(image, height, width) if resized else _read_out(image)
+        if source is None:
+            source = hashlib.sha256(pixels.data).digest() + repr(pixels.shape).encode()
+        settings = self.patch_size, self.temporal_patch_size, self.merge_size, self.mean, self.std
+        digest = hashlib.sha256(repr((source, grid, settings)).encode()).digest()
+        return Picture(pixels, grid, digest, self, resized)
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A resized image.
+    """An image on the host, as it is copied to the device.
 
     Attributes:
-        pixels_3HW: channels, rows, columns; uint8 on the CPU.
+        pixels: uint8, contiguous: planes [3, H, W] of the size that the grid says; or, where they are not ``resized``
+            yet, [H, W, 3] as decoded.
         grid: frames, rows, columns, counted in patches.
-        digest: SHA-256 of the pixels and the grid: under the same settings, equal digests mean equal patches.
+        digest: SHA-256 of what the pixels come from and what becomes of them: equal digests mean equal patches.
         settings: how it becomes patches.
     """
 
-    pixels_3HW: Tensor
+    pixels: np.ndarray
     grid: tuple[int, int, int]
     digest: bytes
     settings: ImageSettings
+    resized: bool = True
 
 
-def copy_pixels(pictures: Sequence[Picture], device: torch.device | str) -> Tensor:
-    """The pixels of all pictures, one after the other, on a device: uint8, in one copy that the host only starts."""
-    flat = [picture.pixels_3HW.flatten() for picture in pictures]
-    pinned = torch.device(device).type == "cuda"
-    staged = torch.empty(sum(map(len, flat)), dtype=torch.uint8, pin_memory=pinned)
-    if len(staged) < _SERIAL_BYTES:
-        np.concatenate([pixels.numpy() for pixels in flat], out=staged.numpy())
-    else:
-        torch.cat(flat, out=staged)
-    return staged.to(device, non_blocking=True)
+def copy_pixels(pictures: Sequence[Picture], device: torch.device | str) -> list[Tensor]:
+    """The pixels of every picture on a device, uint8: in one copy, which the host only starts."""
+    return all_to_device([torch.from_numpy(picture.pixels) for picture in pictures], device)
 
 
-def cut_patches(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normalised patches [P, patch_dim] of all pictures: :func:`qwen3vl_moe.ops.cut_patches`.
+def cut_patches(pixels: Sequence[Tensor], pictures: Sequence[Picture], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normalised patches [P, patch_dim] of all pictures, resized where they are not yet.
 
     Args:
         pixels: of :func:`copy_pixels`.
@@ -277,8 +274,38 @@ def cut_patches(pixels: Tensor, pictures: Sequence[Picture], dtype: torch.dtype 
     """
     settings = pictures[0].settings
     sides = settings.patch_size, settings.merge_size, settings.temporal_patch_size
-    grids = [picture.grid for picture in pictures]
-    return ops.cut_patches(pixels, grids, sides, settings.mean, settings.std, dtype)
+    planes = [
+        here if picture.resized else ops.resize_picture(here, *(n * settings.patch_size for n in picture.grid[1:]))
+        for here, picture in zip(pixels, pictures, strict=True)
+    ]
+    return ops.cut_patches(planes, sides, settings.mean, settings.std, dtype)
+
+
+def _read_out(image: Image.Image) -> np.ndarray:
+    """The pixels of an RGB image, uint8 [H, W, 3]."""
+    pixels_HW3 = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, _BAND_ROWS):
+        bottom = min(top + _BAND_ROWS, image.height)
+        pixels_HW3[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return pixels_HW3
+
+
+def _resize(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """By Pillow, uint8 [3, height, width]."""
+    pixels_3HW = np.empty((3, height, width), np.uint8)
+
+    def fill(channel: int) -> None:
+        plane = image.getchannel(channel)
+        pixels_3HW[channel] = np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC))
+
+    # Pillow resizes the channels of an image independently, so each can have a core of its own. Of a very large one
+    # there is a single copy of a channel at a time.
+    if width * height >= _PARALLEL_PIXELS and image.width * image.height <= _LARGE_PIXELS:
+        side_by_side(fill, range(3))
+    else:
+        for channel in range(3):
+            fill(channel)
+    return pixels_3HW
 
 
 def smart_resize(

@@ -1,4 +1,4 @@
-"""Chat messages or text, and images -> one :class:`Prompt`: token ids, resized pictures and M-RoPE positions.
+"""Chat messages or text, and images -> one :class:`Prompt`: token ids, pictures and M-RoPE positions.
 
 A prompt is checked whole before any pixel is decoded: its form, the pairing of placeholders and images, and its length
 in tokens, which the headers of the images already tell. A :class:`Processor` has no state that a call changes, so
@@ -44,7 +44,7 @@ class ImageInput:
     """One image of a prompt.
 
     Attributes:
-        picture: resized, its pixels on the CPU.
+        picture: its pixels on the CPU.
         start: index of its first placeholder token in the prompt.
         num_tokens: image tokens it takes, P / merge_size**2.
     """
@@ -60,7 +60,7 @@ class ImageInput:
 
     @property
     def digest(self) -> bytes:
-        """Of its pixels and its grid; pictures with the same digest are the same to the model."""
+        """Of where its pixels come from, and its grid; those with the same digest are the same to the model."""
         return self.picture.digest
 
     @property
@@ -100,6 +100,7 @@ class Processor:
         max_model_len: int | None = None,
         access: MediaAccess | None = None,
         alpha: str = "white",
+        resize_on_device: bool = False,
     ):
         self.tokenizer = tokenizer
         self.chat_template = chat_template
@@ -109,6 +110,7 @@ class Processor:
         self.max_model_len = max_model_len
         self.access = access or MediaAccess()
         self.alpha = check_alpha(alpha)
+        self.resize_on_device = resize_on_device
 
     @classmethod
     def from_pretrained(
@@ -121,6 +123,7 @@ class Processor:
         max_model_len: int | None = None,
         access: MediaAccess | None = None,
         alpha: str = "white",
+        resize_on_device: bool = False,
     ) -> Processor:
         """Read tokenizer, chat template and image settings from a checkpoint directory.
 
@@ -134,6 +137,7 @@ class Processor:
             access: limits on the files and hosts that images are read from; None: no limits.
             alpha: what transparent images become: "white", on a white ground; "drop", the colours stored under the
                 transparency, which is what transformers' processor sees.
+            resize_on_device: for a model on a GPU: leave it the resize, unless a picture shrinks a lot.
 
         Raises:
             CheckpointError: the tokenizer is missing or damaged.
@@ -144,7 +148,8 @@ class Processor:
         tokenizer = load_tokenizer(directory)
         settings = ImageSettings.from_pretrained(directory, min_pixels=min_pixels, max_pixels=max_pixels)
         _check_agreement(directory, tokenizer, settings, config)
-        return cls(tokenizer, load_chat_template(directory), settings, config, max_model_len, access, alpha)
+        template = load_chat_template(directory)
+        return cls(tokenizer, template, settings, config, max_model_len, access, alpha, resize_on_device)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -372,7 +377,9 @@ class Processor:
 
     def _prepare(self, opened: OpenedImage, size: ImageSize | None, count: int, settings: ImageSettings) -> Picture:
         with decoded(opened, self.alpha) as image:
-            picture, found = settings.resize(image, size), f"{image.width}x{image.height}"
+            source = None if opened.digest is None else opened.digest + self.alpha.encode()
+            picture = settings.resize(image, size, source, self.resize_on_device)
+            found = f"{image.width}x{image.height}"
         if settings.num_tokens(picture.grid) != count:  # would put every later token in the wrong place
             raise PromptError(f"{opened.where} is not of the size that its header gives: it decodes to {found}")
         return picture

@@ -1,8 +1,9 @@
 """Which operations run in our Triton kernels, and which in plain torch.
 
-The kernels take bf16 and fp16 tensors on any CUDA device; only the cutting of patches, whose input is bytes, runs in
-its kernel for every dtype. The Gluon attention also needs a Hopper GPU, rows that TMA can address, and a Triton whose
-Gluon API it supports; if only the last is missing, one warning says so, since nobody would notice otherwise.
+The kernels take bf16 and fp16 tensors on any CUDA device; only the resize and the cutting of patches, whose input is
+bytes, run in theirs for every dtype. The Gluon attention also needs a Hopper GPU, rows that TMA can address, and a
+Triton whose Gluon API it supports; if only the last is missing, one warning says so, since nobody would notice
+otherwise.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +12,7 @@ from qwen3vl_moe.ops.dispatch import takes_kernels
 
 
 def cut_patches(
-    pixels: Tensor,
-    grids: Sequence[tuple[int, int, int]],
+    planes: Sequence[Tensor],
     sides: tuple[int, int, int],
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
@@ -26,23 +24,21 @@ def cut_patches(
     view consecutive rows as one. Within a patch: channel, frame, row, column. A still picture fills all frames.
 
     Args:
-        pixels: uint8, flat: of each picture 3 channels of height x width, one picture after the other.
-        grids: (1, rows, columns) of each picture, in patches.
+        planes: of each picture uint8 [3, height, width], contiguous; heights and widths of whole patches.
         sides: of a patch in pixels, of a merged square in patches, and how many frames a patch has.
         mean, std: of each channel, for values from 0 to 1.
         dtype: of the result; the arithmetic is fp32.
     """
-    if pixels.is_cuda:
+    if planes[0].is_cuda:
         from qwen3vl_moe.ops.kernels.patches import cut_patches as cut_picture
 
         patch, _, frames = sides
-        counts = [math.prod(grid) for grid in grids]
-        patches_PC = pixels.new_empty(sum(counts), 3 * frames * patch**2, dtype=dtype)
-        parts = pixels.split([3 * count * patch**2 for count in counts])
-        for grid, part, out_PC in zip(grids, parts, patches_PC.split(counts), strict=True):
-            cut_picture(part, out_PC, grid, sides, mean, std)
+        counts = [each.shape[1] * each.shape[2] // patch**2 for each in planes]
+        patches_PC = planes[0].new_empty(sum(counts), 3 * frames * patch**2, dtype=dtype)
+        for each, out_PC in zip(planes, patches_PC.split(counts), strict=True):
+            cut_picture(each, out_PC, sides, mean, std)
         return patches_PC
-    return reference.cut_patches(pixels, grids, sides, mean, std, dtype)
+    return reference.cut_patches(planes, sides, mean, std, dtype)
 
 
 def add_positions(x_PC: Tensor, table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ Shape letters are those of :mod:`qwen3vl_moe.model.batch`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -125,8 +124,7 @@ def _resize_last(pixels: Tensor, table: Tensor) -> Tensor:
 
 
 def cut_patches(
-    pixels: Tensor,
-    grids: Sequence[tuple[int, int, int]],
+    planes: Sequence[Tensor],
     sides: tuple[int, int, int],
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
@@ -134,13 +132,13 @@ def cut_patches(
 ) -> Tensor:
     """See :func:`qwen3vl_moe.ops.patches.cut_patches`."""
     patch, merge, frames = sides
-    counts = [math.prod(grid) for grid in grids]
-    values_P3S = pixels.new_empty(sum(counts), 3, patch**2, dtype=torch.float32)
-    parts = pixels.split([3 * count * patch**2 for count in counts])
-    for (_, rows, columns), part, values in zip(grids, parts, values_P3S.split(counts), strict=True):
-        blocks = part.view(3, rows // merge, merge, patch, columns // merge, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
+    grids = [(each.shape[1] // patch, each.shape[2] // patch) for each in planes]
+    counts = [rows * columns for rows, columns in grids]
+    values_P3S = planes[0].new_empty(sum(counts), 3, patch**2, dtype=torch.float32)
+    for (rows, columns), each, values in zip(grids, planes, values_P3S.split(counts), strict=True):
+        blocks = each.view(3, rows // merge, merge, patch, columns // merge, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
         values.view(blocks.shape).copy_(blocks)
-    mean_31, std_31 = (torch.tensor(values, device=pixels.device)[:, None] for values in (mean, std))
+    mean_31, std_31 = (torch.tensor(values, device=planes[0].device)[:, None] for values in (mean, std))
     # Dividing by 255 rounds as transformers' fp64 product with 1/255 does, for all 256 values, and the other two steps
     # are its own. A fused scale and shift would save a pass and be off by one unit in the last place.
     values_P3S.div_(255).sub_(mean_31).div_(std_31)

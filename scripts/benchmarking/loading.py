@@ -69,7 +69,7 @@ def load_llm(
         else:
             directory = resolve(model, weights=False)
             config = Qwen3VLMoeConfig.from_pretrained(directory)
-        processor = Processor.from_pretrained(directory, config)
+        processor = Processor.from_pretrained(directory, config, resize_on_device=place.type == "cuda")
         defaults = GenerationDefaults.from_pretrained(directory, processor.eos_token_id)
     weights = random_model(config, place, parse_dtype(dtype, config.dtype), moe=moe)
     if routing is not None:  # before the LLM captures its graphs

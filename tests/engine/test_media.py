@@ -25,7 +25,7 @@ def pictures(tmp_path, monkeypatch):
 def pixels(llm: LLM, source) -> set[int]:
     item = {"type": "image", "image": str(source)}
     (image,) = llm.processor.chat([{"role": "user", "content": [item]}]).images
-    return set(image.picture.pixels_3HW.unique().tolist())
+    return set(image.picture.pixels.flatten().tolist())
 
 
 def test_no_limits_and_white_by_default(pictures):

@@ -3,6 +3,7 @@
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,7 +35,7 @@ def make_sequence(pieces, num_output, prompt_logprobs=None, eos=()):
             token_ids.append(piece)
         else:
             name, count = piece
-            picture = Picture(torch.empty(0), (1, 2, 2 * count), name.encode() * 32, settings=None)
+            picture = Picture(np.empty(0), (1, 2, 2 * count), name.encode() * 32, settings=None)
             images.append(ImageInput(picture, len(token_ids), count))
             token_ids += [PLACEHOLDER] * count
     return Sequence(

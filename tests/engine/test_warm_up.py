@@ -13,7 +13,7 @@ from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine import warm_up
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.model import Batch, Qwen3VLMoe
-from qwen3vl_moe.ops import Segments, attend, cut_patches, patches, residual, rotation
+from qwen3vl_moe.ops import Segments, attend, cut_patches, patches, residual, resize_picture, rotation
 from qwen3vl_moe.ops.ahead import sizes_to_compile
 from tma_moe import op, recipe
 from tma_moe.launcher import Launch, instead_of_launching
@@ -94,11 +94,13 @@ def test_no_image_launches_what_was_not_compiled(model, warm):
     rng, side = random.Random(1), model.config.vision.patch_size
     for _ in range(40):
         grids = [(1, 2 * rng.randint(1, 60), 2 * rng.randint(1, 60)) for _ in range(rng.randint(1, 5))]
-        pixels = torch.zeros(3 * side**2 * sum(h * w for _, h, w in grids), dtype=torch.uint8, device=META)
+        files = [(rng.randint(1, 2000), rng.randint(1, 2000), 3) for _ in grids]
+        pixels = [torch.empty(shape, dtype=torch.uint8, device=META) for shape in files]
         numbers = tuple(rng.random() for _ in range(3))
 
         def encode(pixels=pixels, grids=grids, numbers=numbers):
-            model.encode_images(cut_patches(pixels, grids, (side, 2, 2), numbers, numbers, model.dtype), grids)
+            planes = [resize_picture(x, side * h, side * w) for x, (_, h, w) in zip(pixels, grids, strict=True)]
+            model.encode_images(cut_patches(planes, (side, 2, 2), numbers, numbers, model.dtype), grids)
 
         assert launched(encode) <= warm
 

@@ -74,7 +74,7 @@ class TestFiles:
             processor = make(folder, access=media_access(root), alpha=alpha)
             ask = {"prompt": PLACEHOLDER, "multi_modal_data": {"image": "root/clear.png"}}
             (image,) = processor.prompt(ask).images
-            assert (image.picture.pixels_3HW == value).all()
+            assert (image.picture.pixels == value).all()
             with pytest.raises(PromptError, match=r"image 0 .* is not within media_root"):
                 processor.prompt({**ask, "multi_modal_data": {"image": "outside/a.png"}})
         with pytest.raises(OptionError, match="alpha is 'grey'"):

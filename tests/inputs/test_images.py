@@ -97,19 +97,34 @@ class TestPatches:
         images = [noise(64, 48), noise(7, 300), noise(20, 28)]
         pictures = [SETTINGS.resize(image) for image in images]
         pixels = copy_pixels(pictures, "cpu")
-        assert pixels.dtype == torch.uint8
+        assert {each.dtype for each in pixels} == {torch.uint8}
         expected = np.concatenate([patches_of(SETTINGS, image)[0] for image in images])
         np.testing.assert_array_equal(cut_patches(pixels, pictures).numpy(), expected)
         rounded = cut_patches(pixels, pictures, torch.bfloat16)
         assert torch.equal(rounded, torch.from_numpy(expected).bfloat16())
 
-    @pytest.mark.gpu
-    def test_on_a_gpu(self):
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    @pytest.mark.parametrize(("width", "height"), SIZES)
+    def test_resized_on_the_device(self, width, height, device):
         uneven = replace(SETTINGS, mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711))
-        pictures = [uneven.resize(noise(*size)) for size in ((64, 48), (7, 300))]
-        expected = cut_patches(copy_pixels(pictures, "cpu"), pictures)
-        ours = cut_patches(copy_pixels(pictures, "cuda"), pictures).cpu()
-        assert torch.equal(ours, expected)
+        uneven = uneven.with_bounds(256, 80_000)
+        images = [noise(width, height), noise(33, 17), noise(1000, 1000)]  # the last one on the host: it shrinks a lot
+        expected = np.concatenate([patches_of(uneven, image)[0] for image in images])
+        pictures = [uneven.resize(image, on_device=True) for image in images]
+        assert [picture.resized for picture in pictures] == [False, False, True]
+        assert [picture.pixels.shape for picture in pictures[:2]] == [(height, width, 3), (17, 33, 3)]
+        ours = cut_patches(copy_pixels(pictures, device), pictures)
+        np.testing.assert_array_equal(ours.cpu().numpy(), expected)
+
+    def test_memory_of_pictures_that_wait_for_the_device(self):
+        for height in (300, 1000):  # one whose rows are read out in several parts, of which the last is short
+            picture = replace(SETTINGS, max_pixels=10**9).resize(noise(500, height), on_device=True)
+            np.testing.assert_array_equal(picture.pixels, np.asarray(noise(500, height)))
+        for factor in (2, 3, 9, 100):
+            bounded = SETTINGS.with_bounds(64, 10**6 // factor)
+            picture, plain = (bounded.resize(noise(1000, 1000), on_device=each) for each in (True, False))
+            assert picture.pixels.nbytes <= 4 * plain.pixels.nbytes
+            assert picture.resized == (factor > 4)
 
     def test_digest_tells_what_the_model_would_see(self):
         image, other = noise(64, 48), noise(64, 48)
@@ -119,7 +134,7 @@ class TestPatches:
         digests = [patches_of(SETTINGS, each)[2] for each in (image, other, *grey)] + [patches_of(small, image)[2]]
         assert len(set(digests)) == len(digests)
         assert patches_of(SETTINGS, image.copy())[2] == digests[0]
-        # A file that is resized to the same pixels is the same picture.
+        # Pixels that are resized to the same are the same picture.
         assert patches_of(SETTINGS, Image.new("RGB", (80, 60), "grey"))[1:] != patches_of(SETTINGS, grey[0])[1:]
         assert patches_of(SETTINGS, Image.new("RGB", (66, 50), "grey"))[1:] == patches_of(SETTINGS, grey[0])[1:]
 
@@ -199,8 +214,8 @@ class TestOwnSize:
         ours = self.PUBLISHED.resize(image, size)
         _, rows, columns = ours.grid
         plain = np.asarray(image.resize((columns * 16, rows * 16))).transpose(2, 0, 1)
-        np.testing.assert_array_equal(ours.pixels_3HW.numpy(), plain)
-        # The same picture, however it came to its size.
+        np.testing.assert_array_equal(ours.pixels, plain)
+        # The same picture, however its pixels came to be.
         again = Image.fromarray(plain.transpose(1, 2, 0))
         exact = ImageSize(resized_height=again.height, resized_width=again.width)
         assert self.PUBLISHED.resize(again, exact).digest == ours.digest

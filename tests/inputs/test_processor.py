@@ -82,6 +82,44 @@ class TestChat:
             assert prompt.token_ids == expected.token_ids
             assert torch.equal(prompt.images[0].pixel_values, expected.images[0].pixel_values)
 
+    def test_a_file_is_known_by_its_bytes(self, processor, tmp_path):
+        """Of whatever kind the source is; what changes the pixels makes another picture, and so do other bytes."""
+        image = picture(60, 44)
+        image.putalpha(128)
+        data, path = png(image), tmp_path / "a.png"
+        path.write_bytes(data)
+
+        def digest(source, by: Processor = processor, **size) -> bytes:
+            item = {"type": "image", "image": source, **size}
+            return by.chat([{"role": "user", "content": [item]}]).images[0].digest
+
+        text = base64.b64encode(data).decode()
+        same = [
+            digest(source) for source in (data, bytearray(data), path, path.as_uri(), f"data:image/png;base64,{text}")
+        ]
+        assert len(set(same)) == 1
+        assert digest(data, max_pixels=6000) == same[0]  # bounds that change nothing
+        buffer = BytesIO()
+        image.save(buffer, "PNG", compress_level=1)
+        others = [
+            digest(buffer.getvalue()),
+            digest(data, max_pixels=1000),
+            digest(data, resized_height=44, resized_width=90),
+            digest(data, make(tmp_path / "drop", alpha="drop")),
+            digest(image),
+        ]
+        assert len({same[0], *others}) == 6
+        assert digest(image.copy()) == others[-1]
+
+    def test_resized_on_the_device(self, processor, tmp_path):
+        later = make(tmp_path, resize_on_device=True)
+        messages = user(picture(30, 22), png(picture(61, 23)), picture(300, 200), "hi")
+        ours, expected = later.chat(messages), processor.chat(messages)
+        assert [image.picture.resized for image in ours.images] == [False, False, True]  # the last one shrinks a lot
+        for image, same in zip(ours.images, expected.images, strict=True):
+            assert (image.start, image.num_tokens, image.grid_thw) == (same.start, same.num_tokens, same.grid_thw)
+            assert torch.equal(image.pixel_values, same.pixel_values)
+
     def test_rotated_image(self, processor):
         # The count of tokens comes from the header, the grid from the upright picture.
         image, buffer = picture(40, 16), BytesIO()

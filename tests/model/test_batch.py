@@ -7,7 +7,7 @@ import torch
 
 from qwen3vl_moe.model.batch import Batch
 from qwen3vl_moe.ops import Segments
-from qwen3vl_moe.ops.transfer import _sections, all_to_device
+from qwen3vl_moe.ops.transfer import _fill, _sections, all_to_device
 
 TENSORS = (
     torch.arange(7),
@@ -24,11 +24,20 @@ def test_sections_of_a_buffer_hold_their_tensors_apart():
     buffer = torch.zeros(ends[-1], dtype=torch.uint8)
     sections = _sections(buffer, TENSORS, ends)
     for x, section in zip(TENSORS, sections, strict=True):
-        section.copy_(x)
+        _fill(section, x)
     for x, section in zip(TENSORS, sections, strict=True):
         assert torch.equal(x, section)
         assert section.is_contiguous()
         assert (section.data_ptr() - buffer.data_ptr()) % 16 == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+def test_many_bytes_are_copied_whole(dtype):
+    whole = torch.randint(0, 99, (400, 300)).to(dtype)
+    for x in (whole, whole.T, whole[:, 7:], whole[:1].expand(400, -1)):
+        section = torch.zeros(x.nbytes, dtype=torch.uint8).view(dtype).view(x.shape)
+        _fill(section, x)
+        assert torch.equal(section, x)
 
 
 def batch(**more) -> Batch:

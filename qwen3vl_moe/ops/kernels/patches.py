@@ -46,9 +46,8 @@ def _cut_patches(
 
 
 def cut_patches(
-    pixels: Tensor,
+    pixels_3HW: Tensor,
     out_PC: Tensor,
-    grid: tuple[int, int, int],
     sides: tuple[int, int, int],
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
@@ -56,15 +55,14 @@ def cut_patches(
     """Normalised patches of one still picture: see :func:`qwen3vl_moe.ops.patches.cut_patches`.
 
     Args:
-        pixels: uint8, 3 x height x width.
+        pixels_3HW: uint8, contiguous.
         out_PC: contiguous [P, 3 * frames * patch * patch], filled here; any float dtype.
-        grid: (1, rows, columns) in patches.
         sides: of a patch in pixels, of a merged square in patches, and frames of a patch.
         mean, std: of each channel, for values from 0 to 1.
     """
-    _, rows, columns = grid
+    rows, columns = (side // sides[0] for side in pixels_3HW.shape[1:])
     numbers, constants = (rows, columns, *mean, *std), (*sides, triton.next_power_of_2(sides[0] ** 2))
-    run_kept(_cut_patches, (rows * columns, 3, 1), (pixels, out_PC), numbers, constants, 2, early=False)
+    run_kept(_cut_patches, (rows * columns, 3, 1), (pixels_3HW, out_PC), numbers, constants, 2, early=False)
 
 
 @triton.jit
