@@ -9,13 +9,15 @@ int32, filled on the host and copied in one piece per step.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.model.batch import Batch, VisionFeatures, VisualTokens
 from qwen3vl_moe.model.qwen3vl import Qwen3VLMoe
 from qwen3vl_moe.model.rope import Grid
@@ -28,8 +30,8 @@ from qwen3vl_moe.ops.transfer import to_device
 _DECODE = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512)
 # Beyond the last ones the card needs longer for a step than the host for its launches.
 _TOKENS = (128, 256, 384, 512, 768, 1024, 1536, 2048)
-# Each sequence of a graph costs something, whether it has tokens or not; a step with more of them and a prompt keeps the
-# card busy long enough.
+# Each sequence of a graph costs something, whether it has tokens or not. A step of more of them and a prompt keeps the
+# card busy for longer than its launches take.
 _MIXED_SEQS = 128
 _PATCHES = (256, 512, 768, 1024, 1296, 1600, 2048, 3072, 4096)
 _IMAGES = 32  # in one graph of the vision tower
@@ -39,6 +41,11 @@ def can_capture(model: Qwen3VLMoe) -> bool:
     """Whether every part of a step runs in kernels that need nothing from the host."""
     widths = model.config.text.head_dim, model.config.vision.head_dim
     return takes_kernels(model.lm_head.weight) and model.moe == "tma" and all(map(attention_takes, widths))
+
+
+def uses_graphs(model: Qwen3VLMoe, options: EngineOptions) -> bool:
+    """Whether small steps are replayed from CUDA graphs rather than launched one kernel at a time."""
+    return not options.enforce_eager and can_capture(model)
 
 
 def bucket_of(size: int, buckets: tuple[int, ...]) -> int | None:
@@ -141,15 +148,13 @@ class StepGraphs:
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __len__(self) -> int:
-        return len(self._decode) + len(_TOKENS)
+    def makers(self) -> list[list[Callable[[], object]]]:
+        """Calls that make a graph each, by kind, the largest first: smaller ones fit into its memory.
 
-    def capture_all(self) -> Iterator[None]:
-        """Make every graph, yielding after each, for a progress bar. A step whose graph is missing makes it."""
-        for decoding, buckets in ((True, self._decode), (False, _TOKENS)):
-            for size in reversed(buckets):  # the largest first: smaller ones fit into its memory
-                self._graph(size, decoding)
-                yield
+        A step whose graph is missing makes it.
+        """
+        kinds = (True, self._decode), (False, _TOKENS)
+        return [[partial(self._graph, size, decoding) for size in reversed(sizes)] for decoding, sizes in kinds]
 
     def run(self, batch: Batch) -> Tensor | None:
         """Logits [R, V] of a step, or None if no bucket fits it.
@@ -236,14 +241,9 @@ class VisionGraphs:
         square = config.merge_size**2
         self._buckets = tuple(size for size in _PATCHES if size % square == 0)
 
-    def __len__(self) -> int:
-        return len(self._buckets)
-
-    def capture_all(self) -> Iterator[None]:
-        """Make every graph, yielding after each, for a progress bar."""
-        for size in reversed(self._buckets):
-            self._graph(size)
-            yield
+    def makers(self) -> list[list[Callable[[], object]]]:
+        """As :meth:`StepGraphs.makers`."""
+        return [[partial(self._graph, size) for size in reversed(self._buckets)]]
 
     def run(self, pixel_values_PC: Tensor, grids: list[Grid]) -> VisionFeatures | None:
         """Features of a few images (patches on the device) in memory of their own, or None if no bucket fits them."""

@@ -20,13 +20,15 @@ from qwen3vl_moe.engine.constraints import Constraints, tokens_of_bad_words
 from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.detokenizer import TextStream, TokenBytes
 from qwen3vl_moe.engine.kv_cache import KVCache, plan_cache
+from qwen3vl_moe.engine.memory import free_cache_bytes
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.outputs import Logprob, RequestMetrics
 from qwen3vl_moe.engine.params import SamplingParams, check_vocabulary
-from qwen3vl_moe.engine.runner import ChunkResult, Launched, Runner, StepResult, free_cache_bytes
+from qwen3vl_moe.engine.runner import ChunkResult, Launched, Runner, StepResult
 from qwen3vl_moe.engine.sampler import TokenLogprob
 from qwen3vl_moe.engine.scheduler import Chunk, Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
+from qwen3vl_moe.engine.warm_up import compile_kernels
 from qwen3vl_moe.errors import NumbersError, OptionError, PromptError, UserError
 from qwen3vl_moe.inputs.processor import Prompt
 from qwen3vl_moe.model import Qwen3VLMoe
@@ -56,6 +58,7 @@ class Engine:
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
         on_gpu = model.device.type == "cuda"
         most = options.with_seats(None, on_gpu)
+        compile_kernels(model, most, progress)
         free_bytes = None if options.num_blocks else free_cache_bytes(model, most)
         num_blocks, self.max_model_len = plan_cache(model.config.text, model.dtype, most, free_bytes)
         options = options.with_seats(num_blocks, on_gpu)

@@ -42,6 +42,11 @@ def block_key(parent: bytes, token_ids: Sequence[int], images: Sequence[tuple[by
     return key.digest()
 
 
+def cache_shape(config: TextConfig, num_blocks: int, block_size: int) -> tuple[int, ...]:
+    """[L, 2, num_blocks, block_size, G, D]: keys and values of all layers."""
+    return config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim
+
+
 class KVCache:
     """Keys and values of all running sequences, and of past ones while there is room.
 
@@ -59,8 +64,7 @@ class KVCache:
         self, config: TextConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
     ):
         self.num_blocks, self.block_size = num_blocks, block_size
-        shape = (config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.tensor = _zeros(shape, dtype, torch.device(device))
+        self.tensor = _zeros(cache_shape(config, num_blocks, block_size), dtype, torch.device(device))
         self._references = [0] * num_blocks  # block tables that hold the block
         self._free = OrderedDict.fromkeys(range(num_blocks))  # blocks without references; the next to be reused first
         self._key_of: list[bytes | None] = [None] * num_blocks

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.engine.cuda_graphs import uses_graphs
 from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.engine import Engine
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.outputs import RequestOutput
 from qwen3vl_moe.engine.params import SamplingParams
-from qwen3vl_moe.engine.runner import uses_graphs
 from qwen3vl_moe.engine.service import Prepare, Service
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
 from qwen3vl_moe.inputs.access import media_access

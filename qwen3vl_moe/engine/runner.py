@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from dataclasses import dataclass, field
 
@@ -11,22 +10,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen3vl_moe.engine.cuda_graphs import StepGraphs, VisionGraphs, can_capture
+from qwen3vl_moe.engine.cuda_graphs import StepGraphs, VisionGraphs, uses_graphs
 from qwen3vl_moe.engine.kv_cache import KVCache
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.packing import Packer
 from qwen3vl_moe.engine.sampler import SamplingPlan, TokenLogprob, sample, token_logprobs
 from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
-from qwen3vl_moe.engine.warm_up import compile_kernels
 from qwen3vl_moe.inputs.images import Picture, copy_pixels, cut_patches
-from qwen3vl_moe.model import Batch, Qwen3VLMoe, VisionFeatures
-from qwen3vl_moe.ops import Segments
-from qwen3vl_moe.ops.ahead import allocate_only
+from qwen3vl_moe.model import Qwen3VLMoe, VisionFeatures
 from qwen3vl_moe.ops.transfer import to_device
 
 Mark = torch.cuda.Event | float
-_GRAPH_BYTES = 3 << 30  # what all graphs of the published model take
 _PROMPT_LOGIT_ROWS = 256  # logits held at once for prompt_logprobs: 150 MB in fp32 at the published vocabulary
 
 
@@ -97,7 +92,6 @@ class Runner:
 
     def __init__(self, model: Qwen3VLMoe, cache: KVCache, options: EngineOptions, max_model_len: int):
         self.model, self.cache, self.replays = model, cache, True
-        self._options = options
         self._packer, self._plan = Packer(cache.block_size), SamplingPlan.of([], model.device)
         self._generator = torch.Generator(model.device).manual_seed(options.seed)
         self._steps: StepGraphs | None = None
@@ -108,13 +102,11 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, progress: bool) -> None:
-        """Compile what any step may launch, and capture what a step of any small shape will replay."""
-        compile_kernels(self.model, self.cache.tensor, self._options, progress)
+        """Capture what a step of any small shape will replay."""
         if self._steps is not None and self._images is not None:
-            with tqdm(total=len(self._steps) + len(self._images), desc="CUDA graphs", disable=not progress) as bar:
-                for graphs in (self._steps, self._images):
-                    for _ in graphs.capture_all():
-                        bar.update()
+            kinds = [*self._steps.makers(), *self._images.makers()]
+            for make in tqdm([make for kind in kinds for make in kind], desc="CUDA graphs", disable=not progress):
+                make()
 
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk], after: Launched | None = None) -> Launched:
@@ -282,40 +274,3 @@ def _prompt_logprob_span(chunk: Chunk) -> range:
     if sequence.params.prompt_logprobs is None:
         return range(0)
     return range(max(chunk.start, len(sequence.prompt_logprobs) - 1), min(chunk.stop, sequence.num_prompt_tokens - 1))
-
-
-def uses_graphs(model: Qwen3VLMoe, options: EngineOptions) -> bool:
-    """Whether small steps are replayed from CUDA graphs rather than launched one kernel at a time."""
-    return not options.enforce_eager and can_capture(model)
-
-
-@torch.inference_mode()
-def free_cache_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int | None:
-    """Device memory that the cache may take: what is left of ``gpu_memory_utilization`` beside the model and a step.
-
-    The step is measured: images of ``max_encoder_tokens`` (a thousand each), whose features are kept while
-    ``max_prefill_tokens`` go through the decoder beside ``max_num_seqs`` that decode, with logits for as many. Our
-    kernels allocate nothing, so they are left out: they would have to be compiled here. None on a CPU, where the cache
-    has a bound of its own.
-    """
-    device = model.device
-    if device.type != "cuda":
-        return None
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    vision = model.config.vision
-    grid = (-(-options.max_encoder_tokens // 1024), 32 * vision.merge_size, 32 * vision.merge_size)
-    pixels = (math.prod(grid), vision.patch_dim)
-    places = torch.arange(options.max_prefill_tokens + options.seats, device=device)
-    segments = Segments.build([len(places)], device=device)
-    step = Batch(torch.zeros_like(places), places.expand(3, -1), segments, logit_rows=places[: options.seats])
-    with allocate_only():
-        features = model.encode_images(torch.zeros(pixels, dtype=model.dtype, device=device), [grid])
-        model(step).float().softmax(-1)
-    step_bytes = torch.cuda.max_memory_allocated(device) - before
-    del features
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    graph_bytes = _GRAPH_BYTES if uses_graphs(model, options) else 0
-    return int(free - (1 - options.gpu_memory_utilization) * total - step_bytes - graph_bytes)

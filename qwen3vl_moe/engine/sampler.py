@@ -117,7 +117,7 @@ def _draw(logits_DV: Tensor, plan: SamplingPlan, generator: torch.Generator) -> 
     times_DV = torch.empty_like(logits_DV).exponential_(generator=generator)
     for row, own in plan.seeded:
         times_DV[row].exponential_(generator=own)
-    return (logits_DV.softmax(-1) / times_DV).argmax(-1)
+    return logits_DV.softmax(-1).div_(times_DV).argmax(-1)
 
 
 def _truncation(logits_RV: Tensor, top_k: list[int], top_p_R1: Tensor, min_p_R1: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from qwen3vl_moe.engine.kv_cache import KVCache
 from qwen3vl_moe.engine.sequence import Sequence
 
+_SOON = 128  # tokens of its answer for which a running sequence should find room
+
 
 class Chunk(NamedTuple):
     """Tokens ``start`` to ``stop`` of one sequence, computed in one step.
@@ -29,9 +31,10 @@ class Scheduler:
     """Waiting and running sequences, both oldest first.
 
     A sequence is admitted when the cache has room for all of its tokens, so prefills never wait for each other
-    half-way. An answer that outgrows the cache takes blocks from the youngest running sequence, which goes back to
-    the head of the queue and is computed again. The oldest never loses its blocks, and any single sequence fits
-    (``max_model_len``), so every step brings it closer to its end: nothing can block for ever.
+    half-way, and for what it and those that run may need before long. Still, an answer that outgrows the cache takes
+    blocks from the youngest running sequence, which goes back to the head of the queue and is computed again. The
+    oldest never loses its blocks, and any single sequence fits (``max_model_len``), so every step brings it closer to
+    its end: nothing can block for ever.
 
     A sequence that shares a prefix with an earlier one starts after the shared blocks; a preempted one starts after
     those of its own blocks that are still cached.
@@ -112,12 +115,14 @@ class Scheduler:
             take(sequence)
         # One that was preempted just now is at the head of the queue, and fewer blocks are free than it held: it waits,
         # and so do all that came after it, until one that runs has ended.
+        reserved = self._reserve() if self.waiting and budget else 0
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             sequence = self.waiting[0]
-            if not self._admit(sequence, coming):
+            if not self._admit(sequence, coming, reserved):
                 break
             self.running.append(sequence)
             self.waiting.popleft()
+            reserved += self._growth(sequence)
             take(sequence)
         return chunks
 
@@ -154,12 +159,26 @@ class Scheduler:
         if blocks:
             self.cache.publish(blocks, keys)
 
-    def _admit(self, sequence: Sequence, coming: set[bytes]) -> bool:
+    def _growth(self, sequence: Sequence) -> int:
+        """Blocks that a sequence may need for the next tokens of its answer, beyond those for what it has."""
+        tokens, size = len(sequence.token_ids), self.cache.block_size
+        return -(-(tokens + min(sequence.remaining, _SOON)) // size) - -(-tokens // size)
+
+    def _reserve(self) -> int:
+        """Blocks that running sequences may need before long. Given away, they would be taken back by preemption."""
+        return sum(self._growth(sequence) for sequence in self.running)
+
+    def _fits(self, sequence: Sequence, found: list[int], reserved: int) -> bool:
+        """Whether there is room for a waiting sequence beside these blocks; alone, it needs room only for itself."""
+        left = self.cache.num_free - self.cache.needed(sequence.block_table, len(sequence.token_ids), found)
+        return left >= (reserved + self._growth(sequence) if self.running else 0)
+
+    def _admit(self, sequence: Sequence, coming: set[bytes], reserved: int) -> bool:
         """Blocks for a waiting sequence, or False if it has to wait."""
         size = self.cache.block_size
         found, missing = self._cached(sequence)
         # What it needs next is computed in this very step: reading it in the next one is cheaper than doing it twice.
-        if missing in coming:
+        if missing in coming or not self._fits(sequence, found, reserved):
             return False
         if not self.cache.grow(sequence.block_table, len(sequence.token_ids), found):
             return False
@@ -170,9 +189,10 @@ class Scheduler:
 
     def _has_room_for(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence could be admitted."""
+        if len(self.running) >= self.max_num_seqs:
+            return False
         found, _ = self._cached(sequence)
-        needed = self.cache.needed(sequence.block_table, len(sequence.token_ids), found)
-        return len(self.running) < self.max_num_seqs and needed <= self.cache.num_free
+        return self._fits(sequence, found, 0) and self._fits(sequence, found, self._reserve())
 
     def _cached(self, sequence: Sequence) -> tuple[list[int], bytes | None]:
         """Full blocks that a sequence may take from the cache, and the key of the one after them that it lacks.

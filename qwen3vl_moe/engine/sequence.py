@@ -93,10 +93,15 @@ class Sequence:
         return self.finish_reason is not None
 
     @property
+    def remaining(self) -> int:
+        """The most tokens that the answer may still get."""
+        room = self.max_len - len(self.token_ids)
+        return room if self.params.max_tokens is None else min(room, self.params.max_tokens - self.num_output_tokens)
+
+    @property
     def ends_next(self) -> bool:
         """Whether the next token is the last one, whatever it is."""
-        num_tokens = len(self.token_ids) + 1
-        return num_tokens - self.num_prompt_tokens == self.params.max_tokens or num_tokens >= self.max_len
+        return self.remaining <= 1
 
     @property
     def needs_history(self) -> bool:

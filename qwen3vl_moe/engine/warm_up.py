@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen3vl_moe.engine.kv_cache import cache_shape
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.model import Batch, Qwen3VLMoe
 from qwen3vl_moe.model.text import DecoderLayer
@@ -48,13 +49,8 @@ def steps(sizes: list[int], max_num_seqs: int, block_size: int, device: torch.de
 
 
 @torch.inference_mode()
-def compile_kernels(model: Qwen3VLMoe, cache: Tensor, options: EngineOptions, progress: bool) -> None:
-    """Compile what any step of these options may launch; nothing on a CPU.
-
-    Args:
-        cache: [L, 2, blocks, block_size, G, D]; neither read nor written.
-        progress: show a bar.
-    """
+def compile_kernels(model: Qwen3VLMoe, options: EngineOptions, progress: bool) -> None:
+    """Compile what any step of these options may launch, with a bar if ``progress``; nothing on a CPU."""
     if not takes_kernels(model.lm_head.weight):
         return
     lock = threading.Lock()
@@ -66,6 +62,9 @@ def compile_kernels(model: Qwen3VLMoe, cache: Tensor, options: EngineOptions, pr
                 bar.refresh()
 
         with compile_ahead(report):
+            cache = torch.empty(
+                cache_shape(model.config.text, 1, options.block_size), dtype=model.dtype, device=model.device
+            )
             walk(model, cache, options)
 
 

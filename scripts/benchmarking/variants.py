@@ -27,7 +27,7 @@ from benchmarking.serving import sampling, single_stream
 from benchmarking.statistics import Record
 from benchmarking.transformers_twin import transformers_twin
 from qwen3vl_moe.engine import LLM
-from qwen3vl_moe.engine.runner import uses_graphs
+from qwen3vl_moe.engine.cuda_graphs import uses_graphs
 from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.inputs.images import copy_pixels, cut_patches
 from tma_moe.descriptor_policies import POLICIES

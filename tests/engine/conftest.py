@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
-from qwen3vl_moe.engine import LLM
+from qwen3vl_moe.engine import LLM, scheduler
 from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.inputs.processor import IMAGE_PLACEHOLDER, Processor
 from qwen3vl_moe.model import Qwen3VLMoe
@@ -39,6 +39,12 @@ def make_llm() -> MakeLLM:
         return LLM.from_parts(model, processor, defaults, **options)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_room_ahead(monkeypatch):
+    """Answers here are so short that room for the next 128 tokens would make every preemption impossible."""
+    monkeypatch.setattr(scheduler, "_SOON", 0)
 
 
 @pytest.fixture
