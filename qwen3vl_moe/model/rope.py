@@ -6,12 +6,16 @@ from there; the text after it goes on at the largest position plus one. Qwen3-VL
 rotary frequencies (t h w t h w ... t t) instead of giving each a contiguous section, so that every axis sees high and
 low frequencies. Rules and tests follow transformers 5.17 (``Qwen3VLMoeModel.get_rope_index``,
 ``Qwen3VLMoeTextRotaryEmbedding``).
+
+Positions are made by NumPy, in the thread that calls: of an image with more than 10,000 patches torch would make them
+in all its threads, for which a busy host takes many milliseconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,17 +39,17 @@ def mrope_positions(
     Raises:
         ValueError: placeholders and grids do not match.
     """
-    ids = torch.as_tensor(token_ids, dtype=torch.int64)
-    positions_3T = torch.empty(3, len(ids), dtype=torch.int64)
+    ids = np.asarray(token_ids, np.int64)
+    positions_3T = np.empty((3, len(ids)), np.int64)
     done, position = 0, 0
 
     def text_until(end: int) -> None:
         nonlocal done, position
-        positions_3T[:, done:end] = torch.arange(position, position + end - done)
+        positions_3T[:, done:end] = np.arange(position, position + end - done)
         position += end - done
         done = end
 
-    placeholders = (ids == image_token_id).nonzero().flatten()
+    placeholders = np.flatnonzero(ids == image_token_id)
     used = 0
     for number, (frames, rows, columns) in enumerate(grids):
         rows, columns = rows // merge_size, columns // merge_size
@@ -54,14 +58,13 @@ def mrope_positions(
         if len(span) < count or int(span[-1]) - int(span[0]) != count - 1:
             raise ValueError(f"image {number} needs {count} consecutive placeholder tokens (id {image_token_id})")
         text_until(int(span[0]))
-        axes = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
-        positions_3T[:, done : done + count] = torch.stack(axes).view(3, -1) + position
+        positions_3T[:, done : done + count] = np.indices((frames, rows, columns)).reshape(3, -1) + position
         done, used = done + count, used + count
         position += max(rows, columns)
     if used != len(placeholders):
         raise ValueError(f"{len(placeholders) - used} placeholder tokens (id {image_token_id}) belong to no image")
     text_until(len(ids))
-    return positions_3T, position
+    return torch.from_numpy(positions_3T), position
 
 
 def inverse_frequencies(width: int, theta: float, device: torch.device | None = None) -> Tensor:
@@ -90,11 +93,10 @@ def vision_positions(grids: Sequence[Grid], merge_size: int) -> Tensor:
     """
     parts = []
     for frames, rows, columns in grids:
-        row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         squares = (rows // merge_size, merge_size, columns // merge_size, merge_size)
-        place = torch.stack([a.reshape(squares).transpose(1, 2).flatten() for a in (row, column)], dim=-1)
-        parts.append(place.repeat(frames, 1))
-    return torch.cat(parts)
+        place = np.stack([a.reshape(squares).swapaxes(1, 2).ravel() for a in np.indices((rows, columns))], axis=-1)
+        parts.append(np.tile(place, (frames, 1)))
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def vision_angles(positions_P2: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:

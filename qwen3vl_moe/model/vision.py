@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from qwen3vl_moe.config import VisionConfig
 from qwen3vl_moe.model.batch import VisionFeatures
 from qwen3vl_moe.model.rope import Grid, inverse_frequencies, vision_angles, vision_positions
 from qwen3vl_moe.ops import ResidualStream, Segments
-from qwen3vl_moe.ops.transfer import to_device
+from qwen3vl_moe.ops.transfer import all_to_device
 
 _NORM_EPS = 1e-6  # fixed in the published model's code, not in its config
 
@@ -60,15 +61,18 @@ def _places(grid: Grid, side: int, merge_size: int, device: torch.device) -> tup
     # An inference tensor would be unusable outside inference mode, and this result is cached for all callers.
     with torch.inference_mode(False):
         positions_P2 = vision_positions([grid], merge_size)
-        source_P2 = positions_P2.float() * (side - 1) / (torch.tensor(grid[1:]) - 1).clamp(min=1)
-        low_P2 = source_P2.long()
-        high_P2 = (low_P2 + 1).clamp(max=side - 1)
-        part_P2 = source_P2 - low_P2
+        source_P2 = positions_P2.numpy().astype(np.float32) * np.float32(side - 1)
+        source_P2 /= np.maximum(np.array(grid[1:], np.float32) - 1, 1)
+        low_P2 = source_P2.astype(np.int64)
+        high_P2 = np.minimum(low_P2 + 1, side - 1)
+        part_P2 = source_P2 - low_P2.astype(np.float32)
         rows = (low_P2[:, 0], 1 - part_P2[:, 0]), (high_P2[:, 0], part_P2[:, 0])
         columns = (low_P2[:, 1], 1 - part_P2[:, 1]), (high_P2[:, 1], part_P2[:, 1])
-        index_P4 = torch.stack([row * side + column for row, _ in rows for column, _ in columns], dim=1)
-        weight_P4 = torch.stack([of_row * of_column for _, of_row in rows for _, of_column in columns], dim=1)
-        return to_device(index_P4, device), to_device(weight_P4, device), to_device(positions_P2, device)
+        index_P4 = np.stack([row * side + column for row, _ in rows for column, _ in columns], axis=1)
+        weight_P4 = np.stack([of_row * of_column for _, of_row in rows for _, of_column in columns], axis=1)
+        made = torch.from_numpy(index_P4), torch.from_numpy(weight_P4), positions_P2
+        index, weight, positions = all_to_device(made, device)
+        return index, weight, positions
 
 
 class VisionAttention(nn.Module):

@@ -15,7 +15,9 @@ _MUCH = 1 << 15  # bytes: torch copies as many numbers in one thread
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     """A tensor on a device. The copy starts from pinned memory: from any other the host would have to wait for it."""
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        x = x.contiguous().pin_memory()
+        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        _fill(pinned, x)
+        x = pinned
     return x.to(device, non_blocking=True)
 
 

@@ -1,5 +1,8 @@
 """Positions and rotary angles against transformers."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import apply_rotary_pos_emb
@@ -86,6 +89,28 @@ def test_axes_are_interleaved_and_not_sections():
     cos, _ = mrope_angles(positions, torch.zeros(64) + 0.01, (24, 20, 20))
     of_axis = {round(float(torch.tensor(p * 0.01).cos()), 6): axis for p, axis in ((1, "t"), (10, "h"), (100, "w"))}
     assert "".join(of_axis[round(float(c), 6)] for c in cos[0]) == "thw" * 20 + "tttt"
+
+
+def test_the_largest_image_wakes_no_threads():
+    """Those of torch's own pool, which begins with its first use; in a process that has not used it."""
+    program = """
+import os, numpy as np, torch
+from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.model.rope import mrope_positions
+from qwen3vl_moe.model.vision import _places
+from qwen3vl_moe.ops.transfer import _fill
+
+torch.set_num_threads(3)
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+mrope_positions([0, *[9] * 16384, 0], [(1, 256, 256)], 2, 9)
+_places((1, 256, 256), 48, 2, torch.device("cpu"))
+_fill(torch.empty(1 << 22), torch.from_numpy(np.ones(1 << 22, np.float32)))
+assert threads() == before, "torch's threads were woken"
+torch.ones(1 << 22)
+assert threads() > before, "this test sees nothing"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("grids", [[(1, 6, 6)], [(1, 6, 12), (2, 12, 6)]])
