@@ -54,7 +54,7 @@ def resize_by(passes: Any, pixels_HW3: Tensor, height: int, width: int, columns_
 def columns_first(old: Sequence[int], new: Sequence[int]) -> bool:
     """Whether Pillow resizes the columns before the rows; heights and widths of two sizes. It decides the rounding.
 
-    Pillow 13.0 does where the height loses more than twice as many pixels as the width; older ones never do.
+    Pillow 13.0 does where the height loses more than twice as many pixels as the width; 10.3 to 12.1 never do.
     """
     shorter, narrower = old[0] - new[0], old[1] - new[1]
     return shorter > 0 and shorter > 2 * narrower and _columns_may_be_first()
