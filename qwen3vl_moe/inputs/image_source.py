@@ -31,7 +31,7 @@ ALPHA = ("white", "drop")  # what may become of transparency
 
 # Of one picture: 0.7 GB as Pillow keeps it, 4 bytes a pixel. transformers takes as many.
 MAX_PIXELS = 178_956_970
-# Of all pictures that are being decoded: their pixels as stored, as RGB, and split into channels to be resized.
+# Of all pictures that are being decoded: their pixels as stored, as RGB, and read out or split into channels.
 _BYTES_PER_PIXEL = 12
 _DECODING = Budget(2**31)
 
