@@ -329,13 +329,15 @@ class Processor:
             token_ids += [self.config.image_token_id] * count
             done = stop
         token_ids += ids[done:]
+        # Text, whatever its ids spell, stands here as -1, which is no placeholder.
         positions_3T, next_position = mrope_positions(
-            token_ids, [image.grid_thw for image in images], self.image_settings.merge_size, self.config.image_token_id
+            token_ids + [-1] * len(text_ids),
+            [image.grid_thw for image in images],
+            self.image_settings.merge_size,
+            self.config.image_token_id,
         )
         if text_ids:
-            after = torch.arange(next_position, next_position + len(text_ids)).expand(3, -1)
             text, token_ids = None, [*token_ids, *text_ids]
-            positions_3T, next_position = torch.cat([positions_3T, after], dim=1), next_position + len(text_ids)
         return Prompt(text, token_ids, positions_3T, next_position, tuple(images))
 
     def _too_long(self, total: int) -> str:
