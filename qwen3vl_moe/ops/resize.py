@@ -8,10 +8,11 @@ pictures, in whatever order and on whatever device the sums are taken.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor
@@ -52,21 +53,50 @@ def resize_by(passes: Any, pixels_HW3: Tensor, height: int, width: int, columns_
 
 
 def columns_first(old: Sequence[int], new: Sequence[int]) -> bool:
-    """Whether Pillow resizes the columns before the rows; heights and widths of two sizes. It decides the rounding.
+    """Whether the installed Pillow resizes the columns before the rows; heights and widths of two sizes.
 
-    Pillow 13.0 does where the height loses more than twice as many pixels as the width; 10.3 to 12.1 never do.
+    It decides the rounding, and differs from version to version (``_ORDERS``).
     """
+    return (_order() or _rows_first)(old, new)
+
+
+def resize_problem() -> str | None:
+    """Why pictures cannot be resized as the installed Pillow does, or None if they can."""
+    if _order() is not None:
+        return None
+    return f"Pillow {PIL.__version__} takes rows and columns in an order that is not known here"
+
+
+def _rows_first(old: Sequence[int], new: Sequence[int]) -> bool:
+    return False
+
+
+def _columns_first_if_tall(old: Sequence[int], new: Sequence[int]) -> bool:
+    return old[0] > 100 * old[1] and new[0] < old[0]
+
+
+def _columns_first_if_they_lose_more(old: Sequence[int], new: Sequence[int]) -> bool:
     shorter, narrower = old[0] - new[0], old[1] - new[1]
-    return shorter > 0 and shorter > 2 * narrower and _columns_may_be_first()
+    return shorter > 0 and shorter > 2 * narrower
+
+
+# Of Pillow up to 12.1, of 12.2 and 12.3, and of 13.0.
+_ORDERS = _rows_first, _columns_first_if_tall, _columns_first_if_they_lose_more
+_PROBES = ((9, 4), (4, 6)), ((303, 3), (7, 4)), ((40, 3), (50, 2))
 
 
 @functools.cache
-def _columns_may_be_first() -> bool:
+def _order() -> Callable[[Sequence[int], Sequence[int]], bool] | None:
     """Asked of the installed Pillow itself, as no number of a version tells how one was built."""
-    pixels_HW3 = torch.from_numpy((np.arange(9 * 4 * 3) ** 3 % 251).astype(np.uint8).reshape(9, 4, 3))
-    theirs_HW3 = np.asarray(Image.fromarray(pixels_HW3.numpy()).resize((6, 4), Image.Resampling.BICUBIC))
-    ours_3HW = resize_by(reference, pixels_HW3, 4, 6, columns_first=True)
-    return np.array_equal(ours_3HW.permute(1, 2, 0).numpy(), theirs_HW3)
+
+    def agrees(order: Callable[[Sequence[int], Sequence[int]], bool], old: tuple, new: tuple) -> bool:
+        values = (np.arange(old[0] * old[1] * 3) ** 3 % 251 > 125).astype(np.uint8) * 255
+        pixels_HW3 = torch.from_numpy(values.reshape(*old, 3))
+        theirs_HW3 = np.asarray(Image.fromarray(pixels_HW3.numpy()).resize(new[::-1], Image.Resampling.BICUBIC))
+        ours_3HW = resize_by(reference, pixels_HW3, *new, columns_first=order(old, new))
+        return np.array_equal(ours_3HW.permute(1, 2, 0).numpy(), theirs_HW3)
+
+    return next((order for order in _ORDERS if all(agrees(order, *probe) for probe in _PROBES)), None)
 
 
 def weight_table(old: int, new: int) -> np.ndarray:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from triton import knobs
 
-from qwen3vl_moe.ops import reference, resize_picture
+from qwen3vl_moe.ops import reference, resize, resize_picture
 from qwen3vl_moe.ops.kernels import resize as kernels
-from qwen3vl_moe.ops.resize import columns_first, resize_by, weight_table
+from qwen3vl_moe.ops.resize import columns_first, resize_by, resize_problem, weight_table
 from tests.interpreted import DEVICE, INTERPRETED, runs_kernels
 from tests.pictures import noise
 
@@ -26,6 +26,8 @@ SIZES = {
     "columns first": ((18, 12), (6, 10)),
     "rows first, just": ((24, 16), (16, 12)),
     "columns first, just": ((25, 16), (16, 12)),
+    "columns first, tall": ((303, 3), (7, 4)),
+    "tall, and no shorter": ((303, 3), (310, 1)),
     "rows only": ((10, 25), (10, 16)),
     "columns only": ((25, 10), (16, 10)),
     "neither": ((10, 15), (10, 15)),
@@ -152,3 +154,13 @@ def test_no_size_compiles_anything(monkeypatch):
     for width, height, new in ((16, 16, (1, 1)), (17, 32, (32, 64)), (1, 1, (32, 32)), (64, 640, (16, 16))):
         resize_picture(pixels(noise(width, height)).cuda(), *new)
     assert compiled == []
+
+
+def test_an_order_that_is_not_known_is_said(monkeypatch):
+    """Some later Pillow may have another: its pictures are then left to it."""
+    monkeypatch.setattr(resize, "_ORDERS", ())
+    resize._order.cache_clear()
+    assert "Pillow" in (resize_problem() or "")
+    resize._order.cache_clear()
+    monkeypatch.undo()
+    assert resize_problem() is None
