@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
@@ -59,22 +58,14 @@ def _step_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int:
 
 
 def _graph_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int:
-    """What all graphs will take, judged by the two largest of each kind: the first brings what the others share."""
+    """What all graphs take. They are made for this, over a cache of one block, and made again over the real one."""
     text, device = model.config.text, model.device
     cache = torch.zeros(cache_shape(text, 1, options.block_size), dtype=model.dtype, device=device)
-    graphs: list[StepGraphs | VisionGraphs] = []
-
-    def taken(make: Callable[[], object]) -> int:
-        torch.cuda.synchronize(device)
-        before, _ = torch.cuda.mem_get_info(device)
-        make()
-        torch.cuda.synchronize(device)
-        return max(0, before - torch.cuda.mem_get_info(device)[0])
-
-    longest = options.model_len(text.max_positions)
-    needed = taken(lambda: graphs.extend([StepGraphs(model, cache, options.seats, longest), VisionGraphs(model)]))
-    for first, *others in [kind for each in graphs for kind in each.makers()]:
-        needed += taken(first)
-        if others:
-            needed += len(others) * taken(others[0])
-    return needed
+    torch.cuda.synchronize(device)
+    before, _ = torch.cuda.mem_get_info(device)
+    graphs = StepGraphs(model, cache, options.seats, options.model_len(text.max_positions)), VisionGraphs(model)
+    for kind in [kind for each in graphs for kind in each.makers()]:
+        for make in kind:
+            make()
+    torch.cuda.synchronize(device)
+    return max(0, before - torch.cuda.mem_get_info(device)[0])

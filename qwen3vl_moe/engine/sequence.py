@@ -69,6 +69,8 @@ class Sequence:
         self.token_ids = list(self.prompt.token_ids)
         self.num_prompt_tokens, self.admissions = len(self.token_ids), 0
         self.position_offset = self.prompt.next_position - self.num_prompt_tokens
+        answer = self.max_len if self.params.max_tokens is None else self.params.max_tokens
+        self._most_tokens = min(self.max_len, self.num_prompt_tokens + answer)
         self.features: list[VisionFeatures | None] = [None] * len(self.prompt.images)
         self.logprobs: list[dict[int, Logprob]] = []
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
@@ -95,13 +97,12 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """The most tokens that the answer may still get."""
-        room = self.max_len - len(self.token_ids)
-        return room if self.params.max_tokens is None else min(room, self.params.max_tokens - self.num_output_tokens)
+        return self._most_tokens - len(self.token_ids)
 
     @property
     def ends_next(self) -> bool:
         """Whether the next token is the last one, whatever it is."""
-        return self.remaining <= 1
+        return len(self.token_ids) + 1 >= self._most_tokens
 
     @property
     def needs_history(self) -> bool:
@@ -115,6 +116,8 @@ class Sequence:
 
     def images_in(self, start: int, stop: int) -> list[tuple[int, ImageInput]]:
         """Images (with their number) that have placeholder tokens in a span."""
+        if start >= self.num_prompt_tokens:  # as in every step of decoding
+            return []
         return [
             (number, image)
             for number, image in enumerate(self.prompt.images)
