@@ -14,7 +14,7 @@ from qwen3vl_moe.engine.cuda_graphs import StepGraphs, VisionGraphs, uses_graphs
 from qwen3vl_moe.engine.kv_cache import KVCache
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.packing import Packer
-from qwen3vl_moe.engine.sampler import SamplingPlan, TokenLogprob, sample, token_logprobs
+from qwen3vl_moe.engine.sampler import SamplingPlan, TokenLogprob, readable, sample, token_logprobs
 from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.inputs.images import Picture, copy_pixels, cut_patches
@@ -47,7 +47,8 @@ class Launched:
         tokens_R: int64 on the device, the next token of each chunk that samples.
         host_tokens_R: the same on the host, valid once the last mark is reached.
         host_highest_R: fp32 on the host, the highest logit of each of them; so is this.
-        logits_RV: what they were chosen by; valid until the next launch.
+        asked: which of them log-probabilities are asked for, and of how many other tokens.
+        logprobs: these, of :func:`.sampler.token_logprobs`, on the host; so are they.
         prompt_logprobs: of each chunk.
         encoded: the sequences whose images it encodes.
         marks: points in the device's work: where copying pixels, encoding and the decoder begin and end.
@@ -58,7 +59,8 @@ class Launched:
     tokens_R: Tensor
     host_tokens_R: Tensor
     host_highest_R: Tensor
-    logits_RV: Tensor
+    asked: list[tuple[int, int]]
+    logprobs: tuple[Tensor, ...]
     prompt_logprobs: list[list[list[TokenLogprob]]]
     encoded: list[Sequence]
     marks: dict[str, Mark]
@@ -133,20 +135,26 @@ class Runner:
             logits_RV = self.model.compute_logits(hidden_RH[: len(sampling)])
         tokens_R = host_tokens_R = torch.empty(0, dtype=torch.int64)
         host_highest_R = torch.empty(0)
+        asked: list[tuple[int, int]] = []
+        logprobs: tuple[Tensor, ...] = ()
         if sampling:
             marks["computed"] = _now(self.model.device)
             sequences = [chunks[number].sequence for number in sampling]
-            if self._plan.sequences != sequences:
-                self._plan = SamplingPlan.of(sequences, self.model.device)
+            if not self._plan.serves(sequences, pending=sampled_T is not None):
+                self._plan = SamplingPlan.of(sequences, self.model.device, sampled_T)
             tokens_R, highest_R = sample(logits_RV, self._plan, self._generator)
             host_tokens_R, host_highest_R = _to_host(tokens_R), _to_host(highest_R)
+            if asked := self._plan.asked:
+                rows = to_device(torch.tensor([row for row, _ in asked]), tokens_R.device)
+                most = max(_num_top(count, logits_RV) for _, count in asked)
+                logprobs = tuple(map(_to_host, token_logprobs(logits_RV[rows], tokens_R[rows], most)))
             marks["sampled"] = _now(self.model.device)
         prompt_logprobs, row = [], len(sampling)
         for chunk, span in zip(chunks, spans, strict=True):
             prompt_logprobs.append(self._prompt_logprobs(hidden_RH, row, chunk.sequence, span))
             row += len(span)
         return Launched(
-            chunks, tokens_R, host_tokens_R, host_highest_R, logits_RV, prompt_logprobs, encoded, marks, started
+            chunks, tokens_R, host_tokens_R, host_highest_R, asked, logprobs, prompt_logprobs, encoded, marks, started
         )
 
     @torch.inference_mode()
@@ -160,13 +168,8 @@ class Runner:
         tokens, highest = step.host_tokens_R.tolist(), step.host_highest_R.tolist()
         for (_, result), token_id, highest_logit in zip(sampled, tokens, highest, strict=True):
             result.token_id, result.highest_logit = token_id, highest_logit
-        asked = [row for row, (sequence, _) in enumerate(sampled) if sequence.params.logprobs is not None]
-        if asked:
-            num_top = [_num_top(sampled[row][0].params.logprobs, step.logits_RV) for row in asked]
-            rows = torch.tensor(asked, device=step.logits_RV.device)
-            entries = token_logprobs(step.logits_RV[rows], step.tokens_R[rows], max(num_top))
-            for row, count, entry in zip(asked, num_top, entries, strict=True):
-                sampled[row][1].logprobs = entry[: 1 + count]
+        for (row, count), entry in zip(step.asked, readable(step.logprobs), strict=True):
+            sampled[row][1].logprobs = entry if count == -1 else entry[: 1 + count]
         seconds = {
             stage: seconds_between(step.marks[start], step.marks[stop]) if start in step.marks else 0.0
             for stage, start, stop in (
@@ -224,7 +227,8 @@ class Runner:
             targets = torch.tensor([sequence.token_ids[place + 1] for place in places], device=hidden_RH.device)
             row = first_row + start
             logits_RV = self.model.compute_logits(hidden_RH[row : row + len(places)])
-            entries += token_logprobs(logits_RV, targets, _num_top(sequence.params.prompt_logprobs, logits_RV))
+            most = _num_top(sequence.params.prompt_logprobs, logits_RV)
+            entries += readable(token_logprobs(logits_RV, targets, most))
         return entries
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen3vl_moe.engine.penalties import Penalties
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.ops.transfer import to_device
 
@@ -27,16 +28,19 @@ class SamplingPlan:
 
     Attributes:
         sequences: R of them, in row order.
-        edited: rows whose logits are changed by constraints or penalties.
+        constrained: rows whose logits are changed by constraints.
+        penalties: of the rows that have any; None: none has.
         drawn_D: int64 rows whose tokens are drawn, on the device; the others are greedy.
         temperature_D1: of these, fp32.
         seeded: which of these have generators of their own.
         truncated: int64 [C], which of these have a top_k, top_p or min_p; None: none.
         top_k, top_p_C1, min_p_C1: of those.
+        asked: rows whose log-probabilities are asked for, and of how many tokens beside their own (-1: of all).
     """
 
     sequences: list[Sequence]
-    edited: list[int]
+    constrained: list[int]
+    penalties: Penalties | None
     drawn_D: Tensor
     temperature_D1: Tensor
     seeded: list[tuple[int, torch.Generator]]
@@ -44,17 +48,24 @@ class SamplingPlan:
     top_k: list[int]
     top_p_C1: Tensor
     min_p_C1: Tensor
+    asked: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, sequences: list[Sequence], device: torch.device | str) -> SamplingPlan:
-        """The plan of sequences in row order; tensors go to the device of the logits."""
+    def of(cls, sequences: list[Sequence], device: torch.device | str, pending_R: Tensor | None = None) -> SamplingPlan:
+        """The plan of sequences in row order.
+
+        Args:
+            device: of the logits.
+            pending_R: int64 on the device, each sequence's last token, where the host does not know it yet.
+        """
         drawn = [row for row, sequence in enumerate(sequences) if not sequence.params.greedy]
         params = [sequences[row].params for row in drawn]
         truncated = [number for number, of_row in enumerate(params) if of_row.truncated]
         columns = torch.tensor([(params[n].top_p, params[n].min_p) for n in truncated]).reshape(-1, 2)
         return cls(
             sequences=sequences,
-            edited=[row for row, s in enumerate(sequences) if s.constraints is not None or s.params.penalised],
+            constrained=[row for row, sequence in enumerate(sequences) if sequence.constraints is not None],
+            penalties=Penalties.of(sequences, device, pending_R),
             drawn_D=to_device(torch.tensor(drawn, dtype=torch.int64), device),
             temperature_D1=to_device(torch.tensor([of_row.temperature for of_row in params]), device)[:, None],
             seeded=[(n, own) for n, row in enumerate(drawn) if (own := sequences[row].generator) is not None],
@@ -62,7 +73,16 @@ class SamplingPlan:
             top_k=[params[number].top_k or 0 for number in truncated],
             top_p_C1=to_device(columns[:, :1], device),
             min_p_C1=to_device(columns[:, 1:], device),
+            asked=[(row, n) for row, sequence in enumerate(sequences) if (n := sequence.params.logprobs) is not None],
         )
+
+    def serves(self, sequences: list[Sequence], pending: bool) -> bool:
+        """Whether it is the plan of these sequences, after what has been sampled so far.
+
+        Args:
+            pending: whether each has a token that the host does not know yet.
+        """
+        return self.sequences == sequences and (self.penalties is None or self.penalties.are_of(sequences, pending))
 
 
 def sample(logits_RV: Tensor, plan: SamplingPlan, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -73,38 +93,27 @@ def sample(logits_RV: Tensor, plan: SamplingPlan, generator: torch.Generator) ->
 
     Args:
         logits_RV: of each sequence's last token, any floating dtype.
-        plan: of these sequences.
+        plan: of these sequences; it knows the tokens afterwards.
         generator: random numbers, on the same device, for sequences without a generator of their own.
     """
     logits_RV = logits_RV.float()
-    if plan.edited:
+    if plan.constrained or plan.penalties is not None:
         logits_RV = logits_RV.clone()  # the caller's logits stay raw: log-probabilities are taken from them
-        for row in plan.edited:
-            sequence = plan.sequences[row]
-            if sequence.constraints is not None:
-                sequence.constraints.apply(logits_RV[row], sequence.output_ids)
-            if sequence.params.penalised:
-                _penalise(logits_RV[row], sequence)
+    for row in plan.constrained:
+        sequence = plan.sequences[row]
+        assert sequence.constraints is not None
+        sequence.constraints.apply(logits_RV[row], sequence.output_ids)
+    if plan.penalties is not None:
+        plan.penalties.apply(logits_RV)
     tokens_R = logits_RV.argmax(-1)  # of a row with a NaN, the NaN's place
     highest_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
     if len(plan.drawn_D) == len(tokens_R):
-        return _draw(logits_RV, plan, generator), highest_R
-    if len(plan.drawn_D):
+        tokens_R = _draw(logits_RV, plan, generator)
+    elif len(plan.drawn_D):
         tokens_R[plan.drawn_D] = _draw(logits_RV[plan.drawn_D], plan, generator)
+    if plan.penalties is not None:
+        plan.penalties.append(tokens_R)
     return tokens_R, highest_R
-
-
-def _penalise(logits_V: Tensor, sequence: Sequence) -> None:
-    """Apply one request's penalties in place: repetition over prompt and answer, the others over the answer."""
-    params, device = sequence.params, logits_V.device
-    penalty = params.repetition_penalty
-    if penalty is not None and penalty != 1.0:
-        seen = torch.tensor(sequence.token_ids, device=device).unique()
-        logits = logits_V[seen]
-        logits_V[seen] = torch.where(logits > 0, logits / penalty, logits * penalty)
-    if sequence.output_ids:
-        used, counts = torch.tensor(sequence.output_ids, device=device).unique(return_counts=True)
-        logits_V[used] -= params.frequency_penalty * counts + params.presence_penalty
 
 
 def _draw(logits_DV: Tensor, plan: SamplingPlan, generator: torch.Generator) -> Tensor:
@@ -139,13 +148,24 @@ def _truncation(logits_RV: Tensor, top_k: list[int], top_p_R1: Tensor, min_p_R1:
     return sorted_RK.gather(1, kept_RK.sum(-1, keepdim=True) - 1)
 
 
-def token_logprobs(logits_RV: Tensor, tokens_R: Tensor, num_top: int) -> list[list[TokenLogprob]]:
-    """Raw log-probabilities of each row: of its own token first, then of the ``num_top`` most likely ones."""
+def token_logprobs(logits_RV: Tensor, tokens_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Raw log-probabilities of each row: of its own token first, then of the ``num_top`` most likely ones.
+
+    Returns:
+        token ids, log-probabilities and ranks, [R, 1 + num_top] each, on the device; :func:`readable` reads them.
+    """
     logprobs_RV = logits_RV.float().log_softmax(-1)
     own_R1 = logprobs_RV.gather(1, tokens_R[:, None])
-    rank_R = (logprobs_RV > own_R1).sum(-1) + 1
+    rank_R1 = (logprobs_RV > own_R1).sum(-1, keepdim=True) + 1
     top = logprobs_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
-    ids = torch.cat([tokens_R[:, None], top.indices], dim=1).tolist()
-    values = torch.cat([own_R1, top.values], dim=1).tolist()
-    ranks = ([own, *range(1, len(ids[0]))] for own in rank_R.tolist())
-    return [list(zip(*row, strict=True)) for row in zip(ids, values, ranks, strict=True)]
+    ranks = torch.arange(1, top.indices.shape[1] + 1, device=logits_RV.device).expand_as(top.indices)
+    return (
+        torch.cat([tokens_R[:, None], top.indices], dim=1),
+        torch.cat([own_R1, top.values], dim=1),
+        torch.cat([rank_R1, ranks], dim=1),
+    )
+
+
+def readable(logprobs: tuple[Tensor, ...]) -> list[list[TokenLogprob]]:
+    """What :func:`token_logprobs` gave, row by row."""
+    return [list(zip(*row, strict=True)) for row in zip(*(part.tolist() for part in logprobs), strict=True)]

@@ -106,13 +106,8 @@ class Sequence:
 
     @property
     def needs_history(self) -> bool:
-        """Whether a step has to know the answer so far: penalties count it, log-probabilities are read with it."""
-        params, constraints = self.params, self.constraints
-        return (
-            params.penalised
-            or params.logprobs is not None
-            or (constraints is not None and constraints.needs_history(self.num_output_tokens))
-        )
+        """Whether the host has to know the answer so far before it launches the next step."""
+        return self.constraints is not None and self.constraints.needs_history(self.num_output_tokens)
 
     def images_in(self, start: int, stop: int) -> list[tuple[int, ImageInput]]:
         """Images (with their number) that have placeholder tokens in a span."""

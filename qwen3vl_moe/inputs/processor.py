@@ -7,7 +7,6 @@ any number of threads may share one.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,7 +37,7 @@ from qwen3vl_moe.inputs.tokenizer import (
 )
 from qwen3vl_moe.inputs.workers import side_by_side
 from qwen3vl_moe.model.rope import mrope_positions
-from qwen3vl_moe.ops.resize import resize_problem
+from qwen3vl_moe.ops.resize import resizes_like_pillow
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +111,7 @@ class Processor:
         self.max_model_len = max_model_len
         self.access = access or MediaAccess()
         self.alpha = check_alpha(alpha)
-        problem = resize_problem() if resize_on_device else None
-        if problem is not None:
-            warnings.warn(f"images are resized on the host, slower: {problem}", stacklevel=2)
-        self.resize_on_device = resize_on_device and problem is None
+        self.resize_on_device = resize_on_device and resizes_like_pillow()
 
     @classmethod
     def from_pretrained(

@@ -8,6 +8,7 @@ pictures, in whatever order and on whatever device the sums are taken.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,11 +61,15 @@ def columns_first(old: Sequence[int], new: Sequence[int]) -> bool:
     return (_order() or _rows_first)(old, new)
 
 
-def resize_problem() -> str | None:
-    """Why pictures cannot be resized as the installed Pillow does, or None if they can."""
-    if _order() is not None:
-        return None
-    return f"Pillow {PIL.__version__} takes rows and columns in an order that is not known here"
+def resizes_like_pillow() -> bool:
+    """Whether the installed Pillow's order of rows and columns is known here; if not, a warning says so."""
+    if _order() is None:
+        warnings.warn(
+            f"images are resized on the host, slower: Pillow {PIL.__version__} takes rows and columns in an order that is "
+            "not known here",
+            stacklevel=2,
+        )
+    return _order() is not None
 
 
 def _rows_first(old: Sequence[int], new: Sequence[int]) -> bool:

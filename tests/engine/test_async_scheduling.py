@@ -59,7 +59,20 @@ MANY = [
     (PROMPTS["one image"], greedy(31, stop=["o"])),
     (TEXT, greedy(9)),
     (PROMPTS["text"], SamplingParams(temperature=0.7, top_p=0.9, max_tokens=24, seed=5, ignore_eos=True)),
+    (TEXT, greedy(28, repetition_penalty=1.3)),
+    (PROMPTS["one image"], SamplingParams(temperature=1.0, seed=6, max_tokens=22, presence_penalty=0.9, logprobs=3)),
+    (TEXT, SamplingParams(temperature=0.9, seed=7, max_tokens=19, frequency_penalty=-0.6, repetition_penalty=0.8)),
+    (PROMPTS["text"], greedy(14, logprobs=-1)),
 ]  # fmt: skip
+
+
+def own_logprobs(outputs):
+    """Of each token of each answer for which they were asked, one after the other."""
+    return [
+        entry[token].logprob
+        for output in outputs
+        for token, entry in zip(output.outputs[0].token_ids, output.outputs[0].logprobs or (), strict=False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +99,7 @@ def test_the_same_answers_with_and_without(plain, make_llm, watch, options):
         assert tokens(ours) == tokens(expected)
         assert [o.outputs[0].text for o in ours] == [o.outputs[0].text for o in expected]
         assert [o.outputs[0].finish_reason for o in ours] == [o.outputs[0].finish_reason for o in expected]
+        assert own_logprobs(ours) == pytest.approx(own_logprobs(expected), abs=1e-4)  # in batches of other sizes
         check_leaks(after)
     assert {"stop", "length"} == {output.outputs[0].finish_reason for output in ours}
     assert any(ahead for _, ahead in launches)
@@ -125,14 +139,29 @@ def test_a_request_that_has_ended_takes_nothing_more(llm):
     check_leaks(llm)
 
 
-def test_what_needs_the_answer_so_far_is_not_launched_ahead(llm, watch):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"logprobs": 2},
+        {"prompt_logprobs": 1},
+        {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.5},
+        {"temperature": 1.0, "seed": 3},
+        {"logit_bias": {5: 1.0}},
+    ],
+    ids=str,
+)
+def test_what_the_device_knows_is_launched_ahead(llm, watch, more):
     launches = watch(llm)
-    for more in ({"logprobs": 0}, {"repetition_penalty": 1.2}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.5}):
-        # Nor are those beside it.
-        llm.generate([TEXT, TEXT], [greedy(8), greedy(8, **more)])
+    llm.generate(TEXT, SamplingParams(**{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, **more}))
+    assert [ahead for _, ahead in launches] == [False] + [True] * 7
+
+
+@pytest.mark.parametrize("more", [{"min_tokens": 8}, {"bad_words": ["the table"]}], ids=str)
+def test_what_needs_the_answer_so_far_is_not_launched_ahead(llm, watch, more):
+    launches = watch(llm)
+    llm.generate([TEXT, TEXT], [greedy(8), greedy(8, **more)])  # nor are those beside it
     assert not any(ahead for _, ahead in launches)
-    llm.generate(TEXT, greedy(8, prompt_logprobs=1))
-    assert launches[-1] == (1, True)
 
 
 def test_the_same_calls_give_the_same_tokens(plain, make_llm):

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 
 from qwen3vl_moe.engine import SamplingParams
 from qwen3vl_moe.engine.defaults import GenerationDefaults
-from qwen3vl_moe.engine.sampler import SamplingPlan, sample, token_logprobs
+from qwen3vl_moe.engine.sampler import SamplingPlan, readable, sample, token_logprobs
 
 VOCABULARY = 50
 
@@ -26,7 +26,12 @@ def sequence(prompt=(1, 2, 3), answer=(), seed=None, constraints=None, **params)
     complete = GenerationDefaults().complete(SamplingParams(**params))
     tokens = [*prompt, *answer]
     return SimpleNamespace(
-        params=complete, token_ids=tokens, output_ids=list(answer), generator=generator, constraints=constraints
+        params=complete,
+        token_ids=tokens,
+        num_prompt_tokens=len(prompt),
+        output_ids=list(answer),
+        generator=generator,
+        constraints=constraints,
     )
 
 
@@ -151,7 +156,7 @@ def test_token_logprobs_are_log_softmax(logits, dtype):
     logits = logits.to(dtype)
     tokens = torch.tensor([0, 7, 49, 3])
     expected = logits.double().log_softmax(-1)
-    for row, entries in enumerate(token_logprobs(logits, tokens, 5)):
+    for row, entries in enumerate(readable(token_logprobs(logits, tokens, 5))):
         own, *top = entries
         order = expected[row].argsort(descending=True).tolist()
         assert own[0] == tokens[row]
@@ -164,4 +169,4 @@ def test_token_logprobs_are_log_softmax(logits, dtype):
 
 
 def test_more_top_logprobs_than_tokens(logits):
-    assert len(token_logprobs(logits, torch.zeros(4, dtype=torch.int64), 1000)[0]) == 1 + VOCABULARY
+    assert len(readable(token_logprobs(logits, torch.zeros(4, dtype=torch.int64), 1000))[0]) == 1 + VOCABULARY
