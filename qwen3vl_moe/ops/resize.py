@@ -65,8 +65,8 @@ def resizes_like_pillow() -> bool:
     """Whether the installed Pillow's order of rows and columns is known here; if not, a warning says so."""
     if _order() is None:
         warnings.warn(
-            f"images are resized on the host, slower: Pillow {PIL.__version__} takes rows and columns in an order that is "
-            "not known here",
+            f"images are resized on the host, slower: Pillow {PIL.__version__} takes rows and columns in an order "
+            "that is not known here",
             stacklevel=2,
         )
     return _order() is not None
