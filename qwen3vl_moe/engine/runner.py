@@ -149,9 +149,9 @@ class Runner:
                 most = max(_num_top(count, logits_RV) for _, count in asked)
                 logprobs = tuple(map(_to_host, token_logprobs(logits_RV[rows], tokens_R[rows], most)))
             marks["sampled"] = _now(self.model.device)
-        prompt_logprobs, row = [], len(sampling)
-        for chunk, span in zip(chunks, spans, strict=True):
-            prompt_logprobs.append(self._prompt_logprobs(hidden_RH, row, chunk.sequence, span))
+        prompt_logprobs, row = [[] for _ in chunks], len(sampling)
+        for number, span in enumerate(spans if prompt_rows else ()):
+            prompt_logprobs[number] = self._prompt_logprobs(hidden_RH, row, chunks[number].sequence, span)
             row += len(span)
         return Launched(
             chunks, tokens_R, host_tokens_R, host_highest_R, asked, logprobs, prompt_logprobs, encoded, marks, started
