@@ -63,6 +63,12 @@ class KVCache:
     def __init__(
         self, config: TextConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
     ):
+        needed, there = num_blocks * bytes_per_block(config, block_size, dtype), _total_bytes(torch.device(device))
+        if needed > there:
+            raise OptionError(
+                f"num_blocks={num_blocks} with block_size={block_size} takes {needed / 1e9:.1f} GB, but {device} has "
+                f"{there / 1e9:.1f} GB; lower one of them"
+            )
         self.num_blocks, self.block_size = num_blocks, block_size
         self.tensor = _zeros(cache_shape(config, num_blocks, block_size), dtype, torch.device(device))
         self._references = [0] * num_blocks  # block tables that hold the block
@@ -153,8 +159,14 @@ def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> 
     return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
+def _total_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _cpu_bytes() -> int:
-    return min(_CPU_BYTES, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+    return min(_CPU_BYTES, _total_bytes(torch.device("cpu")) // 4)
 
 
 def plan_cache(

@@ -43,12 +43,12 @@ class Service:
         self, items: list, prepare: Prepare, kind: str, params: list[SamplingParams], return_exceptions: bool
     ) -> Generator[tuple[int, RequestOutput | UserError], None, None]:
         """See :meth:`.LLM.as_completed`. Requests begin when the first answer is asked for."""
-        call = Call()
+        call = self._turns.joined_by(Call())
         return call.runs(self._answers(call, items, prepare, kind, params, return_exceptions))
 
     def stream(self, item: Any, prepare: Prepare, params: SamplingParams) -> Generator[RequestOutput, None, None]:
         """See :meth:`.LLM.stream`. The prompt is made and checked at once, the request begins with the first output."""
-        call = Call()
+        call = self._turns.joined_by(Call())
         prompt, arrival, seconds = self._prepared(prepare, (item, params))
         return call.runs(self._stream(self.engine.requests(prompt, params, arrival, seconds, call)))
 
@@ -117,19 +117,20 @@ class Service:
                 self._give_up(going.values())
 
     def _begin(self, sequences: list[Sequence]) -> None:
-        with self._turns:
+        with self._turns.lock:
             self.engine.settle()
             for sequence in sequences:
                 self.engine.add(sequence)
 
     def _advance(self, requests: Any) -> None:
         """A step, unless one of these requests has been brought to its end meanwhile, by another call."""
-        with self._turns:
+        with self._turns.lock:
             if not any(_ended(sequences) for sequences in requests):
                 self.engine.step()
+        self._turns.let_others()
 
     def _give_up(self, requests: Any) -> None:
-        with self._turns:
+        with self._turns.lock:
             for sequences in requests:
                 for sequence in sequences:
                     self.engine.abort(sequence)

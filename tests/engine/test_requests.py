@@ -280,6 +280,8 @@ def test_nothing_to_do(llm):
         ({"max_modell_len": 5}, "unknown option 'max_modell_len'; the engine has .*max_model_len"),
         ({"max_model_len": 4097}, "max_model_len=4097 is longer than the model's 4096"),
         ({"max_model_len": 100, "num_blocks": 2, "block_size": 16}, "max_model_len=100 does not fit.* holds 32 tokens"),
+        ({"num_blocks": 10**15}, "num_blocks=1000000000000000 with block_size=16 takes .* GB, but cpu has"),
+        ({"num_blocks": 200, "block_size": 10**9}, "num_blocks=200 with block_size=1000000000 takes"),
     ],
 )
 def test_engine_options(plain, make_llm, options, message):

@@ -1,5 +1,7 @@
 """Several threads at one LLM: each call gets what it would have got alone, and none waits for ever."""
 
+import random
+import signal
 import sys
 import threading
 import time
@@ -7,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from qwen3vl_moe.engine import SamplingParams
-from qwen3vl_moe.engine.calls import Turns
+from qwen3vl_moe.engine import SamplingParams, calls
+from qwen3vl_moe.engine.calls import Call, Turns
 from qwen3vl_moe.errors import PromptError
 from tests.engine.conftest import PROMPTS, check_leaks
 
@@ -106,17 +108,80 @@ def test_turns_are_handed_round():
     """Whoever wants the lock again at once comes after those who waited."""
     turns, order, ready = Turns(), [], threading.Barrier(3)
 
-    def work(name):
-        ready.wait(30)
+    def steps():
         for _ in range(20):
-            with turns, turns:  # the holder may take it again
-                order.append(name)
+            with turns.lock, turns.lock:  # the holder may take it again
+                order.append(threading.current_thread().name)
                 time.sleep(0.001)
+            turns.let_others()
+            yield
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
+    def work():
+        call = turns.joined_by(Call())
+        body = call.runs(steps())
+        ready.wait(30)
+        for _ in body:
+            pass
+
+    threads = [threading.Thread(target=work, name=name) for name in "abc"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(30)
     assert len(order) == 60
     assert max(order.index(name) for name in "abc") < 10, "one thread kept the lock to itself"
+
+
+def others_go_on(llm, alone):
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(call, llm, 0).result(20) == alone
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("at", range(1, 31))
+def test_an_interrupt_at_any_line_of_a_turn_leaves_it_to_other_threads(plain, make_llm, at):
+    llm, lines = make_llm(plain), 0
+    alone = call(llm, 0)
+
+    def trace(frame, event, argument):
+        return line if frame.f_code.co_filename == calls.__file__ else None
+
+    def line(frame, event, argument):
+        nonlocal lines
+        lines += event == "line"
+        if event == "line" and lines == at:
+            raise KeyboardInterrupt
+        return line
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            [call(llm, 0) for _ in range(50)]
+    finally:
+        sys.settrace(before)
+    others_go_on(llm, alone)
+    check_leaks(llm)
+
+
+@pytest.mark.timeout(60)
+def test_an_interrupt_leaves_the_lock_to_other_threads(plain, make_llm):
+    """Ctrl-C, as a signal brings it, strikes the main thread only; others go on."""
+    llm = make_llm(plain)
+    alone, struck, rng = call(llm, 0), 0, random.Random(0)
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.default_int_handler(signal.SIGINT, None))
+    try:
+        for _ in range(60):
+            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 0.03))
+            try:
+                for number in range(50):
+                    call(llm, number)
+            except KeyboardInterrupt:
+                struck += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            others_go_on(llm, alone)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert struck > 50
+    check_leaks(llm)
