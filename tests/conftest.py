@@ -126,7 +126,7 @@ def shared_dir() -> Path:
     """The optional shared folder beside the repository."""
     path = Path(__file__).resolve().parents[2] / "shared"
     if not path.is_dir():
-        pytest.skip("the optional ../shared folder is not here")
+        pytest.skip("an optional folder of public files is not here")
     return path
 
 

@@ -62,7 +62,7 @@ def test_the_test_set_is_refused_by_name(tmp_path):
 def test_the_test_set_is_refused_by_content(tmp_path, shared_dir):
     test = shared_dir / "gsm8k" / "test.jsonl"
     if not test.exists():
-        pytest.skip("../shared holds no gsm8k")
+        pytest.skip("the optional folder of public files holds no gsm8k")
     shutil.copy(test, tmp_path / "train.jsonl")
     with pytest.raises(OptionError, match="test problems"):
         read_problems(tmp_path / "train.jsonl")
