@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from tma_moe.block_fp8 import FP8, scale_shape
+
 LAYOUTS = ("published", "transformers5")
 
 
@@ -12,6 +14,8 @@ class ExpertWeights(nn.Module):
     Parameters (requires_grad False):
         gate_up [E, 2I, H]: the gate rows of an expert first, then its up rows; H contiguous.
         down    [E, H, I]:  I contiguous.
+        gate_up_scale, down_scale: float32, of FP8 weights: one for each block of 128 x 128 (block_fp8.py), so
+            [E, ceil(2I / 128), ceil(H / 128)] and [E, ceil(H / 128), ceil(I / 128)]; otherwise None.
 
     This is the layout of transformers 5 in memory, so nothing is repacked and no second copy exists. The parameters may
     be filled in place, re-bound, moved with `.to()`: a descriptor refers to the live parameter, and is dropped together
@@ -27,7 +31,7 @@ class ExpertWeights(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Uninitialised parameters (`torch.empty`); the meta device works.
+        """Uninitialised parameters (`torch.empty`); the meta device works, and float8_e4m3fn brings scales.
 
         Raises ValueError for a size below one.
         """
@@ -45,15 +49,26 @@ class ExpertWeights(nn.Module):
         down = torch.empty(num_experts, hidden_size, intermediate_size, device=device, dtype=dtype)
         self.gate_up = nn.Parameter(gate_up, requires_grad=False)
         self.down = nn.Parameter(down, requires_grad=False)
+        for name, weight in (("gate_up_scale", gate_up), ("down_scale", down)):
+            scale = torch.empty(scale_shape(weight.shape), device=device) if weight.dtype == FP8 else None
+            self.register_parameter(name, None if scale is None else nn.Parameter(scale, requires_grad=False))
 
     @classmethod
-    def from_checkpoint(cls, gate_up: Tensor, down: Tensor, layout: str) -> "ExpertWeights":
+    def from_checkpoint(
+        cls,
+        gate_up: Tensor,
+        down: Tensor,
+        layout: str,
+        gate_up_scale: Tensor | None = None,
+        down_scale: Tensor | None = None,
+    ) -> "ExpertWeights":
         """Experts from checkpoint tensors.
 
         layout "published": gate_up [E, H, 2I] and down [E, I, H] (input-major, as the published files hold them; they
         are transposed into new memory). layout "transformers5": gate_up [E, 2I, H] and down [E, H, I], taken without a
-        copy. The layout is declared, never guessed: the sizes of some models fit both. Raises ValueError for an unknown
-        layout or for shapes, dtypes or devices that do not belong together.
+        copy. The layout is declared, never guessed: the sizes of some models fit both. Scales, which FP8 weights need,
+        lie as their weights do, in any floating dtype. Raises ValueError for an unknown layout or for shapes, dtypes
+        or devices that do not belong together.
         """
         if layout not in LAYOUTS:
             raise ValueError(f"ExpertWeights: unknown layout {layout!r}; use one of {', '.join(map(repr, LAYOUTS))}")
@@ -63,8 +78,12 @@ class ExpertWeights(nn.Module):
                 f"got shapes {tuple(gate_up.shape)} and {tuple(down.shape)}"
             )
         given = f"layout {layout!r} with gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)}"
+        if (gate_up_scale is None) != (down_scale is None):
+            raise ValueError("ExpertWeights: FP8 weights need the scales of both gate_up and down")
         if layout == "published":
             gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+            if gate_up_scale is not None and down_scale is not None:
+                gate_up_scale, down_scale = gate_up_scale.transpose(-1, -2), down_scale.transpose(-1, -2)
         num_experts, hidden, width = down.shape
         if gate_up.shape != (num_experts, 2 * width, hidden):
             raise ValueError(
@@ -79,6 +98,20 @@ class ExpertWeights(nn.Module):
         experts = cls(num_experts, hidden, width, device="meta", dtype=down.dtype)
         experts.gate_up = nn.Parameter(gate_up.detach().contiguous(), requires_grad=False)
         experts.down = nn.Parameter(down.detach().contiguous(), requires_grad=False)
+        for name, scale, weight in (("gate_up_scale", gate_up_scale, gate_up), ("down_scale", down_scale, down)):
+            if (scale is None) == (weight.dtype == FP8):
+                raise ValueError(
+                    f"ExpertWeights: {weight.dtype} weights {'need' if scale is None else 'have no'} scales"
+                )
+            if scale is None:
+                continue
+            if scale.shape != scale_shape(weight.shape) or not scale.is_floating_point():
+                raise ValueError(
+                    f"ExpertWeights: {name} of weights {list(weight.shape)} in our layout must be floating point of "
+                    f"shape {list(scale_shape(weight.shape))}, got {scale.dtype} {list(scale.shape)}"
+                )
+            scale = scale.detach().to(weight.device, torch.float32).contiguous()
+            setattr(experts, name, nn.Parameter(scale, requires_grad=False))
         return experts
 
     @property

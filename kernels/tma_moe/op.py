@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from tma_moe.block_fp8 import FP8, scale_shape
 from tma_moe.expert_weights import ExpertWeights
 from tma_moe.reference import fused_moe_reference, route_reference
 from tma_moe.support import WAY_OUT, unavailable
 from tma_moe.uncombined import Uncombined
 
 BACKENDS = ("tma", "reference")
-_SIZES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 8}  # bytes of each dtype
+_ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_SIZES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 8, FP8: 1}  # bytes of each dtype
 
 
 def _check_backend(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -33,7 +35,7 @@ def route(logits_TE: Tensor, k: int, *, skip_T: Tensor | None = None, backend: s
     """
     if logits_TE.dim() != 2:
         raise ValueError(f"route: logits must be [T, E], got shape {tuple(logits_TE.shape)}")
-    if logits_TE.dtype not in _SIZES:
+    if logits_TE.dtype not in _ACTIVATIONS:
         raise TypeError(f"route: logits must be floating point, got {logits_TE.dtype}")
     if not 1 <= k <= logits_TE.shape[1]:
         raise ValueError(f"route: k must be between 1 and the {logits_TE.shape[1]} experts, got {k}")
@@ -66,26 +68,29 @@ def fused_moe(
     """y[t] = sum over k of weight[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t])), with e = ids[t, k].
 
     | operand         | shape      | dtype                          | backend "tma" also needs         |
-    | x               | [T, H]     | that of the experts            | bf16 or float16; H multiple of 8 |
+    | x               | [T, H]     | bf16, float16, float32, ...    | bf16 or float16; H multiple of 8 |
     | topk_ids        | [T, K]     | int32 or int64                 | contiguous                       |
     | topk_weights    | [T, K]     | float32 (or the dtype of x)    | contiguous                       |
-    | experts.gate_up | [E, 2I, H] | bf16, float16, float32, ...    | contiguous, 16-byte aligned      |
-    | experts.down    | [E, H, I]  | that of gate_up                | I multiple of 8                  |
+    | experts.gate_up | [E, 2I, H] | that of x, or float8_e4m3fn    | contiguous, 16-byte aligned      |
+    | experts.down    | [E, H, I]  | that of gate_up                | I multiple of 8 (FP8: both 16)   |
 
     Returns y [T, H] in the dtype of x. Products accumulate in float32, the weighted sum over k is taken in float32 in
     a fixed order, and no atomics touch an output: the result is bitwise the same from run to run. Ids outside [0, E)
-    contribute nothing. With `combine=False` the sum may be left to the caller, as `Uncombined`, where it is a launch of
-    its own (not for a few tokens, nor by the reference). Backend "tma" makes no host synchronisation and can be
-    captured in a CUDA graph (run once before capture, so that kernels are compiled). Raises TypeError, ValueError
-    (operands) or RuntimeError (backend "tma" cannot run there, or is asked for gradients), each with one clear line.
+    contribute nothing. Experts in FP8 have block scales, and their products are those of block_fp8.py: x and the
+    hidden values are quantised on the way. With `combine=False` the sum may be left to the caller, as `Uncombined`,
+    where it is a launch of its own (not for a few tokens, nor by the reference). Backend "tma" makes no host
+    synchronisation and can be captured in a CUDA graph (run once before capture, so that kernels are compiled).
+    Raises TypeError, ValueError (operands) or RuntimeError (backend "tma" cannot run there, or is asked for gradients),
+    each with one clear line.
     """
     operands = (x_TH, topk_ids_TK, topk_weights_TK, experts)
-    sound = _sound(x_TH, topk_ids_TK, topk_weights_TK, experts.parameter("gate_up"), experts.parameter("down"))
+    sound = _sound(*operands)
     if not sound:
         _check_operands(*operands)
     _check_backend("fused_moe", backend, x_TH.device, x_TH.dtype)
     if backend == "reference":
-        return fused_moe_reference(x_TH, topk_ids_TK, topk_weights_TK, experts.gate_up, experts.down)
+        weights = experts.gate_up, experts.down, experts.gate_up_scale, experts.down_scale
+        return fused_moe_reference(x_TH, topk_ids_TK, topk_weights_TK, *weights)
     if not sound:
         _check_layout(*operands)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x_TH, topk_weights_TK, *experts.parameters())):
@@ -100,8 +105,9 @@ def fused_moe(
     return fused_moe_tma(*operands, combine)
 
 
-def _sound(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+def _sound(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
     """Whether all checks below pass, in one cheap pass (host time counts). If not, they raise the error."""
+    gate_up, down = experts.parameter("gate_up"), experts.parameter("down")
     if down.dim() != 3 or ids_TK.dim() != 2:
         return False
     (E, H, I), (T, K), dtype, device = down.shape, ids_TK.shape, x_TH.dtype, x_TH.device  # noqa: E741
@@ -110,9 +116,9 @@ def _sound(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, do
         x_TH.shape == (T, H)
         and weights_TK.shape == (T, K)
         and gate_up.shape == (E, 2 * I, H)
-        and dtype in _SIZES
-        and gate_up.dtype is dtype
-        and down.dtype is dtype
+        and dtype in _ACTIVATIONS
+        and (gate_up.dtype is dtype or _sound_scales(x_TH, experts))
+        and down.dtype is gate_up.dtype
         and ids_TK.dtype in (torch.int32, torch.int64)
         and weights_TK.dtype in (torch.float32, dtype)
         and device == ids_TK.device == weights_TK.device == gate_up.device == down.device
@@ -122,8 +128,23 @@ def _sound(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, do
         and gate_up.is_contiguous()
         and down.is_contiguous()
         and address % 16 == 0
-        and (H | I) * _SIZES[dtype] % 16 == 0
+        and (H | I) * _SIZES[down.dtype] % 16 == 0
         and K > 0
+    )
+
+
+def _sound_scales(x_TH: Tensor, experts: ExpertWeights) -> bool:
+    """The same of the scales of FP8 experts."""
+    gate_up, down = experts.parameter("gate_up"), experts.parameter("down")
+    scales = experts.gate_up_scale, experts.down_scale
+    return gate_up.dtype is FP8 and all(
+        scale is not None
+        and scale.dtype is torch.float32
+        and scale.shape == scale_shape(weight.shape)
+        and scale.device == x_TH.device
+        and scale.is_contiguous()
+        and scale.data_ptr() % 16 == 0
+        for scale, weight in zip(scales, (gate_up, down), strict=True)
     )
 
 
@@ -144,15 +165,24 @@ def _check_operands(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: E
         )
     if ids_TK.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"fused_moe: topk_ids must be int32 or int64, got {ids_TK.dtype}")
-    if x_TH.dtype not in _SIZES or gate_up.dtype != x_TH.dtype or down.dtype != x_TH.dtype:
+    if x_TH.dtype not in _ACTIVATIONS or gate_up.dtype not in (x_TH.dtype, FP8) or down.dtype != gate_up.dtype:
         raise TypeError(
-            f"fused_moe: x and the expert weights must share one floating dtype, got x {x_TH.dtype}, "
-            f"gate_up {gate_up.dtype}, down {down.dtype}"
+            f"fused_moe: x and the expert weights must share one floating dtype (or the weights be {FP8}), "
+            f"got x {x_TH.dtype}, gate_up {gate_up.dtype}, down {down.dtype}"
         )
+    for name, weight in (("gate_up", gate_up), ("down", down)) if gate_up.dtype == FP8 else ():
+        scale = getattr(experts, f"{name}_scale")
+        if scale is None or scale.dtype != torch.float32 or scale.shape != scale_shape(weight.shape):
+            found = "None" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+            raise ValueError(
+                f"fused_moe: FP8 experts.{name} {list(weight.shape)} needs experts.{name}_scale, float32 "
+                f"{list(scale_shape(weight.shape))}, got {found}"
+            )
     if weights_TK.dtype not in (torch.float32, x_TH.dtype):
         raise TypeError(f"fused_moe: topk_weights must be float32 (or {x_TH.dtype}, as x), got {weights_TK.dtype}")
     device = x_TH.device
-    if not device == ids_TK.device == weights_TK.device == gate_up.device == down.device:
+    scales = [scale for scale in (experts.gate_up_scale, experts.down_scale) if scale is not None]
+    if any(each.device != device for each in (ids_TK, weights_TK, gate_up, down, *scales)):
         raise ValueError(
             f"fused_moe: all operands must be on one device, got x on {device}, topk_ids on {ids_TK.device}, "
             f"topk_weights on {weights_TK.device}, gate_up on {gate_up.device}, down on {down.device}"
@@ -162,7 +192,7 @@ def _check_operands(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: E
 def _check_layout(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> None:
     """What TMA and 16-byte loads need, beyond what the operation itself does."""
     H, I = experts.down.shape[1:]  # noqa: E741
-    size = _SIZES[x_TH.dtype]
+    size = _SIZES[experts.down.dtype]
     if H * size % 16 or I * size % 16:
         raise ValueError(
             f'fused_moe: backend "tma" needs rows of whole 16 bytes, so H and I must be multiples of {16 // size}; '
@@ -170,6 +200,9 @@ def _check_layout(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Exp
         )
     names = ("x", "topk_ids", "topk_weights", "experts.gate_up", "experts.down")
     tensors = (x_TH, ids_TK, weights_TK, experts.gate_up, experts.down)
+    if experts.gate_up_scale is not None and experts.down_scale is not None:
+        names += ("experts.gate_up_scale", "experts.down_scale")
+        tensors += (experts.gate_up_scale, experts.down_scale)
     for name, tensor in zip(names, tensors, strict=True):
         if not tensor.is_contiguous():
             raise ValueError(
