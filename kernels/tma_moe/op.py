@@ -167,8 +167,8 @@ def _check_operands(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: E
         raise TypeError(f"fused_moe: topk_ids must be int32 or int64, got {ids_TK.dtype}")
     if x_TH.dtype not in _ACTIVATIONS or gate_up.dtype not in (x_TH.dtype, FP8) or down.dtype != gate_up.dtype:
         raise TypeError(
-            f"fused_moe: x and the expert weights must share one floating dtype (or the weights be {FP8}), "
-            f"got x {x_TH.dtype}, gate_up {gate_up.dtype}, down {down.dtype}"
+            f"fused_moe: x and the expert weights must share one floating dtype, got x {x_TH.dtype}, "
+            f"gate_up {gate_up.dtype}, down {down.dtype} (only FP8 weights may differ from x)"
         )
     for name, weight in (("gate_up", gate_up), ("down", down)) if gate_up.dtype == FP8 else ():
         scale = getattr(experts, f"{name}_scale")
