@@ -18,11 +18,12 @@ import torch
 import triton
 from torch import Tensor
 
-from tma_moe import combine, routing
+from tma_moe import block_fp8, combine, routing
 from tma_moe.expert_weights import ExpertWeights
-from tma_moe.gemm import gemv
+from tma_moe.gemm import fp8_gemv, gemv
 from tma_moe.gemm.product import Product, Sizes, product
 from tma_moe.launcher import Launch, current_stream, device_guard
+from tma_moe.quantise import quantize_rows
 from tma_moe.support import interpreting
 from tma_moe.tiles import Choice, choices_for
 from tma_moe.uncombined import Uncombined
@@ -32,15 +33,16 @@ class GemvRecipe:
     """A few tokens: two launches, no grouping."""
 
     def __init__(self, sizes: Sizes, choice: Choice) -> None:
-        self.sizes = sizes
-        self.up, self.down = gemv.Up(choice.up, sizes), gemv.Down(choice.down, sizes)
+        self.sizes, self.fp8 = sizes, choice.fp8
+        way = fp8_gemv if choice.fp8 else gemv
+        self.up, self.down = way.Up(choice.up, sizes), way.Down(choice.down, sizes)
 
     def run(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool = True
     ) -> Tensor:
         """The operation, with the device of x current; the sum over experts is always taken."""
         stream = current_stream(x_TH.device)
-        h = x_TH.new_empty(ids_TK.numel(), self.sizes.I)
+        h = x_TH.new_empty(ids_TK.numel(), self.sizes.I, dtype=torch.float32 if self.fp8 else x_TH.dtype)
         y_TH = torch.empty_like(x_TH)
         self.up(stream, x_TH, ids_TK, experts, h)
         self.down(stream, h, ids_TK, weights_TK, experts, y_TH)
@@ -51,7 +53,7 @@ class GroupedRecipe:
     """Rows grouped by expert, two products over row tiles, and the weighted sum over each token's experts."""
 
     def __init__(self, sizes: Sizes, choice: Choice) -> None:
-        self.sizes = sizes
+        self.sizes, self.fp8 = sizes, choice.fp8
         self.up: Product = product("up", choice.up, sizes)
         self.down: Product = product("down", choice.down, sizes)
         tiles = (choice.up.rows, self.up.step, choice.down.rows, self.down.step)
@@ -71,9 +73,10 @@ class GroupedRecipe:
         """The operation, with the device of x current."""
         stream, pairs = current_stream(x_TH.device), ids_TK.numel()
         plan, up_at, down_at = self.grouping(stream, ids_TK, self.up.row_tiles(pairs), self.down.row_tiles(pairs))
-        h = x_TH.new_empty(pairs, self.sizes.I)
+        h = self._hidden(pairs, x_TH)
         rows = x_TH.new_empty(pairs, self.sizes.H)
-        self.up(stream, pairs, x_TH, experts, plan, h, up_at)
+        x = quantize_rows(stream, x_TH) if self.up.quantised else x_TH
+        self.up(stream, pairs, x, experts, plan, h, up_at)
         self.down(stream, pairs, h, experts, plan, rows, down_at)
         if not combine:
             rows_TKH = rows.view(*ids_TK.shape, self.sizes.H)
@@ -81,6 +84,16 @@ class GroupedRecipe:
         y_TH = torch.empty_like(x_TH)
         self.combine(stream, (len(x_TH), self.combine_columns, 1), rows, ids_TK, weights_TK, y_TH)
         return y_TH
+
+    def _hidden(self, pairs: int, x_TH: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Memory for what the products pass on, as both of them want it."""
+        I = self.sizes.I  # noqa: E741
+        if not self.fp8:
+            return x_TH.new_empty(pairs, I)
+        if not self.up.quantised:
+            return x_TH.new_empty(pairs, I, dtype=torch.float32)
+        scales = x_TH.new_empty(pairs, block_fp8.blocks(I), dtype=torch.float32)
+        return x_TH.new_empty(pairs, I, dtype=block_fp8.FP8), scales
 
 
 Recipe = GemvRecipe | GroupedRecipe
@@ -96,15 +109,15 @@ def make_recipe(device: torch.device, E: int, K: int, H: int, I: int, choice: Ch
     on_gpu = not interpreting()
     processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2
     sizes = Sizes(E, K, H, I, processors)
-    return (GemvRecipe if choice.up.kernel == "gemv" else GroupedRecipe)(sizes, choice)
+    return (GroupedRecipe if choice.grouped else GemvRecipe)(sizes, choice)
 
 
 class _Buckets:
     """The recipes of one device, shape and dtype, by number of tokens."""
 
-    def __init__(self, device: torch.device, E: int, K: int, H: int, I: int) -> None:  # noqa: E741
+    def __init__(self, device: torch.device, E: int, K: int, H: int, I: int, fp8: bool) -> None:  # noqa: E741
         name = "interpreter" if interpreting() else torch.cuda.get_device_name(device)
-        choices = choices_for(name, triton.__version__, E, K, H, I)
+        choices = choices_for(name, triton.__version__, E, K, H, I, fp8)
         self.limits = [choice.max_tokens or 0 for choice in choices[:-1]]  # only the last one has none
         self.recipes = [make_recipe(device, E, K, H, I, choice) for choice in choices]
 
@@ -119,8 +132,8 @@ class _Buckets:
 
 @functools.cache
 def _buckets(device: torch.device, dtypes: tuple, E: int, K: int, H: int, I: int) -> _Buckets:  # noqa: E741
-    # `dtypes` is only part of the key: compiled kernels belong to the dtypes they were compiled for.
-    return _Buckets(device, E, K, H, I)
+    # Of activations, weights, ids and routing weights: compiled kernels belong to the dtypes they were compiled for.
+    return _Buckets(device, E, K, H, I, dtypes[1] == block_fp8.FP8)
 
 
 def call_ends(experts: ExpertWeights, K: int, most: int) -> list[int]:
@@ -129,7 +142,9 @@ def call_ends(experts: ExpertWeights, K: int, most: int) -> list[int]:
     For :func:`tma_moe.launcher.compile_ahead`; `experts` on a GPU, with int32 ids and float32 weights as of `route`.
     """
     E, H, I = experts.parameter("down").shape  # noqa: E741
-    dtypes = (experts.down.dtype, torch.int32, torch.float32)
+    weights = experts.down.dtype
+    activations = torch.bfloat16 if weights == block_fp8.FP8 else weights  # no end depends on them
+    dtypes = (activations, weights, torch.int32, torch.float32)
     return _buckets(experts.down.device, dtypes, E, K, H, I).ends(K, most)
 
 
@@ -140,6 +155,8 @@ def fused_moe_tma(
     E, H, I = experts.parameter("down").shape  # noqa: E741
     T, K = ids_TK.shape
     device = x_TH.device
-    recipe = _buckets(device, (x_TH.dtype, ids_TK.dtype, weights_TK.dtype), E, K, H, I).recipe(T)
+    recipe = _buckets(
+        device, (x_TH.dtype, experts.parameter("down").dtype, ids_TK.dtype, weights_TK.dtype), E, K, H, I
+    ).recipe(T)
     with device_guard(device):
         return recipe.run(x_TH, ids_TK, weights_TK, experts, combine)

@@ -11,7 +11,7 @@ MIN_TRITON = (3, 6)
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
 WAY_OUT = 'use backend="reference"'
-GLUON_PRODUCTS = ("weights_m_ws", "tokens_m_ws")  # files of gemm/ that are written in Gluon
+GLUON_PRODUCTS = ("weights_m_ws", "tokens_m_ws", "fp8_tokens_m_ws")  # files of gemm/ that are written in Gluon
 
 
 @functools.cache

@@ -35,7 +35,8 @@ from pathlib import Path
 from tma_moe.support import GLUON_PRODUCTS, gluon_problem
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-KERNELS = ("gemv", "weights_m", "weights_m_ws", "tokens_m_ws")  # the files of gemm/
+KERNELS = ("gemv", "weights_m", "weights_m_ws", "tokens_m_ws")  # the files of gemm/, for weights of 16 bits
+FP8_KERNELS = ("fp8_gemv", "fp8_weights_m", "fp8_tokens_m_ws")  # and for FP8
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,20 @@ class Tiles:
     keep: bool = False
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNELS:
-            raise ValueError(f"tiles: kernel must be one of {', '.join(KERNELS)}, got {self.kernel!r}")
+        if self.kernel not in KERNELS + FP8_KERNELS:
+            raise ValueError(f"tiles: kernel must be one of {', '.join(KERNELS + FP8_KERNELS)}, got {self.kernel!r}")
         for name in ("rows", "cols", "block_k", "warps", "stages"):
             value = getattr(self, name)
             free = name == "stages" or (name == "rows" and self.kernel == "weights_m_ws")
             if not isinstance(value, int) or value < 1 or (not free and value & (value - 1)):
                 raise ValueError(f"tiles: {name} must be a power of two (stages: at least 1), got {value!r}")
+
+
+_TOGETHER = {
+    "gemv": "gemv keeps h by slot",
+    "fp8_gemv": "fp8_gemv keeps h by slot",
+    "fp8_tokens_m_ws": "fp8_tokens_m_ws keeps h in FP8",
+}
 
 
 @dataclass(frozen=True)
@@ -84,17 +92,34 @@ class Choice:
     down: Tiles
 
     def __post_init__(self) -> None:
-        if (self.up.kernel == "gemv") != (self.down.kernel == "gemv"):
-            raise ValueError("tiles: gemv keeps h by slot, so up and down must both be 'gemv' or neither")
+        for kernel, why in _TOGETHER.items():
+            if (self.up.kernel == kernel) != (self.down.kernel == kernel):
+                raise ValueError(f"tiles: {why}, so up and down must both be {kernel!r} or neither")
+        if self.up.kernel.startswith("fp8_") != self.down.kernel.startswith("fp8_"):
+            raise ValueError("tiles: up and down must both be for FP8 weights or neither")
+
+    @property
+    def fp8(self) -> bool:
+        """Whether these are for FP8 weights."""
+        return self.up.kernel in FP8_KERNELS
+
+    @property
+    def grouped(self) -> bool:
+        """Whether rows are grouped by expert."""
+        return self.up.kernel not in ("gemv", "fp8_gemv")
 
 
 # In plain Triton, for any number of rows.
+FP8_MANY_UP = Tiles("fp8_weights_m", 64, 64, 128, 4, 3)
+FP8_MANY_DOWN = Tiles("fp8_weights_m", 64, 128, 128, 4, 3)
 MANY_UP = Tiles("weights_m", 128, 128, 64, 8, 4)
 MANY_DOWN = Tiles("weights_m", 128, 128, 64, 8, 4)
 
 
-def choices_for(device: str, triton: str, experts: int, topk: int, hidden: int, width: int) -> tuple[Choice, ...]:
-    """The choices for a device (by name) and shape, by rising `max_tokens`.
+def choices_for(
+    device: str, triton: str, experts: int, topk: int, hidden: int, width: int, fp8: bool = False
+) -> tuple[Choice, ...]:
+    """The choices for a device (by name), shape and kind of weights, by rising `max_tokens`.
 
     A file of the same triton version is preferred, then any file of the device. Raises ValueError, naming the file, for
     a file that cannot be understood.
@@ -103,11 +128,13 @@ def choices_for(device: str, triton: str, experts: int, topk: int, hidden: int, 
     files.sort(key=lambda file: file["triton"] != triton)
     for file in files:
         for shape, choices in file["shapes"]:
-            if shape == (experts, topk, hidden, width):
+            if shape == (experts, topk, hidden, width) and choices[0].fp8 == fp8:
                 return choices if _gluon_runs() else tuple(map(_without_gluon, choices))
     if not files:
         _warn_unlisted(device)
-    return default_choices(experts, topk, hidden, width)
+    defaults = fp8_default_choices if fp8 else default_choices
+    choices = defaults(experts, topk, hidden, width)
+    return choices if _gluon_runs() else tuple(map(_without_gluon, choices))
 
 
 def _without_gluon(choice: Choice) -> Choice:
@@ -116,7 +143,8 @@ def _without_gluon(choice: Choice) -> Choice:
     def tiles(chosen: Tiles, instead: Tiles) -> Tiles:
         return instead if chosen.kernel in GLUON_PRODUCTS else chosen
 
-    return Choice(choice.max_tokens, tiles(choice.up, MANY_UP), tiles(choice.down, MANY_DOWN))
+    up, down = (FP8_MANY_UP, FP8_MANY_DOWN) if choice.fp8 else (MANY_UP, MANY_DOWN)
+    return Choice(choice.max_tokens, tiles(choice.up, up), tiles(choice.down, down))
 
 
 @functools.cache
@@ -202,3 +230,18 @@ def default_choices(experts: int, topk: int, hidden: int, width: int) -> tuple[C
     # Few experts or many choices can bring neighbouring limits together; the smaller tile then has nothing to do.
     distinct = {most: few(most, rows, stages) for most, rows, stages in by_rows if most > 4}
     return (gemv, *distinct.values(), many)
+
+
+def fp8_default_choices(experts: int, topk: int, hidden: int, width: int) -> tuple[Choice, ...]:
+    """The same for FP8 weights."""
+    gemv = Choice(4, Tiles("fp8_gemv", 1, 4, 1024, 4, 1), Tiles("fp8_gemv", 1, 4, 256, 8, 1))
+
+    def few(max_tokens: int | None, rows: int, stages: int) -> Choice:
+        up, down = (Tiles("fp8_weights_m", rows, cols, 128, 4, stages) for cols in (64, 128))
+        return Choice(max_tokens, up, down)
+
+    small = max(5, 8 * experts // topk)
+    if width % 128:
+        return gemv, few(small, 16, 4), Choice(None, FP8_MANY_UP, FP8_MANY_DOWN)
+    ws = (Tiles("fp8_tokens_m_ws", 128, cols, 128, 4, 4, ctas_per_sm=1) for cols in (128, 256))
+    return gemv, few(small, 16, 4), Choice(None, *ws)

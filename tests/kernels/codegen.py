@@ -26,6 +26,7 @@ SHORT = {
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }
 
 
@@ -119,7 +120,10 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
 
 
 def kernels_of(choice: Choice, T: int, E: int, K: int, H: int, I: int, dtype: torch.dtype, patch) -> dict[str, tuple]:  # noqa: E741
-    """The launches of one call by kernel name: (kernel, arguments, constants, options). `patch`: a monkeypatch."""
+    """The launches of one call by kernel name: (kernel, arguments, constants, options). `patch`: a monkeypatch.
+
+    Experts are of `dtype`, too, or of FP8 if the choice is for it.
+    """
     seen: dict[str, tuple] = {}
 
     def record(self, stream, grid, *args):
@@ -128,7 +132,7 @@ def kernels_of(choice: Choice, T: int, E: int, K: int, H: int, I: int, dtype: to
     patch.setattr(Launch, "__call__", record)
     patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     meta = torch.device("meta")
-    experts = tma_moe.ExpertWeights(E, H, I, device=meta, dtype=dtype)
+    experts = tma_moe.ExpertWeights(E, H, I, device=meta, dtype=torch.float8_e4m3fn if choice.fp8 else dtype)
     ids = torch.empty(T, K, dtype=torch.int32, device=meta)
     x = torch.empty(T, H, dtype=dtype, device=meta)
     make_recipe(meta, E, K, H, I, choice).run(x, ids, ids.float(), experts)

@@ -104,7 +104,7 @@ class Up:
     """The launch of `gemv_up`: each program computes COLS values of n for one slot."""
 
     def __init__(self, tiles: Tiles, sizes: Sizes):
-        _check(tiles)
+        check(tiles)
         self.columns = triton.cdiv(sizes.I, tiles.cols)
         constants = (sizes.E, sizes.H, sizes.I, sizes.K, tiles.cols, tiles.block_k, not interpreting())
         self.launch = Launch(gemv_up, constants, tiles.warps)
@@ -118,7 +118,7 @@ class Down:
     """The launch of `gemv_down`: each program computes COLS values of n for one token."""
 
     def __init__(self, tiles: Tiles, sizes: Sizes):
-        _check(tiles)
+        check(tiles)
         self.columns = triton.cdiv(sizes.H, tiles.cols)
         slots = triton.next_power_of_2(sizes.K)
         constants = (sizes.E, sizes.H, sizes.I, sizes.K, slots, tiles.cols, tiles.block_k, not interpreting())
@@ -131,5 +131,8 @@ class Down:
         self.launch(stream, grid, h, ids_TK, weights_TK, experts.parameter("down"), y_TH)
 
 
-def _check(tiles: Tiles) -> None:
-    require(tiles.rows == 1 and not tiles.keep, tiles, "one row, and nothing that L2 could keep")
+def check(tiles: Tiles, block: int = 1) -> None:
+    """Raises ValueError for tiles that no gemv takes, or whose steps are no whole blocks."""
+    takes = tiles.rows == 1 and not tiles.keep and tiles.block_k % block == 0
+    also = f", and a block_k that is a multiple of {block}" if block > 1 else ""
+    require(takes, tiles, f"one row, nothing that L2 could keep{also}")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
@@ -28,9 +29,11 @@ class Product:
         tiles: the tile that was chosen.
         step: row tiles have heights that are multiples of this many rows, but the last of an expert.
         columns: how many column tiles there are.
+        quantised: whether x and h are pairs of FP8 values and scales, rather than tensors.
     """
 
     launch: Launch
+    quantised = False
 
     def __init__(self, tiles: Tiles, sizes: Sizes, columns: int, step: int | None = None):
         self.tiles, self.sizes, self.columns = tiles, sizes, columns
@@ -49,7 +52,7 @@ class Product:
         return count, 1, 1
 
     def __call__(
-        self, stream: int, pairs: int, source: Tensor, experts: ExpertWeights, plan: Tensor, out: Tensor, tiles_at: int
+        self, stream: int, pairs: int, source: Any, experts: ExpertWeights, plan: Tensor, out: Any, tiles_at: int
     ) -> None:
         """Launch it.
 

@@ -50,7 +50,7 @@ from tma_moe.tiles import Tiles
 
 
 @gluon.jit
-def _make_ring(
+def make_ring(
     layout: gl.constexpr,
     dtype: gl.constexpr,
     STAGES: gl.constexpr,
@@ -67,7 +67,7 @@ def _make_ring(
 
 
 @gluon.jit
-def _tile(plan_ptr, tiles_at, tile, COL_TILES: gl.constexpr, COLS: gl.constexpr):
+def tile_at(plan_ptr, tiles_at, tile, COL_TILES: gl.constexpr, COLS: gl.constexpr):
     """Expert, first row, last row + 1 and first column of an output tile."""
     entry = plan_ptr + tiles_at + 4 * (tile // COL_TILES)
     return gl.load(entry), gl.load(entry + 1), gl.load(entry + 2), tile % COL_TILES * COLS
@@ -100,7 +100,7 @@ def _multiply(ring, step, half, K_STEPS: gl.constexpr, COLS: gl.constexpr, GATHE
 
 
 @gluon.jit
-def _skip(ring, step, K_STEPS: gl.constexpr):
+def skip(ring, step, K_STEPS: gl.constexpr):
     """Gives back the buffers of a tile in which this consumer has no rows."""
     _, _, full, empty = ring
     STAGES: gl.constexpr = full.shape[0]
@@ -113,13 +113,13 @@ def _skip(ring, step, K_STEPS: gl.constexpr):
 
 
 @gluon.jit
-def _store(values, row_ptrs, inside, first_col, width, layout: gl.constexpr):
+def store_rows(values, row_ptrs, inside, first_col, width, layout: gl.constexpr):
     """Stores [ROWS, COLS] in pieces of 64 columns: the exchange between threads then takes little shared memory."""
     cols: gl.constexpr = values.shape[1]
     if cols > 64:
         left, right = halves(values)
-        _store(left, row_ptrs, inside, first_col, width, layout)
-        _store(right, row_ptrs, inside, first_col + cols // 2, width, layout)
+        store_rows(left, row_ptrs, inside, first_col, width, layout)
+        store_rows(right, row_ptrs, inside, first_col + cols // 2, width, layout)
     else:
         col = first_col + gl.arange(0, cols, gl.SliceLayout(0, layout))
         values = gl.convert_layout(values, layout)
@@ -137,16 +137,16 @@ def _consume_up(half: gl.constexpr, ring, plan_ptr, h_ptr, tiles_at, total, size
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        _, first, last, n = _tile(plan_ptr, tiles_at, tile, (I + COLS - 1) // COLS, COLS)
+        _, first, last, n = tile_at(plan_ptr, tiles_at, tile, (I + COLS - 1) // COLS, COLS)
         if first + half * ROWS < last:
             acc, step = _multiply(ring, step, half, K_STEPS, 2 * COLS, True)
             # Column n and column n + COLS of the accumulator are in the same thread: the activation needs no exchange.
             gate, up = halves(acc)
             h = silu_times(gate, up).to(h_ptr.dtype.element_ty)
             rows = first + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-            _store(h, h_ptr + rows.to(gl.int64) * I, rows < last, n, I, layout)
+            store_rows(h, h_ptr + rows.to(gl.int64) * I, rows < last, n, I, layout)
         else:
-            step = _skip(ring, step, K_STEPS)
+            step = skip(ring, step, K_STEPS)
 
 
 @gluon.jit
@@ -161,7 +161,7 @@ def _produce_up(x_ptr, gate_up_desc, ring, plan_ptr, tiles_at, total, TOPK: gl.c
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_K // 8), BLOCK_K // 8], [4, 1], [1, 0])
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        e, first, last, n = _tile(plan_ptr, tiles_at, tile, (I + COLS - 1) // COLS, COLS)
+        e, first, last, n = tile_at(plan_ptr, tiles_at, tile, (I + COLS - 1) // COLS, COLS)
         # Rows past the end repeat the last one: no mask in the loop, and what they compute is not stored.
         rows = gl.minimum(first + gl.arange(0, sizes[2], gl.SliceLayout(1, layout)), last - 1)
         tokens = gl.load(plan_ptr + PLAN_HEADER + rows) // TOPK
@@ -205,7 +205,7 @@ def tokens_m_ws_up(
     swizzled: gl.constexpr = gate_up_desc.layout
     dtype: gl.constexpr = gate_up_desc.dtype
     # 129 arrivals fill a buffer: `expect`, which also announces TMA's bytes, and each of the producer's 128 threads.
-    ring = _make_ring(swizzled, dtype, STAGES, ROWS, 2 * COLS, BLOCK_K, 1 + 128)
+    ring = make_ring(swizzled, dtype, STAGES, ROWS, 2 * COLS, BLOCK_K, 1 + 128)
     sizes: gl.constexpr = (H, I, ROWS, COLS, BLOCK_K)
     gl.warp_specialize(
         [
@@ -229,15 +229,15 @@ def _consume_down(half: gl.constexpr, ring, plan_ptr, rows_ptr, tiles_at, total,
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        _, first, last, n = _tile(plan_ptr, tiles_at, tile, (H + COLS - 1) // COLS, COLS)
+        _, first, last, n = tile_at(plan_ptr, tiles_at, tile, (H + COLS - 1) // COLS, COLS)
         if first + half * ROWS < last:
             rows = first + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             slots = gl.load(plan_ptr + PLAN_HEADER + rows, mask=rows < last, other=0)
             acc, step = _multiply(ring, step, half, K_STEPS, COLS, False)
             out = acc.to(rows_ptr.dtype.element_ty)
-            _store(out, rows_ptr + slots.to(gl.int64) * H, rows < last, n, H, layout)
+            store_rows(out, rows_ptr + slots.to(gl.int64) * H, rows < last, n, H, layout)
         else:
-            step = _skip(ring, step, K_STEPS)
+            step = skip(ring, step, K_STEPS)
 
 
 @gluon.jit
@@ -251,7 +251,7 @@ def _produce_down(h_desc, down_desc, ring, plan_ptr, tiles_at, total, sizes: gl.
     BLOCK_K: gl.constexpr = sizes[4]
     step = 0
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        e, first, _, n = _tile(plan_ptr, tiles_at, tile, (H + COLS - 1) // COLS, COLS)
+        e, first, _, n = tile_at(plan_ptr, tiles_at, tile, (H + COLS - 1) // COLS, COLS)
         for at in range(0, I, BLOCK_K):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -280,7 +280,7 @@ def tokens_m_ws_down(
     total = gl.load(plan_ptr + 1) * ((H + COLS - 1) // COLS)
     swizzled: gl.constexpr = down_desc.layout
     dtype: gl.constexpr = down_desc.dtype
-    ring = _make_ring(swizzled, dtype, STAGES, ROWS, COLS, BLOCK_K, 1)
+    ring = make_ring(swizzled, dtype, STAGES, ROWS, COLS, BLOCK_K, 1)
     sizes: gl.constexpr = (H, I, ROWS, COLS, BLOCK_K)
     gl.warp_specialize(
         [
