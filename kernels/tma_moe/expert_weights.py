@@ -22,6 +22,11 @@ class ExpertWeights(nn.Module):
     with it.
     """
 
+    gate_up: nn.Parameter
+    down: nn.Parameter
+    gate_up_scale: nn.Parameter | None
+    down_scale: nn.Parameter | None
+
     def __init__(
         self,
         num_experts: int,

@@ -7,6 +7,8 @@ import re
 
 import torch
 
+from tma_moe.block_fp8 import FP8
+
 MIN_TRITON = (3, 6)
 CAPABILITY = (9, 0)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -55,17 +57,23 @@ def gluon_problem() -> str | None:
     return None
 
 
-def unavailable(device: torch.device | str, dtype: torch.dtype, sizes: tuple[int, ...] = ()) -> str | None:
+def unavailable(
+    device: torch.device | str, dtype: torch.dtype, sizes: tuple[int, ...] = (), weights: torch.dtype | None = None
+) -> str | None:
     """Why backend "tma" cannot run on `device` with activations and weights of `dtype`; None if it can.
 
-    `sizes` are the hidden size and the expert width, where they are known: rows have to be whole 16 bytes.
+    `sizes` are the hidden size and the expert width, where they are known: rows have to be whole 16 bytes. `weights` is
+    the dtype of the weights where it is another one: float8_e4m3fn, with block scales.
     It needs triton >= 3.6, a GPU of compute capability 9.0 (H100, H200) and bfloat16 or float16. Under triton's
     interpreter it runs on the CPU, for tests, in float16 and float32 (the interpreter's bf16 products are wrong).
     """
     problem = _problem(torch.device(device), dtype)
-    odd = [size for size in sizes if size * dtype.itemsize % 16]
+    weights = dtype if weights is None else weights
+    if problem is None and weights not in (dtype, FP8):
+        return f"weights of {weights} do not go with activations of {dtype}"
+    odd = [size for size in sizes if size * weights.itemsize % 16]
     if problem is None and odd:
-        return f"rows of {odd[0]} values in {dtype} are no whole 16 bytes, which TMA needs"
+        return f"rows of {odd[0]} values in {weights} are no whole 16 bytes, which TMA needs"
     return problem
 
 

@@ -234,14 +234,9 @@ def default_choices(experts: int, topk: int, hidden: int, width: int) -> tuple[C
 
 def fp8_default_choices(experts: int, topk: int, hidden: int, width: int) -> tuple[Choice, ...]:
     """The same for FP8 weights."""
-    gemv = Choice(4, Tiles("fp8_gemv", 1, 4, 1024, 4, 1), Tiles("fp8_gemv", 1, 4, 256, 8, 1))
-
-    def few(max_tokens: int | None, rows: int, stages: int) -> Choice:
-        up, down = (Tiles("fp8_weights_m", rows, cols, 128, 4, stages) for cols in (64, 128))
-        return Choice(max_tokens, up, down)
-
-    small = max(5, 8 * experts // topk)
+    gemv = Choice(4, Tiles("fp8_gemv", 1, 4, 1024, 4, 1), Tiles("fp8_gemv", 1, 8, 128, 8, 1))
+    some = Choice(max(5, 8 * experts // topk), *(Tiles("fp8_weights_m", 16, cols, 128, 4, 3) for cols in (64, 128)))
     if width % 128:
-        return gemv, few(small, 16, 4), Choice(None, FP8_MANY_UP, FP8_MANY_DOWN)
-    ws = (Tiles("fp8_tokens_m_ws", 128, cols, 128, 4, 4, ctas_per_sm=1) for cols in (128, 256))
-    return gemv, few(small, 16, 4), Choice(None, *ws)
+        return gemv, some, Choice(None, FP8_MANY_UP, FP8_MANY_DOWN)
+    many = (Tiles("fp8_tokens_m_ws", 128, cols, 128, 4, 4, ctas_per_sm=1) for cols in (128, 256))
+    return gemv, some, Choice(None, *many)

@@ -212,8 +212,8 @@ def _consume_down(half: gl.constexpr, ring, scales, plan_ptr, rows_ptr, tiles_at
             rows = first + gl.arange(0, HALF, gl.SliceLayout(1, layout))
             slots = gl.load(plan_ptr + PLAN_HEADER + rows, mask=rows < last, other=0)
             out = rows_ptr + slots.to(gl.int64) * H
-            store_rows(left.to(dtype), out, rows < last, n, H, layout)
-            store_rows(right.to(dtype), out, rows < last, n + BLOCK, H, layout)
+            store_rows(left.to(dtype), out, rows < last, n, H, layout, sizes[2])
+            store_rows(right.to(dtype), out, rows < last, n + BLOCK, H, layout, sizes[2])
         else:
             step = skip(ring, step, STEPS)
 
@@ -248,6 +248,7 @@ def fp8_tokens_m_ws_down(
     H: gl.constexpr,
     I: gl.constexpr,  # noqa: E741
     STAGES: gl.constexpr,
+    EVICT: gl.constexpr,  # L2's policy for what is stored, as in weights_m.py
 ):
     """rows[slot, n] = down[e, n] . h[row]. Tiles may run into the next expert's rows; only the store is masked."""
     take_turn()
@@ -255,7 +256,7 @@ def fp8_tokens_m_ws_down(
     swizzled: gl.constexpr = down_desc.layout
     dtype: gl.constexpr = down_desc.dtype
     ring = make_ring(swizzled, dtype, STAGES, ROWS, 2 * BLOCK, BLOCK, 1)
-    sizes: gl.constexpr = (H, I)
+    sizes: gl.constexpr = (H, I, EVICT)
     scales = h_scale_ptr, w_scale_ptr
     gl.warp_specialize(
         [
@@ -294,7 +295,8 @@ class Down(Product):
     def __init__(self, tiles: Tiles, sizes: Sizes):
         _check(tiles, sizes, 256)
         super().__init__(tiles, sizes, -(-sizes.H // tiles.cols))
-        self.launch = Launch(fp8_tokens_m_ws_down, (sizes.H, sizes.I, tiles.stages), tiles.warps)
+        evict = "evict_last" if tiles.keep else ""
+        self.launch = Launch(fp8_tokens_m_ws_down, (sizes.H, sizes.I, tiles.stages, evict), tiles.warps)
 
     def __call__(self, stream, pairs, source, experts: ExpertWeights, plan: Tensor, out: Tensor, tiles_at: int) -> None:
         h8, h_scale = source
@@ -310,8 +312,6 @@ def takes(width: int) -> bool:
 
 
 def _check(tiles: Tiles, sizes: Sizes, cols: int) -> None:
-    fits = tiles.warps == 4 and tiles.rows == 128 and tiles.block_k == 128 and tiles.cols == cols and not tiles.keep
-    needed = (
-        f"4 warps, 128 rows, {cols} columns, a block_k of 128, no keep, and experts whose width is a multiple of 128"
-    )
+    fits = tiles.warps == 4 and tiles.rows == 128 and tiles.block_k == 128 and tiles.cols == cols
+    needed = f"4 warps, 128 rows, {cols} columns, a block_k of 128, and experts whose width is a multiple of 128"
     require(fits and takes(sizes.I), tiles, needed)

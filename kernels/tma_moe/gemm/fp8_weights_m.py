@@ -5,7 +5,7 @@ tensor cores, by every program that reads them: few as they are, that costs less
 memory. The products of the step are then multiplied by the scales of both operands and added up in float32: Hopper's
 tensor cores keep some 14 bits of what they add up themselves in FP8, too few for a long sum.
 
-Hidden values pass between the two products in float32.
+Hidden values pass between the two products in float32. EVICT is L2's policy for what is stored, as in weights_m.py.
 """
 
 import triton
@@ -50,6 +50,7 @@ def fp8_weights_m_up(
     TOPK: tl.constexpr,
     ROWS: tl.constexpr,  # pairs per tile
     COLS: tl.constexpr,  # output channels per tile
+    EVICT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """h[row, n] = silu(gate[e, n] . x[token]) * (up[e, n] . x[token])."""
@@ -80,7 +81,7 @@ def fp8_weights_m_up(
         h = silu_times(gate, up).T
         cols = n + tl.arange(0, COLS)
         h_at = h_ptr + rows.to(tl.int64)[:, None] * I + cols[None, :]
-        tl.store(h_at, h, mask=inside[:, None] & (cols < I)[None, :])
+        tl.store(h_at, h, mask=inside[:, None] & (cols < I)[None, :], eviction_policy=EVICT)
 
 
 @triton.jit(do_not_specialize=["tiles_at"])
@@ -131,7 +132,7 @@ class Up(Product):
     def __init__(self, tiles: Tiles, sizes: Sizes):
         _check(tiles)
         super().__init__(tiles, sizes, triton.cdiv(sizes.I, tiles.cols))
-        constants = (sizes.H, sizes.I, sizes.K, tiles.rows, tiles.cols, not interpreting())
+        constants = (sizes.H, sizes.I, sizes.K, *_constants(tiles))
         self.launch = Launch(fp8_weights_m_up, constants, tiles.warps, tiles.stages)
 
     def __call__(
@@ -148,9 +149,7 @@ class Down(Product):
     def __init__(self, tiles: Tiles, sizes: Sizes):
         _check(tiles)
         super().__init__(tiles, sizes, triton.cdiv(sizes.H, tiles.cols))
-        evict = "evict_last" if tiles.keep else ""
-        constants = (sizes.H, sizes.I, tiles.rows, tiles.cols, evict, not interpreting())
-        self.launch = Launch(fp8_weights_m_down, constants, tiles.warps, tiles.stages)
+        self.launch = Launch(fp8_weights_m_down, (sizes.H, sizes.I, *_constants(tiles)), tiles.warps, tiles.stages)
 
     def __call__(
         self, stream: int, pairs: int, source: Tensor, experts: ExpertWeights, plan: Tensor, out: Tensor, tiles_at: int
@@ -158,6 +157,10 @@ class Down(Product):
         desc = weight_descriptor(experts, "down", all_rows, (self.tiles.cols, self.tiles.block_k))
         scale = experts.parameter("down_scale")
         self.launch(stream, self.grid(pairs), source, desc, scale, plan, out, tiles_at)
+
+
+def _constants(tiles: Tiles) -> tuple:
+    return tiles.rows, tiles.cols, "evict_last" if tiles.keep else "", not interpreting()
 
 
 def _check(tiles: Tiles) -> None:

@@ -113,17 +113,18 @@ def skip(ring, step, K_STEPS: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(values, row_ptrs, inside, first_col, width, layout: gl.constexpr):
+def store_rows(values, row_ptrs, inside, first_col, width, layout: gl.constexpr, EVICT: gl.constexpr = ""):
     """Stores [ROWS, COLS] in pieces of 64 columns: the exchange between threads then takes little shared memory."""
     cols: gl.constexpr = values.shape[1]
     if cols > 64:
         left, right = halves(values)
-        store_rows(left, row_ptrs, inside, first_col, width, layout)
-        store_rows(right, row_ptrs, inside, first_col + cols // 2, width, layout)
+        store_rows(left, row_ptrs, inside, first_col, width, layout, EVICT)
+        store_rows(right, row_ptrs, inside, first_col + cols // 2, width, layout, EVICT)
     else:
         col = first_col + gl.arange(0, cols, gl.SliceLayout(0, layout))
         values = gl.convert_layout(values, layout)
-        gl.store(row_ptrs[:, None] + col[None, :], values, mask=inside[:, None] & (col < width)[None, :])
+        mask = inside[:, None] & (col < width)[None, :]
+        gl.store(row_ptrs[:, None] + col[None, :], values, mask=mask, eviction_policy=EVICT)
 
 
 @gluon.jit
