@@ -52,7 +52,7 @@ ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1
 
 
 @gluon.jit
-def _multiply(ring, step, half, x_scales, w_scales_0, w_scales_1, STEPS: gl.constexpr, GATHERED: gl.constexpr):
+def multiply(ring, step, half, x_scales, w_scales_0, w_scales_1, STEPS: gl.constexpr, GATHERED: gl.constexpr):
     """This consumer's rows times both halves of the tile's weights: two of float32 [64, 128]; and the steps so far.
 
     x_scales: pointers [64] to each row's scale of the first group; w_scales_0 and w_scales_1: to those of the halves.
@@ -105,7 +105,7 @@ def _consume_up(half: gl.constexpr, ring, scales, plan_ptr, out, tiles_at, total
             rows = first + gl.arange(0, HALF, gl.SliceLayout(1, ACC))
             tokens = gl.load(plan_ptr + PLAN_HEADER + gl.minimum(rows, last - 1)) // TOPK
             w_scales = w_scale_ptr + (e * 2 * GROUPS + n // BLOCK) * STEPS
-            gate, up, step = _multiply(
+            gate, up, step = multiply(
                 ring, step, half, x_scale_ptr + tokens * STEPS, w_scales, w_scales + GROUPS * STEPS, STEPS, True
             )
             h = silu_times(gate, up)
@@ -208,7 +208,7 @@ def _consume_down(half: gl.constexpr, ring, scales, plan_ptr, rows_ptr, tiles_at
             w_scales = w_scale_ptr + (e * BLOCKS + n // BLOCK) * STEPS
             # The last tile's second half may lie behind the last row of weights: its values are not stored.
             second = w_scale_ptr + (e * BLOCKS + gl.minimum(n // BLOCK + 1, BLOCKS - 1)) * STEPS
-            left, right, step = _multiply(ring, step, half, h_scale_ptr + rows * STEPS, w_scales, second, STEPS, False)
+            left, right, step = multiply(ring, step, half, h_scale_ptr + rows * STEPS, w_scales, second, STEPS, False)
             rows = first + gl.arange(0, HALF, gl.SliceLayout(1, layout))
             slots = gl.load(plan_ptr + PLAN_HEADER + rows, mask=rows < last, other=0)
             out = rows_ptr + slots.to(gl.int64) * H

@@ -48,6 +48,8 @@ from tma_moe.gluon_parts import (
 from tma_moe.launcher import Launch
 from tma_moe.tiles import Tiles
 
+ANYHOW = gl.constexpr("")  # no wish of how L2 keeps what is stored
+
 
 @gluon.jit
 def make_ring(
@@ -113,7 +115,7 @@ def skip(ring, step, K_STEPS: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(values, row_ptrs, inside, first_col, width, layout: gl.constexpr, EVICT: gl.constexpr = ""):
+def store_rows(values, row_ptrs, inside, first_col, width, layout: gl.constexpr, EVICT: gl.constexpr):
     """Stores [ROWS, COLS] in pieces of 64 columns: the exchange between threads then takes little shared memory."""
     cols: gl.constexpr = values.shape[1]
     if cols > 64:
@@ -145,7 +147,7 @@ def _consume_up(half: gl.constexpr, ring, plan_ptr, h_ptr, tiles_at, total, size
             gate, up = halves(acc)
             h = silu_times(gate, up).to(h_ptr.dtype.element_ty)
             rows = first + half * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-            store_rows(h, h_ptr + rows.to(gl.int64) * I, rows < last, n, I, layout)
+            store_rows(h, h_ptr + rows.to(gl.int64) * I, rows < last, n, I, layout, ANYHOW)
         else:
             step = skip(ring, step, K_STEPS)
 
@@ -236,7 +238,7 @@ def _consume_down(half: gl.constexpr, ring, plan_ptr, rows_ptr, tiles_at, total,
             slots = gl.load(plan_ptr + PLAN_HEADER + rows, mask=rows < last, other=0)
             acc, step = _multiply(ring, step, half, K_STEPS, COLS, False)
             out = acc.to(rows_ptr.dtype.element_ty)
-            store_rows(out, rows_ptr + slots.to(gl.int64) * H, rows < last, n, H, layout)
+            store_rows(out, rows_ptr + slots.to(gl.int64) * H, rows < last, n, H, layout, ANYHOW)
         else:
             step = skip(ring, step, K_STEPS)
 
