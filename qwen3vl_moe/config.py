@@ -9,7 +9,7 @@ name, so that a checkpoint either runs exactly or not at all.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 
 from qwen3vl_moe.errors import ConfigError
 from qwen3vl_moe.json_files import read_json_object
+from qwen3vl_moe.quantization import layers_in_fp8, parse_fp8
 
 # The largest sizes that are believed. The loader writes names and shapes out for all layers before it compares them
 # with the files, so a size far above every model ever trained is refused here. No product of these exceeds 64 bits.
@@ -88,7 +89,11 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Sizes of the decoder (checkpoint: ``text_config``)."""
+    """Sizes of the decoder (checkpoint: ``text_config``).
+
+    ``fp8_attention`` and ``fp8_experts`` are the numbers of the layers whose attention products, or experts, are in
+    block-scaled FP8.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -103,6 +108,8 @@ class TextConfig:
     rope_theta: float
     mrope_section: tuple[int, int, int]
     max_positions: int
+    fp8_attention: frozenset[int] = frozenset()
+    fp8_experts: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -148,10 +155,8 @@ class Qwen3VLMoeConfig:
         top.require("model_type", "qwen3_vl_moe", hint="only Qwen3-VL-MoE checkpoints can be loaded")
         top.require("tie_word_embeddings", False, default=False)
         text_fields, vision_fields = top.section("text_config"), top.section("vision_config")
-        for fields in (top, text_fields, vision_fields):
-            _refuse_quantisation(fields)
-
         text, vision = _parse_text(text_fields), _parse_vision(vision_fields)
+        text = _with_fp8(text, top, text_fields, vision_fields)
         config = cls(
             text=text,
             vision=vision,
@@ -215,15 +220,22 @@ class Qwen3VLMoeConfig:
         )
 
 
-def _refuse_quantisation(fields: _Fields) -> None:
-    for key in ("quantization_config", "compression_config"):
-        asked = fields.get(key)
-        if asked:
-            method = asked.get("quant_method", "?") if isinstance(asked, dict) else asked
+def _with_fp8(text: TextConfig, top: _Fields, text_fields: _Fields, vision_fields: _Fields) -> TextConfig:
+    """The decoder with what a ``quantization_config`` says of it."""
+    if vision_fields.get("quantization_config"):
+        raise ConfigError(f"{vision_fields.source}: quantization_config: a quantised vision tower is not supported")
+    for fields in (top, text_fields, vision_fields):
+        if fields.get("compression_config"):
             raise ConfigError(
-                f"{fields.source}: {key} (quant_method {method!r}) is not supported; "
-                "use the bf16 checkpoint, for example Qwen/Qwen3-VL-30B-A3B-Instruct without -FP8"
+                f"{fields.source}: compression_config is not supported; use a 16-bit or an FP8 checkpoint"
             )
+    for fields in (top, text_fields):
+        if fields.get("quantization_config"):
+            source = f"{fields.source}: quantization_config"
+            fp8 = parse_fp8(fields.get("quantization_config"), source)
+            attention, experts = layers_in_fp8(fp8, text.num_layers, source)
+            return replace(text, fp8_attention=attention, fp8_experts=experts)
+    return text
 
 
 def _parse_text(fields: _Fields) -> TextConfig:

@@ -156,12 +156,11 @@ def host_step(llm: LLM, S: int, rng: np.random.Generator, steps: int) -> dict | 
 def bytes_of_step(llm: LLM, experts: float, cached: int) -> float:
     """What a step of the decoder has to read: so many experts a layer, the other weights, so many cached tokens."""
     model, text = llm.engine.model, llm.engine.model.config.text
-    size = model.dtype.itemsize
-    weights = {n: p.numel() for n, p in model.named_parameters() if n.startswith(("text.", "lm_head"))}
-    always = sum(count for n, count in weights.items() if ".experts." not in n and n != "text.embed.weight")
-    expert = 3 * text.hidden_size * text.expert_width
-    token = 2 * text.num_kv_heads * text.head_dim
-    return size * (text.num_layers * (experts * expert + cached * token) + always)
+    sizes = {n: p.nbytes for n, p in model.named_parameters() if n.startswith(("text.", "lm_head"))}
+    always = sum(size for n, size in sizes.items() if ".experts." not in n and n != "text.embed.weight")
+    of_experts = sum(size for n, size in sizes.items() if ".experts." in n)
+    token = llm.engine.cache.tensor.nbytes / (llm.engine.cache.num_blocks * llm.engine.cache.block_size)
+    return experts / text.num_experts * of_experts + cached * token + always
 
 
 def add_request(llm: LLM, T: int, rng: np.random.Generator, max_tokens: int = 1) -> Sequence:
@@ -294,7 +293,7 @@ def main(
             raise OptionError(f"--profile looks at a GPU's kernels; --device {device} has none")
         started = time.perf_counter()
         length = LONGEST if model is None else None
-        drawn = routing if load_format == "dummy" else None
+        drawn = routing if load_format != "auto" else None
         options = {"device": device, "moe": moe, "enforce_eager": eager, "max_model_len": length}
         llm = load_llm(model, load_format=load_format, routing=drawn, **options)
         console.print(f"ready after {time.perf_counter() - started:.1f} s: {llm.settings}", markup=False)

@@ -165,7 +165,7 @@ def load_llm(options: dict[str, Any]) -> Any:
     if options["model"] is None:
         engine["max_model_len"] = 16384  # beside weights of the 30B sizes, memory is for requests, not for length
     same = {name: options[name] for name in ("load_format", "device", "moe")}
-    routing = options["routing"] if options["load_format"] == "dummy" else None
+    routing = options["routing"] if options["load_format"] != "auto" else None
     return load(options["model"], routing=routing, **same, **engine)
 
 

@@ -89,6 +89,26 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
 }
+# For FP8: sides of more than one block of 128, most of them ragged; queries, and keys and values, of different kinds.
+BLOCKS: dict[str, Any] = {
+    "text": {
+        "hidden_size": 144,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mrope_section": [6, 5, 5],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 80,
+    },
+    "vision": {
+        "depth": 2,
+        "deepstack_visual_indexes": [1],
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 36,
+    },
+}
 VOCAB_SIZE = 512
 PATCH_SIZE = 4
 
@@ -158,7 +178,7 @@ def plain(make_tiny) -> TinyCheckpoint:
 def _write_tiny(name: str, directory: Path) -> TinyCheckpoint:
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
-    sizes = TINY_CONFIGS[name]
+    sizes = BLOCKS if name == "blocks" else TINY_CONFIGS[name]
     path, published = directory / "transformers5", directory / "published"
     merge_size = sizes["vision"]["spatial_merge_size"]
     side = PATCH_SIZE * merge_size

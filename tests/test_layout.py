@@ -49,12 +49,13 @@ MAY_IMPORT = {
     "tma_moe": set(),
     "qwen3vl_moe.errors": set(),
     "qwen3vl_moe.json_files": {"qwen3vl_moe.errors"},
-    "qwen3vl_moe.config": {"qwen3vl_moe.errors", "qwen3vl_moe.json_files"},
+    "qwen3vl_moe.quantization": {"qwen3vl_moe.errors"},
+    "qwen3vl_moe.config": {"qwen3vl_moe.errors", "qwen3vl_moe.json_files", "qwen3vl_moe.quantization"},
     "qwen3vl_moe.ops": {"tma_moe"},
 }
 MAY_IMPORT["qwen3vl_moe.model"] = {"qwen3vl_moe.ops", "qwen3vl_moe.config", "tma_moe"}
 _READERS = {"qwen3vl_moe.config", "qwen3vl_moe.errors", "qwen3vl_moe.json_files", "qwen3vl_moe.model"}
-MAY_IMPORT["qwen3vl_moe.weights"] = {*_READERS, "tma_moe"}
+MAY_IMPORT["qwen3vl_moe.weights"] = {*_READERS, "qwen3vl_moe.ops", "tma_moe"}
 MAY_IMPORT["qwen3vl_moe.inputs"] = {*_READERS, "qwen3vl_moe.ops"}
 MAY_IMPORT["qwen3vl_moe.engine"] = {*_READERS, "qwen3vl_moe.ops", "qwen3vl_moe.inputs", "qwen3vl_moe.weights"}
 MAY_IMPORT["qwen3vl_moe"] = {"qwen3vl_moe.config", "qwen3vl_moe.engine", "qwen3vl_moe.model"}  # the face

@@ -10,6 +10,7 @@ To read it: op.py (what is asked), reference.py (what is right), recipe.py (what
 where), then gemm/ (the products, named by one grammar), combine.py, and pdl.py (how launches overlap).
 """
 
+from tma_moe.block_fp8 import FP8
 from tma_moe.descriptor_policies import descriptor_policy, descriptor_stats, set_descriptor_policy
 from tma_moe.expert_weights import ExpertWeights
 from tma_moe.op import fused_moe, route
@@ -17,6 +18,7 @@ from tma_moe.support import gluon_problem, unavailable
 from tma_moe.uncombined import Uncombined
 
 __all__ = [
+    "FP8",
     "ExpertWeights",
     "Uncombined",
     "descriptor_policy",

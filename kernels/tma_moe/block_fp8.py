@@ -72,8 +72,10 @@ def dequantize_blocks(w8: Tensor, scale: Tensor, dtype: torch.dtype = torch.floa
     return (w8.float() * _spread(_spread(scale, N, -2), K, -1)).to(dtype)
 
 
-def scaled_linear(x8_TK: Tensor, x_scale_TB: Tensor, w8_NK: Tensor, w_scale_AB: Tensor) -> Tensor:
+def scaled_linear(x8_TK: Tensor, x_scale_TB: Tensor, w8_NK: Tensor, w_scale_AB: Tensor, shared: int = BLOCK) -> Tensor:
     """`x @ w.T` of quantised operands, float32 [T, N]: sums within a group first, then times both scales.
+
+    `shared` rows of weights have a scale in common.
 
     On a GPU, torch must not round the products' operands (`torch.backends.cuda.matmul.allow_tf32` off, its default;
     values of FP8 would survive it).
@@ -82,10 +84,10 @@ def scaled_linear(x8_TK: Tensor, x_scale_TB: Tensor, w8_NK: Tensor, w_scale_AB: 
     y_TN = torch.zeros(T, N, device=x8_TK.device)
     for b, at in enumerate(range(0, K, BLOCK)):
         part_TN = x8_TK[:, at : at + BLOCK].float() @ w8_NK[:, at : at + BLOCK].float().T
-        y_TN += part_TN * x_scale_TB[:, b, None] * _spread(w_scale_AB[:, b], N, 0)
+        y_TN += part_TN * x_scale_TB[:, b, None] * _spread(w_scale_AB[:, b], N, 0, shared)
     return y_TN
 
 
-def _spread(scale: Tensor, size: int, dim: int) -> Tensor:
+def _spread(scale: Tensor, size: int, dim: int, shared: int = BLOCK) -> Tensor:
     """Each scale along a side once for each of the `size` values that it belongs to."""
-    return scale.repeat_interleave(BLOCK, dim).narrow(dim, 0, size)
+    return scale.repeat_interleave(shared, dim).narrow(dim, 0, size)

@@ -132,9 +132,11 @@ def choices_for(
                 return choices if _gluon_runs() else tuple(map(_without_gluon, choices))
     if not files:
         _warn_unlisted(device)
-    defaults = fp8_default_choices if fp8 else default_choices
-    choices = defaults(experts, topk, hidden, width)
-    return choices if _gluon_runs() else tuple(map(_without_gluon, choices))
+    if not fp8:
+        return default_choices(experts, topk, hidden, width)
+    choices = fp8_default_choices(experts, topk, hidden, width)
+    in_gluon = any(tiles.kernel in GLUON_PRODUCTS for choice in choices for tiles in (choice.up, choice.down))
+    return choices if not in_gluon or _gluon_runs() else tuple(map(_without_gluon, choices))
 
 
 def _without_gluon(choice: Choice) -> Choice:

@@ -14,6 +14,7 @@ from qwen3vl_moe.model.rope import Grid, mrope_positions
 from qwen3vl_moe.model.text import Decoder
 from qwen3vl_moe.model.vision import VisionTower
 from qwen3vl_moe.ops import Segments
+from tma_moe import FP8
 
 
 class Qwen3VLMoe(nn.Module):
@@ -34,6 +35,13 @@ class Qwen3VLMoe(nn.Module):
         self.text = Decoder(config.text, moe)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.requires_grad_(False).eval()
+
+    def set_dtype(self, dtype: torch.dtype) -> Qwen3VLMoe:
+        """Cast all parameters but FP8 weights and their scales, which ``.to(dtype)`` would cast, too."""
+        for name, parameter in self.named_parameters():
+            if parameter.dtype != FP8 and not name.endswith("scale"):
+                parameter.data = parameter.data.to(dtype)
+        return self
 
     def set_moe(self, moe: str) -> None:
         """Have all layers call another implementation of the experts from now on."""

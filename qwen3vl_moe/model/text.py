@@ -18,14 +18,14 @@ from qwen3vl_moe.ops import ResidualStream
 class Attention(nn.Module):
     """Grouped-query attention. Queries and keys are RMS-normed per head, then rotated by M-RoPE."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: TextConfig, fp8: bool):
         super().__init__()
         N, G, D = config.num_heads, config.num_kv_heads, config.head_dim
         self.heads = N, G
-        self.qkv = nn.Linear(config.hidden_size, (N + 2 * G) * D, bias=False)
+        self.qkv = ops.linear(config.hidden_size, N * D, G * D, G * D, fp8=fp8)
         self.q_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
-        self.out = nn.Linear(N * D, config.hidden_size, bias=False)
+        self.out = ops.linear(N * D, config.hidden_size, fp8=fp8)
 
     def forward(
         self, x_TH: Tensor, cos_TF: Tensor, sin_TF: Tensor, batch: Batch, layer_cache: Tensor | None
@@ -41,17 +41,18 @@ class Attention(nn.Module):
             layer_cache=layer_cache,
         )
         out_TND = ops.cached_attention(q_TND, k_TGD, v_TGD, batch.segments, layer_cache)
-        return ops.OpenProduct(out_TND.flatten(1), self.out.weight)
+        return ops.OpenProduct(out_TND.flatten(1), self.out)
 
 
 class MoE(nn.Module):
     """Router and experts: each token's output is the weighted sum of its top-k experts' SwiGLU networks."""
 
-    def __init__(self, config: TextConfig, backend: str):
+    def __init__(self, config: TextConfig, backend: str, fp8: bool):
         super().__init__()
         self.experts_per_token, self.backend = config.experts_per_token, backend
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = tma_moe.ExpertWeights(config.num_experts, config.hidden_size, config.expert_width)
+        sizes = config.num_experts, config.hidden_size, config.expert_width
+        self.experts = tma_moe.ExpertWeights(*sizes, dtype=tma_moe.FP8 if fp8 else None)
 
     def forward(self, x_TH: Tensor, padding_T: Tensor | None = None) -> ops.Addend:
         """The output for x [T, H], to be added to the stream; of padding rows it is 0."""
@@ -65,12 +66,12 @@ class MoE(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and experts; each reads a norm of the residual stream and adds its output to it."""
 
-    def __init__(self, config: TextConfig, moe_backend: str):
+    def __init__(self, config: TextConfig, moe_backend: str, number: int):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, fp8=number in config.fp8_attention)
         self.moe_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.moe = MoE(config, moe_backend)
+        self.moe = MoE(config, moe_backend, fp8=number in config.fp8_experts)
 
     def forward(
         self, stream: ResidualStream, cos_TF: Tensor, sin_TF: Tensor, batch: Batch, layer_cache: Tensor | None
@@ -86,7 +87,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, moe_backend) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, moe_backend, number) for number in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def set_moe(self, backend: str) -> None:

@@ -6,6 +6,7 @@ definition of correct; the kernels are in :mod:`.kernels`, a file for each opera
 """
 
 from qwen3vl_moe.ops.attend import attention, cached_attention
+from qwen3vl_moe.ops.block_linear import BlockLinear, linear
 from qwen3vl_moe.ops.mlp import linear_gelu
 from qwen3vl_moe.ops.patches import add_positions, cut_patches
 from qwen3vl_moe.ops.residual import Addend, OpenProduct, ResidualStream
@@ -15,6 +16,7 @@ from qwen3vl_moe.ops.segments import Segments
 
 __all__ = [
     "Addend",
+    "BlockLinear",
     "OpenProduct",
     "ResidualStream",
     "Segments",
@@ -22,6 +24,7 @@ __all__ = [
     "attention",
     "cached_attention",
     "cut_patches",
+    "linear",
     "linear_gelu",
     "resize_picture",
     "rotate_and_store",

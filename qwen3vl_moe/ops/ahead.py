@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 
 from tma_moe import ExpertWeights
@@ -15,18 +16,18 @@ def allocate_only() -> AbstractContextManager[None]:
     return instead_of_launching(lambda launch, grid, args: None)
 
 
-def sizes_to_compile(most: int, experts: ExpertWeights | None, k: int) -> list[int]:
+def sizes_to_compile(most: int, experts: Iterable[ExpertWeights], k: int) -> list[int]:
     """Numbers of tokens that stand for all up to ``most``: a step of these launches every kernel that any step would.
 
     The experts' kernels change where their tiles do; all others where tokens pass some power of two.
 
     Args:
         most: the last of them.
-        experts: of a layer, each token choosing ``k``, if they run in kernels.
+        experts: of every kind that runs in kernels, each token choosing ``k``.
     """
     sizes = {most, *(1 << power for power in range(most.bit_length()))}
-    if experts is not None:
+    for each in experts:
         from tma_moe.recipe import call_ends  # needs triton
 
-        sizes.update(call_ends(experts, k, most))
+        sizes.update(call_ends(each, k, most))
     return sorted(sizes)

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from qwen3vl_moe.ops.block_linear import BlockLinear
 from qwen3vl_moe.ops.dispatch import takes_kernels
 from tma_moe import Uncombined
 
 
 @dataclass(frozen=True)
 class OpenProduct:
-    """``x_TA @ weight_HA.T``, still to be computed: a matrix product can add its result to the stream by itself."""
+    """A linear layer of x [T, A], still to be computed: its product can add its result to the stream by itself."""
 
     x_TA: Tensor
-    weight_HA: Tensor
+    linear: nn.Linear | BlockLinear
 
 
 Addend = Tensor | OpenProduct | Uncombined
@@ -47,10 +48,12 @@ class ResidualStream:
         """
         if self._open is not None:
             raise RuntimeError("ResidualStream.add: the output before this one has not been taken in by normed() yet")
-        if isinstance(y, OpenProduct):
-            self._x_TH.addmm_(y.x_TA, y.weight_HA.T)
-        else:
+        if not isinstance(y, OpenProduct):
             self._open = y
+        elif isinstance(y.linear, BlockLinear):
+            self._open = y.linear(y.x_TA)
+        else:
+            self._x_TH.addmm_(y.x_TA, y.linear.weight.T)
 
     def add_rows(self, rows_M: Tensor, values_MH: Tensor) -> None:
         """Add values to some rows (int64 [M], each at most once): DeepStack features to visual tokens."""

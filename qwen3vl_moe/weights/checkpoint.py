@@ -35,9 +35,12 @@ from tqdm import tqdm
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.ops import BlockLinear
 from qwen3vl_moe.weights.placement import parse_device, parse_dtype, require_memory, resolve_moe
-from qwen3vl_moe.weights.shards import DTYPES, StoredTensor, read_headers, shorten, stream
+from qwen3vl_moe.weights.scales import SCALE_DTYPES, fill_scales, scale_name
+from qwen3vl_moe.weights.shards import DTYPES, FP8, StoredTensor, read_headers, shorten, stream
 from qwen3vl_moe.weights.source import resolve
+from tma_moe.block_fp8 import BLOCK, scale_shape
 
 LAYOUTS = ("published", "transformers5")
 
@@ -97,6 +100,8 @@ class Entry:
     ``transform`` is ``copy``; ``reshape`` (same bytes, our parameter has fewer dimensions); ``rows`` (``shape[0]`` rows
     of the parameter from ``first_row`` on); or ``experts`` (``shape`` is that of the published layout; ours is
     transformers 5's, with the last two dimensions swapped).
+
+    ``fp8`` says that the weights are quantised and have scales (weights/scales.py).
     """
 
     source: str
@@ -104,12 +109,17 @@ class Entry:
     transform: str
     shape: tuple[int, ...]
     first_row: int = 0
+    fp8: bool = False
 
     def shape_in(self, layout: str) -> tuple[int, ...]:
         """Shape in a checkpoint whose experts have ``layout``."""
         if self.transform == "experts" and layout == "transformers5":
             return self.shape[0], self.shape[2], self.shape[1]
         return self.shape
+
+    def scale_shape_in(self, layout: str) -> tuple[int, ...]:
+        """Shape of its scales in such a checkpoint."""
+        return scale_shape(self.shape_in(layout))
 
     def destination(self, parameter: torch.Tensor, layout: str) -> torch.Tensor:
         """The view of ``parameter`` that, filled with the stored tensor as it is, carries out the transform."""
@@ -153,9 +163,10 @@ def expand_table(config: Qwen3VLMoeConfig) -> list[Entry]:
             name = target.replace(counter[0], str(i)) if counter else target
             first_row = next_row.get(name, 0)
             next_row[name] = first_row + shape[0]
-            entries.append(
-                Entry(source.replace(counter[0], str(i)) if counter else source, name, transform, shape, first_row)
-            )
+            named = source.replace(counter[0], str(i)) if counter else source
+            layers = text.fp8_attention if ".self_attn." in source else text.fp8_experts
+            fp8 = i in layers and (transform == "experts" or source.endswith("_proj.weight"))
+            entries.append(Entry(named, name, transform, shape, first_row, fp8))
     return entries
 
 
@@ -166,21 +177,30 @@ def check_tensors(table: list[Entry], stored: dict[str, StoredTensor], directory
         CheckpointError: naming what is missing, unexpected, of the wrong shape or of an unsupported dtype.
     """
     entries = {entry.source: entry for entry in table}
-    wrong_shape, wrong_dtype = [], []
+    scales = {scale_name(entry.source): entry for entry in table if entry.fp8}
+    wrong_shape: list[str] = []
+    wrong_dtype: dict[tuple[str, ...], list[str]] = {}
     for name, tensor in stored.items():
-        if name not in entries:
+        if name in entries:
+            entry = entries[name]
+            shapes, dtypes = map(entry.shape_in, LAYOUTS), (FP8,) if entry.fp8 else tuple(DTYPES)
+        elif name in scales:
+            shapes, dtypes = map(scales[name].scale_shape_in, LAYOUTS), SCALE_DTYPES
+        else:
             continue
-        shapes = list(dict.fromkeys(entries[name].shape_in(layout) for layout in LAYOUTS))
-        if tensor.shape not in shapes:
-            wrong_shape.append(f"{name} {list(tensor.shape)} instead of {' or '.join(str(list(s)) for s in shapes)}")
-        if tensor.dtype not in DTYPES:
-            wrong_dtype.append(f"{name} {tensor.dtype}")
+        if tensor.shape not in (fitting := list(dict.fromkeys(shapes))):
+            wrong_shape.append(f"{name} {list(tensor.shape)} instead of {' or '.join(str(list(s)) for s in fitting)}")
+        if tensor.dtype not in dtypes:
+            wrong_dtype.setdefault(dtypes, []).append(f"{name} {tensor.dtype}")
+    expected = entries.keys() | scales.keys()
     findings = {
-        "missing": [name for name in entries if name not in stored],
-        "unexpected": [name for name in stored if name not in entries],
+        "missing": [name for name in (*entries, *scales) if name not in stored],
+        "unexpected": [name for name in stored if name not in expected],
         "of the wrong shape": wrong_shape,
-        f"of an unsupported dtype (only {', '.join(DTYPES)} can be loaded)": wrong_dtype,
     }
+    for dtypes, names in wrong_dtype.items():
+        declared = "config.json declares FP8" if dtypes == (FP8,) else f"only {', '.join(dtypes)} can be loaded"
+        findings[f"of an unsupported dtype ({declared})"] = names
     lines = [f"{len(found)} {what}: {shorten(found)}" for what, found in findings.items() if found]
     if lines:
         raise CheckpointError(
@@ -218,6 +238,7 @@ def find_expert_layout(
         )
     # gate_up_proj and down_proj cannot both be square, so one of them has told its layout.
     (layout, example), *_ = examples.items()
+    _check_scales_lie_alike(table, stored, directory, layout)
     if asked not in (None, layout):
         raise CheckpointError(
             f"expert_layout={asked!r} contradicts {directory}: {example} has the shape of layout {layout!r}"
@@ -228,6 +249,17 @@ def find_expert_layout(
             f"other layout than {example} ({layout!r}); pass expert_layout={layout!r} if all were written in that one"
         )
     return layout
+
+
+def _check_scales_lie_alike(table: list[Entry], stored: dict[str, StoredTensor], directory: Path, layout: str) -> None:
+    """Require of each scale the shape that it has beside weights of this layout."""
+    for entry in table:
+        name = scale_name(entry.source)
+        if entry.fp8 and stored[name].shape != (needed := entry.scale_shape_in(layout)):
+            raise CheckpointError(
+                f"{directory}: {name} {list(stored[name].shape)} lies the other way round than its weights "
+                f"{list(stored[entry.source].shape)}, whose layout is {layout!r}: {list(needed)} is needed"
+            )
 
 
 def load_model(
@@ -247,8 +279,8 @@ def load_model(
     Args:
         path_or_id: directory with config.json and safetensors files, a Hugging Face hub id, or "demo".
         device: where the parameters go; ``"auto"``: a GPU where there is one.
-        dtype: of all parameters: a torch dtype, its name, or ``"auto"`` for what config.json declares. The files may
-            hold another floating dtype of bf16, fp16, fp32; it is cast.
+        dtype: of all parameters but FP8 weights and their scales: a torch dtype, its name, or ``"auto"`` for what
+            config.json declares. The files may hold another floating dtype of bf16, fp16, fp32; it is cast.
         moe: ``"tma"``, ``"reference"`` or ``"auto"``, see :func:`qwen3vl_moe.weights.placement.resolve_moe`.
         expert_layout: ``"published"`` or ``"transformers5"``; needed only where an expert tensor has one shape in both.
         progress: a progress bar, then one line of seconds, GB/s and peak memory, both on stderr.
@@ -268,7 +300,7 @@ def load_model(
     device, dtype = parse_device(device), parse_dtype(dtype, config.dtype)
 
     with torch.device("meta"):
-        model = Qwen3VLMoe(config, resolve_moe(moe, device, dtype, config.text)).to(dtype)
+        model = Qwen3VLMoe(config, resolve_moe(moe, device, dtype, config.text)).set_dtype(dtype)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     require_memory(device, model_bytes, directory, dtype)
     meter = _Meter(device, sum(tensor.nbytes for tensor in stored.values()), progress)
@@ -279,10 +311,28 @@ def load_model(
     entries = sorted(table, key=lambda entry: (stored[entry.source].file, stored[entry.source].offset))
     copies = [(stored[e.source], e.destination(parameters[e.target], layout)) for e in entries]
     stream(copies, device, meter.add)
+    for entry in entries:
+        if entry.fp8:
+            _fill_scales_of(entry, model, stored, layout)
+            meter.add(stored[scale_name(entry.source)].nbytes)
     line = meter.finish(time.perf_counter() - started, model_bytes)
     if progress:
         print(f"loaded {directory.name}: {line}", file=sys.stderr)
     return model
+
+
+def _fill_scales_of(entry: Entry, model: Qwen3VLMoe, stored: dict[str, StoredTensor], layout: str) -> None:
+    experts = entry.transform == "experts"
+    layer_name, _, parameter_name = entry.target.rpartition(".")
+    layer = model.get_submodule(layer_name)
+    if isinstance(layer, BlockLinear):
+        shared, scales = layer.shared, layer.scale.data
+        scales = scales.narrow(0, entry.first_row // shared, -(-entry.shape[0] // shared))
+    else:
+        shared, scales = BLOCK, layer.get_parameter(f"{parameter_name}_scale").data
+    name = scale_name(entry.source)
+    turned = experts and layout == "published"
+    fill_scales(scales, stored[name], name, rows=entry.shape[0], shared=shared, turned=turned)
 
 
 class _Meter:

@@ -69,7 +69,10 @@ def resolve_moe(moe: str, device: torch.device | str, dtype: torch.dtype, config
 
 def tma_problem(device: torch.device | str, dtype: torch.dtype, config: TextConfig) -> str | None:
     """Why the fused kernel cannot run a decoder of these sizes there, or None."""
-    return tma_moe.unavailable(device, dtype, (config.hidden_size, config.expert_width))
+    sizes = config.hidden_size, config.expert_width
+    kinds = [tma_moe.FP8] * bool(config.fp8_experts) + [dtype] * (len(config.fp8_experts) < config.num_layers)
+    problems = (tma_moe.unavailable(device, dtype, sizes, weights) for weights in kinds)
+    return next((problem for problem in problems if problem is not None), None)
 
 
 def require_memory(device: torch.device, model_bytes: int, name: str | Path, dtype: torch.dtype) -> None:

@@ -25,6 +25,8 @@ from qwen3vl_moe.json_files import check_regular, parse_json, read_json_object
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_HEADER_BYTES = 8 << 20  # the format allows 100 MB; the 30B model's largest has 20 kB
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+FP8 = "F8_E4M3"
+_STORED = DTYPES | {FP8: torch.float8_e4m3fn}
 
 # Each worker reads and copies one piece at a time. A thread copies a few GB/s out of the page cache and the bus to a
 # GPU takes some 50, so it needs many threads; 16 x 16 MiB keeps both busy and the host's share small.
@@ -167,7 +169,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             (first, last), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
             if not all(type(number) is int for number in (first, last, *shape)) or min(shape, default=0) < 0:
                 raise TypeError
-            expected = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else last - first
+            expected = math.prod(shape) * _STORED[dtype].itemsize if dtype in _STORED else last - first
             if first != end or last < first or last - first != expected:
                 raise CheckpointError(
                     f"{path} is damaged: {name} ({dtype} {list(shape)}) should take {expected} bytes from byte {end} "
@@ -262,7 +264,9 @@ def stream(
 
 
 def _copy_piece(piece: _Piece, buffer: torch.Tensor) -> None:
-    destination, dtype = piece.destination, DTYPES[piece.stored.dtype]
+    destination, dtype = piece.destination, _STORED[piece.stored.dtype]
+    if dtype == destination.dtype == torch.float8_e4m3fn:  # never cast; as bytes it is copied in any order
+        destination, dtype = destination.view(torch.uint8), torch.uint8
     as_stored = destination.dtype == dtype and destination.is_contiguous()
     cpu = destination.device.type == "cpu"
     if as_stored and cpu:
@@ -280,6 +284,17 @@ def _copy_piece(piece: _Piece, buffer: torch.Tensor) -> None:
     else:
         # First over the bus as it is, then cast or transposed by the device: copy_ alone would do that on the host.
         destination.copy_(staged.to(destination.device, non_blocking=True))
+
+
+def read_whole(stored: StoredTensor) -> torch.Tensor:
+    """A small tensor on the host, as it is stored.
+
+    Raises:
+        CheckpointError: its file cannot be read to its end.
+    """
+    buffer = torch.empty(stored.nbytes, dtype=torch.uint8)
+    _read(_Piece(stored, stored.offset, stored.nbytes, buffer), buffer)
+    return buffer.view(_STORED[stored.dtype]).view(stored.shape)
 
 
 def _read(piece: _Piece, target: torch.Tensor) -> None:

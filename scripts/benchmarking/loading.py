@@ -22,7 +22,7 @@ from qwen3vl_moe.inputs.processor import Processor
 from qwen3vl_moe.weights import resolve
 from qwen3vl_moe.weights.placement import parse_device, parse_dtype, require_memory, resolve_moe
 
-LOAD_FORMATS = ("auto", "dummy")
+LOAD_FORMATS = ("auto", "dummy", "dummy-fp8")
 ROUTINGS = ("balanced", "skewed")
 
 
@@ -41,7 +41,8 @@ def load_llm(
     Args:
         model: a checkpoint directory, a hub id, or "demo". With ``dummy`` its config and processor are taken, and it
             needs no weights; None then means the sizes of the 30B model and a small tokenizer made on the spot.
-        load_format: ``"auto"``, or ``"dummy"`` as in vLLM: N(0, 0.02) weights.
+        load_format: ``"auto"``, or ``"dummy"`` as in vLLM: N(0, 0.02) weights. ``"dummy-fp8"``: experts and attention
+            in block-scaled FP8, whatever the config says.
         device, dtype, moe: see :class:`LLM`.
         routing: with ``dummy``, ``"balanced"``: a token's experts are drawn uniformly; ``"skewed"``: by Zipf's law;
             None: as the random router has it. Random towers make tokens alike, so left alone they crowd onto a few
@@ -71,6 +72,11 @@ def load_llm(
             config = Qwen3VLMoeConfig.from_pretrained(directory)
         processor = Processor.from_pretrained(directory, config, resize_on_device=place.type == "cuda")
         defaults = GenerationDefaults.from_pretrained(directory, processor.eos_token_id)
+    if load_format == "dummy-fp8":
+        layers = frozenset(range(config.text.num_layers))
+        config = dataclasses.replace(
+            config, text=dataclasses.replace(config.text, fp8_attention=layers, fp8_experts=layers)
+        )
     weights = random_model(config, place, parse_dtype(dtype, config.dtype), moe=moe)
     if routing is not None:  # before the LLM captures its graphs
         rows = engine_options.get("max_prefill_tokens", 8192) + (engine_options.get("max_num_seqs") or 512)
@@ -90,17 +96,24 @@ def random_model(
 ) -> Qwen3VLMoe:
     """Random weights of any size, made on the device: N(0, 0.02) matrices, norms at 1, biases at 0.
 
+    Those in FP8 are N(0, 100), with scales around 0.0002.
+
     Raises:
         OptionError: an unknown or unavailable device or moe; not enough memory.
     """
     device, dtype = parse_device(device), dtype or config.dtype
     with torch.device("meta"):
-        model = Qwen3VLMoe(config, resolve_moe(moe, device, dtype, config.text)).to(dtype)
+        model = Qwen3VLMoe(config, resolve_moe(moe, device, dtype, config.text)).set_dtype(dtype)
     require_memory(device, sum(parameter.nbytes for parameter in model.parameters()), "a model of this size", dtype)
     model = model.to_empty(device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
+        if parameter.dtype == torch.float8_e4m3fn:
+            for rows in parameter.flatten(0, -2).split(1 << 14):  # N(0, 100) of FP8, piece by piece
+                rows.copy_(100 * torch.randn(rows.shape, device=device, dtype=torch.bfloat16, generator=generator))
+        elif name.endswith("scale"):
+            parameter.uniform_(1.5e-4, 2.5e-4, generator=generator)
+        elif name.endswith(".bias"):
             parameter.zero_()
         elif parameter.ndim == 1:
             parameter.fill_(1.0)

@@ -107,6 +107,6 @@ def test_no_image_launches_what_was_not_compiled(model, warm):
 
 def test_sizes_end_at_the_most(model):
     experts = model.text.layers[0].moe.experts
-    assert sizes_to_compile(8392, experts, 8)[-1] == 8392
-    assert sizes_to_compile(1, experts, 8) == [1]
-    assert sizes_to_compile(100, None, 8) == [1, 2, 4, 8, 16, 32, 64, 100]
+    assert sizes_to_compile(8392, [experts], 8)[-1] == 8392
+    assert sizes_to_compile(1, [experts], 8) == [1]
+    assert sizes_to_compile(100, [], 8) == [1, 2, 4, 8, 16, 32, 64, 100]

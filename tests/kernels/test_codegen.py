@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tma_moe import support
-from tma_moe.tiles import CONFIG_DIR, Choice, choices_for, default_choices, load
+from tma_moe.tiles import CONFIG_DIR, Choice, choices_for, default_choices, fp8_default_choices, load
 
 triton = pytest.importorskip("triton")
 if support.interpreting():
@@ -24,29 +24,44 @@ from tma_moe import routing  # noqa: E402
 
 LARGE = 4096  # tokens of a call of the last bucket
 SHARED_MEMORY = 232_448  # bytes a block may have on sm_90
-PRODUCTS = {"weights_m_up": 2, "weights_m_down": 1}  # TMA loads in one step along K
+PRODUCTS = {
+    "weights_m_up": 2,
+    "weights_m_down": 1,
+    "fp8_weights_m_up": 2,
+    "fp8_weights_m_down": 1,
+}  # TMA loads in one step along K
 # The least number of TMA loads in the text of a kernel in Gluon; tokens of the up products are gathered.
-GLUON_PRODUCTS = {"tokens_m_ws_up": 2, "tokens_m_ws_down": 2, "weights_m_ws_up": 3, "weights_m_ws_down": 9}
+GLUON_PRODUCTS = {
+    "tokens_m_ws_up": 2,
+    "tokens_m_ws_down": 2,
+    "weights_m_ws_up": 3,
+    "weights_m_ws_down": 9,
+    "fp8_tokens_m_ws_up": 2,
+    "fp8_tokens_m_ws_down": 2,
+}
 
 # They load before their turn: weights and, two launches after they were written, expert ids or the plan. Of the kernels
 # in Gluon the text does not tell which warps load.
-READ_EARLY = {"gemv_down", *GLUON_PRODUCTS}
+READ_EARLY = {"gemv_down", "fp8_gemv_down", *GLUON_PRODUCTS}
 
 
 def shipped() -> dict[str, tuple[tuple[int, int, int, int], Choice, torch.dtype]]:
     """What this triton would be given: choices in configs/, and the defaults for two shapes, one of them in fp16."""
     found = {}
     files = [load(path) for path in sorted(CONFIG_DIR.glob("*.json"))]
-    shapes = {(file["devices"][0], shape) for file in files for shape, _ in file["shapes"]}
-    for device, shape in sorted(shapes):
-        for choice in choices_for(device, triton.__version__, *shape):
-            found[f"{device}-{choice.max_tokens}"] = (shape, choice, torch.bfloat16)
+    shapes = {(file["devices"][0], shape, choices[0].fp8) for file in files for shape, choices in file["shapes"]}
+    for device, shape, fp8 in sorted(shapes):
+        for choice in choices_for(device, triton.__version__, *shape, fp8=fp8):
+            name = f"{device}-fp8-{choice.max_tokens}" if fp8 else f"{device}-{choice.max_tokens}"
+            found[name] = (shape, choice, torch.bfloat16)
     for name, shape, dtype in (
         ("default", (128, 8, 2048, 768), torch.bfloat16),
         ("default-mixtral", (8, 2, 4096, 14336), torch.float16),
     ):
         for choice in default_choices(*shape):
             found[f"{name}-{choice.max_tokens}"] = (shape, choice, dtype)
+    for choice in fp8_default_choices(60, 4, 2048, 1408 - 48):  # experts whose width is no multiple of 128
+        found[f"default-fp8-{choice.max_tokens}"] = ((60, 4, 2048, 1408 - 48), choice, torch.float16)
     return found
 
 
@@ -76,9 +91,9 @@ def test_shipped_choice(name, monkeypatch, compiled):
     shape, choice, _ = SHIPPED[name]
     T = choice.max_tokens or LARGE
     kernels = compile_all(name, monkeypatch, compiled)
-    expected = {"gemv_up", "gemv_down"}
-    if choice.up.kernel != "gemv":
-        expected = {f"{choice.up.kernel}_up", f"{choice.down.kernel}_down", "combine"}
+    expected = {f"{choice.up.kernel}_up", f"{choice.down.kernel}_down"}
+    if choice.grouped:
+        expected |= {"combine"} | ({"quantise_rows"} if choice.up.kernel == "fp8_tokens_m_ws" else set())
         few = T * shape[1] <= max(routing.FEW_BLOCKS)
         expected |= {"group_few"} if few else {"count_pairs", "group_many"}
     assert set(kernels) == expected
@@ -106,6 +121,21 @@ def test_shipped_choice(name, monkeypatch, compiled):
             assert not re.search(r"warp_group_dot [^:]*: tensor<[^>]*dot_op", kernel.ttgir)
 
 
+def test_fp8_products_run_on_the_tensor_cores_of_fp8(monkeypatch, compiled):
+    """Each step along K is summed by the tensor core alone, and added up in float32 registers."""
+    seen = set()
+    for name, (_, choice, _) in SHIPPED.items():
+        if choice.fp8 and choice.grouped:
+            for kernel_name, kernel in compile_all(name, monkeypatch, compiled).items():
+                if kernel_name.startswith("fp8"):
+                    products = re.findall(r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3 R\d+, [^;]*", kernel.sass)
+                    fresh = [product for product in products if "!UPT" in product]
+                    assert len(products) == 4 * len(fresh) > 0, kernel_name
+                    assert "HGMMA" not in kernel.sass
+                    seen.add(kernel_name)
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize(("E", "k"), [(128, 8), (8, 2)])
 @pytest.mark.parametrize("logits", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("tokens", "skips"), [(1, False), (1, True), (16, True)])
@@ -121,7 +151,7 @@ def test_routing(E, k, logits, tokens, skips):
 
 def test_gemv_loads_are_16_bytes_wide(monkeypatch, compiled):
     for name, (_, choice, _) in SHIPPED.items():
-        if choice.up.kernel == "gemv":
+        if not choice.grouped:
             for kernel_name, kernel in compile_all(name, monkeypatch, compiled).items():
                 assert re.search(r"ld\.global\S*evict_first\S*\.v4\.b32", kernel.ptx), kernel_name
 
@@ -130,7 +160,7 @@ def test_gate_and_up_meet_in_registers(monkeypatch, compiled):
     """No up product passes float32 values between threads: the activation finds a gate and its up in one thread."""
     seen = set()
     for name, (_, choice, _) in SHIPPED.items():
-        if choice.up.kernel == "gemv":
+        if not choice.grouped or choice.fp8:
             continue
         kernel = compile_all(name, monkeypatch, compiled)[f"{choice.up.kernel}_up"]
         assert not re.search(r"convert_layout [^\n]*xf32", kernel.ttgir), name

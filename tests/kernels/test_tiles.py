@@ -29,13 +29,14 @@ def fresh_caches():
         function.cache_clear()
 
 
-def shipped(device: str) -> tuple[Choice, ...]:
+def shipped(device: str, fp8: bool = False) -> tuple[Choice, ...]:
     """What the file of a device for triton 3.6 says of the model's shape."""
-    (found,) = (
+    files = (
         dict(file["shapes"])[tuple(QWEN3_VL_30B.values())]
         for file in map(load, tiles.CONFIG_DIR.glob("*.json"))
         if device in file["devices"] and file["triton"] == "3.6.0"
     )
+    (found,) = (choices for choices in files if choices[0].fp8 == fp8)
     return found
 
 
@@ -58,6 +59,31 @@ def test_the_models_shape_is_measured_for_hopper(device):
     assert choices[0].up.kernel == "gemv"
     used = {chosen.kernel for choice in choices for chosen in (choice.up, choice.down)}
     assert used == set(tiles.KERNELS)
+
+
+@needs_gluon
+def test_fp8_has_choices_of_its_own():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choices = choices_for("NVIDIA H100 80GB HBM3", "3.6.0", **QWEN3_VL_30B, fp8=True)
+    assert choices == shipped("NVIDIA H100 80GB HBM3", fp8=True)
+    assert {chosen.kernel for choice in choices for chosen in (choice.up, choice.down)} == set(tiles.FP8_KERNELS)
+
+
+@pytest.mark.parametrize("sizes", [(128, 8, 2048, 768), (5, 5, 64, 80), (512, 1, 64, 16)])
+@pytest.mark.parametrize("gluon", [True, False])
+def test_fp8_defaults(sizes, gluon, monkeypatch):
+    monkeypatch.setattr(tiles, "gluon_problem", lambda: None if gluon else "ImportError: no fence_async_shared")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        choices = choices_for("Some GPU", "3.6.0", *sizes, fp8=True)
+    limits = [choice.max_tokens for choice in choices]
+    assert limits[-1] is None
+    assert limits[:-1] == sorted(set(limits[:-1]))
+    assert all(choice.fp8 for choice in choices)
+    # A group of hidden values must not leave its tile, and a machine without Gluon gets plain Triton.
+    in_gluon = choices[-1].up.kernel == choices[-1].down.kernel == "fp8_tokens_m_ws"
+    assert in_gluon == (gluon and sizes[3] % 128 == 0)
 
 
 @needs_gluon
@@ -155,6 +181,7 @@ def test_without_gluon_the_defaults_need_no_warning(monkeypatch):
         (lambda c: c["shapes"][0]["buckets"][0]["up"].update(kernel="magic"), "one of gemv, weights_m, weights_m_ws"),
         (lambda c: c["shapes"][0]["buckets"][0]["up"].update(kernel="grouped"), "got 'grouped'"),
         (lambda c: c["shapes"][0]["buckets"][0].update(up={**PLAIN, "kernel": "gemv"}), "must both be 'gemv'"),
+        (lambda c: c["shapes"][0]["buckets"][0]["up"].update(kernel="fp8_weights_m"), "must both be for FP8 weights"),
         (lambda c: c["shapes"][0]["buckets"][0]["up"].update(depth=3), "unexpected keyword argument 'depth'"),
         (lambda c: c["shapes"][0]["buckets"].reverse(), "max_tokens must rise and the last bucket must have none"),
         (lambda c: c["shapes"][0].update(buckets=[]), "max_tokens must rise"),

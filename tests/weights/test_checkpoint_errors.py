@@ -257,11 +257,12 @@ def test_older_prefixes_are_refused(directory):
     assert " unexpected: visual." in text
 
 
-def test_fp8_checkpoint_is_refused_by_name(directory):
+@pytest.mark.parametrize("section", [None, "text_config", "vision_config"])
+def test_other_compression_is_refused_by_name(directory, section):
     raw = json.loads((directory / "config.json").read_text())
-    raw["quantization_config"] = {"quant_method": "fp8"}
+    (raw if section is None else raw[section])["compression_config"] = {"format": "pack-quantized"}
     (directory / "config.json").write_text(json.dumps(raw))
-    assert "fp8" in message(directory, ConfigError)
+    assert "compression_config is not supported" in message(directory, ConfigError)
 
 
 # --- options ---

@@ -134,5 +134,5 @@ class Down:
 def check(tiles: Tiles, block: int = 1) -> None:
     """Raises ValueError for tiles that no gemv takes, or whose steps are no whole blocks."""
     takes = tiles.rows == 1 and not tiles.keep and tiles.block_k % block == 0
-    also = f", and a block_k that is a multiple of {block}" if block > 1 else ""
-    require(takes, tiles, f"one row, nothing that L2 could keep{also}")
+    also = f" (and a block_k that is a multiple of {block})" if block > 1 else ""
+    require(takes, tiles, f"one row, and nothing that L2 could keep{also}")

@@ -98,7 +98,7 @@ def hopper_block_linear(
         ],
         # All copies are TMA's: a single warp issues them.
         [4, 1],
-        [216, 24],
+        [232, 24],
     )
 
 

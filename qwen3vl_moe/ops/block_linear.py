@@ -1,0 +1,67 @@
+"""Linear layers of the decoder: with weights of 16 bits, torch's own; in block-scaled FP8, this one."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from qwen3vl_moe.ops.dispatch import takes_kernels
+from tma_moe.block_fp8 import BLOCK, FP8, blocks, quantize_rows, scaled_linear
+from tma_moe.support import CAPABILITY, gluon_problem, triton_problem
+
+_FEW = 64  # rows up to which weights are read at the speed of memory by the kernel that rounds activations itself
+
+
+def linear(in_features: int, *parts: int, fp8: bool = False) -> nn.Linear | BlockLinear:
+    """A linear layer without bias whose output is that of one layer or of several, side by side."""
+    return BlockLinear(in_features, *parts) if fp8 else nn.Linear(in_features, sum(parts), bias=False)
+
+
+class BlockLinear(nn.Module):
+    """A linear layer without bias in block-scaled FP8 (``tma_moe.block_fp8``); activations are quantised on the way.
+
+    Args:
+        in_features: K.
+        parts: output features of one layer, or of several that are computed as one. Their sum is N.
+
+    Parameters (not trained):
+        weight: float8_e4m3fn [N, K].
+        scale: float32 [N / shared, ceil(K / 128)]: weights n, k are multiplied by ``scale[n // shared, k // 128]``.
+
+    Attributes:
+        shared: how many rows have their scales in common: 128, or fewer where a part is no multiple of that, so that
+            no block reaches from one part into the next.
+    """
+
+    def __init__(self, in_features: int, *parts: int):
+        super().__init__()
+        N = sum(parts)
+        self.shared = BLOCK if len(parts) == 1 else math.gcd(BLOCK, *parts)
+        weight = torch.empty(N, in_features, dtype=FP8)
+        scale = torch.empty(-(-N // self.shared), blocks(in_features), dtype=torch.float32)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x_TK: Tensor) -> Tensor:
+        """``x @ weight.T`` [T, N] in the dtype of x, summed in float32."""
+        if takes_kernels(x_TK) and _has_kernels(x_TK.device) and x_TK.shape[1] % 16 == 0:
+            if len(x_TK) > _FEW and self.shared == BLOCK and gluon_problem() is None:
+                from qwen3vl_moe.ops.kernels.hopper_linear import many_rows
+
+                return many_rows(x_TK, self.weight, self.scale)
+            from qwen3vl_moe.ops.kernels.block_linear import few_rows
+
+            return few_rows(x_TK, self.weight, self.scale, self.shared)
+        return scaled_linear(*quantize_rows(x_TK), self.weight, self.scale, self.shared).to(x_TK.dtype)
+
+    def extra_repr(self) -> str:
+        N, K = self.weight.shape
+        return f"in_features={K}, out_features={N}, shared={self.shared}"
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == CAPABILITY and triton_problem() is None
