@@ -12,7 +12,8 @@ from qwen3vl_moe.ops.dispatch import takes_kernels
 from tma_moe.block_fp8 import BLOCK, FP8, blocks, quantize_rows, scaled_linear
 from tma_moe.support import CAPABILITY, gluon_problem, triton_problem
 
-_FEW = 64  # rows up to which weights are read at the speed of memory by the kernel that rounds activations itself
+# Rows up to which each is multiplied by itself, and from which the tiles of the largest loads are filled.
+_FEW, _MANY = 4, 1536
 
 
 def linear(in_features: int, *parts: int, fp8: bool = False) -> nn.Linear | BlockLinear:
@@ -47,15 +48,20 @@ class BlockLinear(nn.Module):
 
     def forward(self, x_TK: Tensor) -> Tensor:
         """``x @ weight.T`` [T, N] in the dtype of x, summed in float32."""
-        if takes_kernels(x_TK) and _has_kernels(x_TK.device) and x_TK.shape[1] % 16 == 0:
-            if len(x_TK) > _FEW and self.shared == BLOCK and gluon_problem() is None:
-                from qwen3vl_moe.ops.kernels.hopper_linear import many_rows
+        if not takes_kernels(x_TK) or not _has_kernels(x_TK.device):
+            return scaled_linear(*quantize_rows(x_TK), self.weight, self.scale, self.shared).to(x_TK.dtype)
+        (T, K), operands = x_TK.shape, (x_TK, self.weight, self.scale)
+        if T >= _MANY and self.shared == BLOCK and K % 16 == 0 and gluon_problem() is None:
+            from qwen3vl_moe.ops.kernels.hopper_linear import many_rows
 
-                return many_rows(x_TK, self.weight, self.scale)
-            from qwen3vl_moe.ops.kernels.block_linear import few_rows
+            return many_rows(*operands)
+        from qwen3vl_moe.ops.kernels import block_linear
 
-            return few_rows(x_TK, self.weight, self.scale, self.shared)
-        return scaled_linear(*quantize_rows(x_TK), self.weight, self.scale, self.shared).to(x_TK.dtype)
+        if T <= _FEW and self.shared % 4 == 0:
+            return block_linear.one_row(*operands, self.shared)
+        if self.shared % 64 == 0 and K % 16 == 0:
+            return block_linear.some_rows(*operands, self.shared)
+        return block_linear.odd_rows(*operands, self.shared)
 
     def extra_repr(self) -> str:
         N, K = self.weight.shape

@@ -110,7 +110,8 @@ def random_model(
     for name, parameter in model.named_parameters():
         if parameter.dtype == torch.float8_e4m3fn:
             for rows in parameter.flatten(0, -2).split(1 << 14):  # N(0, 100) of FP8, piece by piece
-                rows.copy_(100 * torch.randn(rows.shape, device=device, dtype=torch.bfloat16, generator=generator))
+                drawn = torch.randn(rows.shape, device=device, dtype=torch.bfloat16, generator=generator)
+                rows.copy_(drawn.mul_(100).clamp_(-448, 448))  # beyond that lies no number, and copy_ makes it NaN
         elif name.endswith("scale"):
             parameter.uniform_(1.5e-4, 2.5e-4, generator=generator)
         elif name.endswith(".bias"):

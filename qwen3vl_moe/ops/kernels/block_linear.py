@@ -1,10 +1,12 @@
-"""A linear layer whose weights are in block-scaled FP8, in Triton: for a few rows, and for all odd sizes.
+"""A linear layer whose weights are in block-scaled FP8, in Triton: for one row, for some, and for all odd sizes.
 
-The weights are the M operand, as in `tma_moe.gemm.fp8_weights_m`, and what that file says of its steps holds here: each
-is one group of 128 channels, whose activations are rounded to FP8 by every program that reads them.
+Each step along the contraction is one group of 128 channels, as in `tma_moe.gemm.fp8_weights_m`: the tensor cores sum
+it by themselves, and the sum, times the scales of both operands, is added up in float32.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -12,12 +14,78 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen3vl_moe.ops.kernels.launch import run_kept
+from tma_moe.descriptors import activation_descriptor
+from tma_moe.launcher import Launch, current_stream, device_guard
 from tma_moe.pdl import take_turn
-from tma_moe.quantise import BLOCK, quantised
+from tma_moe.quantise import BLOCK, quantised, quantize_rows, rounded
+from tma_moe.support import interpreting
+
+
+@triton.jit
+def _one_row(
+    x_ptr,  # [T, K]
+    w_ptr,  # [N, K] FP8
+    scale_ptr,  # [N / SHARED, B]
+    y_ptr,  # [T, N]
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,  # rows of weights that have a scale in common
+    COLS: tl.constexpr,  # divides SHARED
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """COLS channels of one row of y, on the ordinary cores; see `tma_moe.gemm.fp8_gemv`."""
+    n = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    t = tl.program_id(1).to(tl.int64)
+    w_rows = (w_ptr + n.to(tl.int64) * K)[:, None]
+    scales = scale_ptr + tl.program_id(0) * COLS // SHARED * ((K + BLOCK - 1) // BLOCK)
+    take_turn(PDL)
+    acc = tl.zeros([COLS], tl.float32)
+    for at in tl.static_range(0, K, BLOCK_K):
+        k = at + tl.arange(0, BLOCK_K)
+        w = tl.load(w_rows + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
+        x = tl.load(x_ptr + t * K + k, mask=k < K, other=0.0)
+        x = rounded(x.reshape([BLOCK_K // BLOCK, BLOCK])).reshape([BLOCK_K])
+        x = x * tl.load(scales + k // BLOCK, mask=k < K, other=0.0)
+        acc += tl.sum(w.to(tl.float32) * x[None, :], axis=1)
+    tl.store(y_ptr + t * N + n, acc.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["T"])
-def _few_rows(
+def _some_rows(
+    x_desc,  # FP8 [T, K], blocks [ROWS, 128]
+    x_scale_ptr,  # [T, B]
+    w_desc,  # FP8 [N, K], blocks [COLS, 128]
+    scale_ptr,  # [N / SHARED, B]
+    y_ptr,  # [T, N]
+    T,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    COLS: tl.constexpr,  # divides SHARED
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """COLS channels of ROWS rows of y. The weights are the M operand."""
+    take_turn(PDL)
+    groups: tl.constexpr = (K + BLOCK - 1) // BLOCK
+    first_n, first_t = tl.program_id(0) * COLS, tl.program_id(1) * ROWS
+    n, t = first_n + tl.arange(0, COLS), first_t + tl.arange(0, ROWS)
+    x_scales = x_scale_ptr + tl.minimum(t, T - 1) * groups
+    scales = scale_ptr + first_n // SHARED * groups
+    acc = tl.zeros([COLS, ROWS], tl.float32)
+    for group in tl.range(0, groups, num_stages=STAGES):
+        w = w_desc.load([first_n, group * BLOCK])
+        x = x_desc.load([first_t, group * BLOCK])
+        scale = tl.load(x_scales + group) * tl.load(scales + group)
+        acc += tl.dot(w, x.T) * scale[None, :]
+    y_at = y_ptr + t.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty).T, mask=(t < T)[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["T"])
+def _odd_rows(
     x_ptr,  # [T, K]
     w_ptr,  # [N, K] FP8
     scale_ptr,  # [N / SHARED, B]
@@ -25,21 +93,17 @@ def _few_rows(
     T,
     N: tl.constexpr,
     K: tl.constexpr,
-    SHARED: tl.constexpr,  # rows of weights that have a scale in common
+    SHARED: tl.constexpr,
     COLS: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """COLS channels of ROWS rows of y."""
+    """COLS channels of ROWS rows of y, whatever the sizes."""
     n = tl.program_id(0) * COLS + tl.arange(0, COLS)
     t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     w_rows = (w_ptr + n.to(tl.int64) * K)[:, None]
     x_rows = (x_ptr + t.to(tl.int64) * K)[:, None]
-    if SHARED % COLS == 0:
-        scaled = tl.program_id(0) * COLS + tl.arange(0, 1)
-    else:
-        scaled = tl.minimum(n, N - 1)
-    scales = scale_ptr + scaled // SHARED * ((K + BLOCK - 1) // BLOCK)
+    scales = scale_ptr + tl.minimum(n, N - 1) // SHARED * ((K + BLOCK - 1) // BLOCK)
     acc = tl.zeros([COLS, ROWS], tl.float32)
     take_turn(PDL)
     for at in tl.range(0, K, BLOCK):
@@ -52,20 +116,51 @@ def _few_rows(
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty).T, mask=(t < T)[:, None] & (n < N)[None, :])
 
 
-def few_rows(x_TK: Tensor, weight_NK: Tensor, scale: Tensor, shared: int) -> Tensor:
-    """`x @ weight.T` in block-scaled FP8, rounded to the dtype of x.
+def one_row(x_TK: Tensor, weight_NK: Tensor, scale: Tensor, shared: int) -> Tensor:
+    """`x @ weight.T` in block-scaled FP8, rounded to the dtype of x; for a few rows, each by itself.
 
     Args:
         x_TK: bf16 or fp16, contiguous.
-        weight_NK: float8_e4m3fn, contiguous; K a multiple of 16.
-        scale: float32 [N / shared, ceil(K / 128)]: a scale for each `shared` rows and 128 columns.
+        weight_NK: float8_e4m3fn, contiguous.
+        scale: float32 [N / shared, ceil(K / 128)]: a scale for each `shared` rows and 128 columns; 4 divides `shared`.
     """
     (T, K), N = x_TK.shape, len(weight_NK)
     y_TN = torch.empty(T, N, dtype=x_TK.dtype, device=x_TK.device)
-    if T:
-        rows = min(64, max(16, triton.next_power_of_2(T)))
-        cols = 32 if N > 4096 else 16  # as many programs as there are multiprocessors, or more
-        constants = N, K, shared, cols, rows
+    constants = N, K, shared, 4, min(2048, max(BLOCK.value, triton.next_power_of_2(K)))
+    run_kept(_one_row, (triton.cdiv(N, 4), T, 1), (x_TK, weight_NK, scale, y_TN), (), constants, warps=4)
+    return y_TN
+
+
+@functools.cache
+def _launch(device: torch.device, dtype: torch.dtype, N: int, K: int, shared: int, cols: int, rows: int) -> Launch:
+    # Device and dtype are only part of the key: a compiled kernel belongs to both.
+    stages = 4 if rows > 64 else 6
+    return Launch(_some_rows, (N, K, shared, cols, rows, stages, not interpreting()), warps=4, stages=stages)
+
+
+def some_rows(x_TK: Tensor, weight_NK: Tensor, scale: Tensor, shared: int) -> Tensor:
+    """The same for any number of rows, where 64 divides `shared` and 16 divides K: TMA brings both operands."""
+    (T, K), N = x_TK.shape, len(weight_NK)
+    y_TN = torch.empty(T, N, dtype=x_TK.dtype, device=x_TK.device)
+    rows = min(128, max(16, triton.next_power_of_2(T)))
+    cols = 64
+    with device_guard(x_TK.device):
+        stream = current_stream(x_TK.device)
+        x8_TK, x_scale_TB = quantize_rows(stream, x_TK)
+        launch = _launch(x_TK.device, x_TK.dtype, N, K, shared, cols, rows)
+        x_desc = activation_descriptor(x8_TK, (rows, BLOCK.value))
+        w_desc = activation_descriptor(weight_NK, (cols, BLOCK.value))
         grid = triton.cdiv(N, cols), triton.cdiv(T, rows), 1
-        run_kept(_few_rows, grid, (x_TK, weight_NK, scale, y_TN), (T,), constants, warps=4, stages=4)
+        launch(stream, grid, x_desc, x_scale_TB, w_desc, scale, y_TN, T)
+    return y_TN
+
+
+def odd_rows(x_TK: Tensor, weight_NK: Tensor, scale: Tensor, shared: int) -> Tensor:
+    """The same for any sizes."""
+    (T, K), N = x_TK.shape, len(weight_NK)
+    y_TN = torch.empty(T, N, dtype=x_TK.dtype, device=x_TK.device)
+    rows = min(64, max(16, triton.next_power_of_2(T)))
+    grid = triton.cdiv(N, 16), triton.cdiv(T, rows), 1
+    constants = N, K, shared, 16, rows
+    run_kept(_odd_rows, grid, (x_TK, weight_NK, scale, y_TN), (T,), constants, warps=4, stages=4)
     return y_TN
