@@ -101,6 +101,21 @@ class TextStream:
         self._is_text: list[bool] = []
         self._settled = 0
 
+    @property
+    def watches(self) -> bool:
+        """Whether there are stop strings, so that every token has to be pushed as it comes."""
+        return self._token_bytes is not None and bool(self._stop)
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Take several tokens, where there are no stop strings."""
+        if self._token_bytes is None:
+            return
+        if self._spelled:
+            for token_id in token_ids:
+                self.push(token_id)
+        else:
+            self.text += self._decoder.decode(b"".join(map(self._token_bytes, token_ids)))
+
     def push(self, token_id: int, may_stop: bool = True) -> str | None:
         """Take one token; return the stop string that it completes, if any (the text then ends before it).
 

@@ -13,9 +13,11 @@ import time
 from collections import deque
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from qwen3vl_moe.engine.calls import Call
+from qwen3vl_moe.engine.chunks import Chunk, Decoding, Step
 from qwen3vl_moe.engine.constraints import Constraints, tokens_of_bad_words
 from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.detokenizer import TextStream, TokenBytes
@@ -26,7 +28,7 @@ from qwen3vl_moe.engine.outputs import Logprob, RequestMetrics
 from qwen3vl_moe.engine.params import SamplingParams, check_vocabulary
 from qwen3vl_moe.engine.runner import ChunkResult, Launched, Runner, StepResult
 from qwen3vl_moe.engine.sampler import TokenLogprob
-from qwen3vl_moe.engine.scheduler import Chunk, Scheduler
+from qwen3vl_moe.engine.scheduler import Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.engine.warm_up import compile_kernels
 from qwen3vl_moe.errors import NumbersError, OptionError, PromptError, UserError
@@ -233,52 +235,87 @@ class Engine:
         model_seconds = time.time() - max(step.started, self._last_read) - sum(result.seconds.values())
         self._last_read = time.time()
         self._launched.popleft()
-        for chunk, of_chunk in zip(step.chunks, result.results, strict=True):
-            if not chunk.sequence.finished:  # else this row is of no use
-                self._taking = chunk.sequence, chunk.sequence.num_output_tokens
-                self._take(chunk, of_chunk, result, max(0.0, model_seconds))
+        if isinstance(step.chunks, Decoding):
+            self._take_decoded(step.chunks, result, max(0.0, model_seconds))
+        else:
+            self._take_all(step.chunks, result, max(0.0, model_seconds))
         self._forget_finished()
         self._taking, self._half_done = None, False
 
-    def _launch(self, chunks: list[Chunk], after: Launched | None = None) -> None:
-        now = time.time()
-        for chunk in chunks:
-            metrics = chunk.sequence.metrics
-            if metrics.first_scheduled_time is None:
-                metrics.first_scheduled_time = now
-                metrics.stages["queue"] = now - metrics.arrival_time - metrics.stages["preprocess"]
-        if chunks:
-            self._launched.append(self.runner.launch(chunks, after))
-            if after is None:  # else their tokens are not known yet
-                self.scheduler.name_blocks(chunks)
+    def _launch(self, chunks: Step, after: Launched | None = None) -> None:
+        if not chunks:
+            return
+        if after is None:  # else every sequence has been in a step before
+            now = time.time()
+            for chunk in chunks:
+                metrics = chunk.sequence.metrics
+                if metrics.first_scheduled_time is None:
+                    metrics.first_scheduled_time = now
+                    metrics.stages["queue"] = now - metrics.arrival_time - metrics.stages["preprocess"]
+        self._launched.append(self.runner.launch(chunks, after))
+        if after is None:  # else their tokens are not known yet
+            self.scheduler.name_blocks(chunks)
 
-    def _take(self, chunk: Chunk, of_chunk: ChunkResult, of_step: StepResult, model_seconds: float) -> None:
+    def _take_all(self, chunks: list[Chunk], result: StepResult, model_seconds: float) -> None:
+        """Give every sequence of a step what that has computed for it."""
+        sampled = itertools.count()
+        for number, chunk in enumerate(chunks):
+            sequence, row = chunk.sequence, next(sampled) if chunk.samples else None
+            if sequence.finished:  # meanwhile: this row is of no use
+                continue
+            stages = sequence.metrics.stages
+            if result.encoded and sequence in result.encoded:
+                stages["host_to_device"] += result.seconds["host_to_device"]
+                stages["vision"] += result.seconds["vision"]
+            if chunk.samples:
+                stages["sample"] += result.seconds["sample"]
+            stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
+            self._take(chunk, result.of(number, row))
+
+    def _take_decoded(self, decoding: Decoding, result: StepResult, model_seconds: float) -> None:
+        """The same for a step of decoding, in which nearly every sequence gets its token, and that is all.
+
+        An interrupt may strike here too: a token is a sequence's own once it stands in its list.
+        """
+        decoding.tally.decode += model_seconds
+        decoding.tally.sample += result.seconds["sample"]
+        ends_S = (decoding.left_S == 1) | np.isin(result.tokens_R, decoding.endings)
+        busy_S = ends_S | decoding.watched_S | ~np.isfinite(result.highest_R)
+        rows = zip(decoding.sequences, result.tokens_R.tolist(), busy_S.tolist(), strict=True)
+        for row, (sequence, token_id, is_busy) in enumerate(rows):
+            if sequence.finish_reason is not None:  # meanwhile: this row is of no use
+                continue
+            if is_busy:
+                self._take(decoding[row], result.of(row, row))
+            else:
+                sequence.token_ids.append(token_id)
+                sequence.num_computed += 1
+        fills_S = decoding.stops_S % self.cache.block_size == 0
+        for row in np.flatnonzero(fills_S & ~busy_S).tolist():
+            if not decoding.sequences[row].finished:
+                self.scheduler.computed(decoding[row])
+
+    def _take(self, chunk: Chunk, result: ChunkResult) -> None:
         """Give a sequence what a step has computed for it."""
         sequence = chunk.sequence
-        stages = sequence.metrics.stages
-        if of_step.encoded and sequence in of_step.encoded:
-            stages["host_to_device"] += of_step.seconds["host_to_device"]
-            stages["vision"] += of_step.seconds["vision"]
-        if chunk.samples:
-            stages["sample"] += of_step.seconds["sample"]
-        stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
-        error = _error_of(sequence, of_chunk)
+        self._taking = sequence, sequence.num_output_tokens
+        error = _error_of(sequence, result)
         if error is not None:
             sequence.fail(error)
         else:
-            for entry in of_chunk.prompt_logprobs:
+            for entry in result.prompt_logprobs:
                 sequence.prompt_logprobs.append(self._readable(sequence, len(sequence.prompt_logprobs), entry))
-            if of_chunk.token_id is not None:
-                own = of_chunk.logprobs
+            if result.token_id is not None:
+                own = result.logprobs
                 logprobs = self._readable(sequence, len(sequence.token_ids), own) if own else None
-                sequence.append(of_chunk.token_id, logprobs)
+                sequence.append(result.token_id, logprobs)
             self.scheduler.computed(chunk)
         if sequence.finished:
             self.scheduler.remove(sequence)
 
     def _forget_finished(self) -> None:
         """Steps launched ahead for sequences that have all ended meanwhile are not waited for."""
-        while self._launched and all(chunk.sequence.finished for chunk in self._launched[0].chunks):
+        while self._launched and self._launched[0].in_vain:
             self._launched.popleft()
 
     def _readable(self, sequence: Sequence, place: int, entries: list[TokenLogprob]) -> dict[int, Logprob]:

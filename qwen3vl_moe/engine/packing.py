@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen3vl_moe.engine.scheduler import Chunk
+from qwen3vl_moe.engine.chunks import Chunk, Decoding, Step
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.model import Batch, VisionFeatures
 from qwen3vl_moe.model.batch import VisualTokens
@@ -28,6 +28,12 @@ class _Tables:
     admissions: list[int]
     rows: np.ndarray
 
+    def are_of(self, sequences: list[Sequence]) -> bool:
+        """Whether they are still the tables of these sequences."""
+        if sequences is self.sequences:  # handed on from step to step, which nothing has come between
+            return True
+        return sequences == self.sequences and self.admissions == [sequence.admissions for sequence in sequences]
+
 
 class Packer:
     """Packs steps over a cache of blocks of ``block_size`` tokens.
@@ -39,7 +45,7 @@ class Packer:
         self._block_size = block_size
         self._decoding: _Tables | None = None
 
-    def pack(self, chunks: list[Chunk], logit_rows: list[int], sampled_T: Tensor | None) -> Batch:
+    def pack(self, chunks: Step, logit_rows: list[int], sampled_T: Tensor | None) -> Batch:
         """The step that computes these chunks.
 
         Args:
@@ -50,6 +56,8 @@ class Packer:
         Returns:
             A batch with all tensors but those of images and ``sampled_T`` on the host.
         """
+        if isinstance(chunks, Decoding):
+            return self._pack_decoding(chunks, sampled_T)
         sequences = [chunk.sequence for chunk in chunks]
         starts_S, stops_S = np.array([c.start for c in chunks]), np.array([c.stop for c in chunks])
         lens_S = stops_S - starts_S
@@ -80,20 +88,44 @@ class Packer:
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         )
 
+    def _pack_decoding(self, step: Decoding, sampled_T: Tensor | None) -> Batch:
+        """The same for a step of decoding: no row needs to be looked at by itself."""
+        assert sampled_T is not None  # such a step is launched before the tokens of the last one are read
+        S, places_S, size = len(step), step.stops_S - 1, self._block_size
+        rows_S = np.arange(S + 1)
+        tables = self._kept_tables(step.sequences, places_S)
+        positions_3S = np.empty((3, S), np.int64)
+        positions_3S[:] = places_S + step.offsets_S
+        kv_starts = np.zeros(S + 1, np.int32)
+        np.cumsum(step.stops_S, out=kv_starts[1:])
+        return Batch(
+            input_ids_T=sampled_T,
+            positions_3T=torch.from_numpy(positions_3S),
+            segments=Segments(
+                (1,) * S,
+                tuple(step.stops_S.tolist()),
+                torch.from_numpy(rows_S.astype(np.int32)),
+                torch.from_numpy(kv_starts),
+                block_tables=torch.from_numpy(tables),
+                block_size=size,
+            ),
+            slots_T=torch.from_numpy(tables[rows_S[:S], places_S // size].astype(np.int64) * size + places_S % size),
+            logit_rows=torch.from_numpy(rows_S[:S]),
+        )
+
     def _tables(self, sequences: list[Sequence], starts_S: np.ndarray, lens_S: np.ndarray) -> np.ndarray:
         """Block tables, int32 [S, B], padded with 0; valid until the next call."""
         if lens_S.max() > 1:
             self._decoding = None
             return _block_tables(sequences, 0)
-        admissions = [sequence.admissions for sequence in sequences]
+        return self._kept_tables(sequences, starts_S)
+
+    def _kept_tables(self, sequences: list[Sequence], starts_S: np.ndarray) -> np.ndarray:
+        """:meth:`_tables` of sequences that compute one token each."""
         known, last = self._decoding, int(starts_S.max()) // self._block_size
-        if (
-            known is None
-            or known.sequences != sequences
-            or known.admissions != admissions
-            or last >= known.rows.shape[1]
-        ):
+        if known is None or last >= known.rows.shape[1] or not known.are_of(sequences):
             # Wide enough for some hundred steps to come.
+            admissions = [sequence.admissions for sequence in sequences]
             self._decoding = _Tables(sequences, admissions, _block_tables(sequences, last + 8))
             return self._decoding.rows
         for row in np.flatnonzero(starts_S % self._block_size == 0).tolist():

@@ -6,16 +6,17 @@ import itertools
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qwen3vl_moe.engine.chunks import Chunk, Decoding, Step
 from qwen3vl_moe.engine.cuda_graphs import StepGraphs, VisionGraphs, uses_graphs
 from qwen3vl_moe.engine.kv_cache import KVCache
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.packing import Packer
 from qwen3vl_moe.engine.sampler import SamplingPlan, TokenLogprob, readable, sample, token_logprobs
-from qwen3vl_moe.engine.scheduler import Chunk
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.inputs.images import Picture, copy_pixels, cut_patches
 from qwen3vl_moe.model import Qwen3VLMoe, VisionFeatures
@@ -49,13 +50,13 @@ class Launched:
         host_highest_R: fp32 on the host, the highest logit of each of them; so is this.
         asked: which of them log-probabilities are asked for, and of how many other tokens.
         logprobs: these, of :func:`.sampler.token_logprobs`, on the host; so are they.
-        prompt_logprobs: of each chunk.
+        prompt_logprobs: of each chunk; empty for a step of decoding.
         encoded: the sequences whose images it encodes.
         marks: points in the device's work: where copying pixels, encoding and the decoder begin and end.
         started: when the host began with it, in seconds since the epoch.
     """
 
-    chunks: list[Chunk]
+    chunks: Step
     tokens_R: Tensor
     host_tokens_R: Tensor
     host_highest_R: Tensor
@@ -66,17 +67,44 @@ class Launched:
     marks: dict[str, Mark]
     started: float
 
+    @property
+    def in_vain(self) -> bool:
+        """Whether all of its sequences have ended meanwhile."""
+        return all(chunk.sequence.finished for chunk in self.chunks)
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """One result per chunk; the sequences whose images were encoded; and seconds of parts of the step.
+    """What a step gave.
 
-    ``seconds`` has the keys ``host_to_device`` (pixels), ``vision`` and ``sample`` (from logits to tokens on the host).
+    Attributes:
+        tokens_R: int64, the next token of each chunk that samples, one after the other.
+        highest_R: fp32, the highest logit of each of these (see :func:`.sampler.sample`).
+        logprobs: of those of them for which they are asked for, by their number.
+        prompt_logprobs: of each chunk; empty for a step of decoding.
+        encoded: the sequences whose images were encoded.
+        seconds: of parts of the step: ``host_to_device`` (pixels), ``vision`` and ``sample`` (from logits to tokens on
+            the host).
     """
 
-    results: list[ChunkResult]
+    tokens_R: np.ndarray
+    highest_R: np.ndarray
+    logprobs: dict[int, list[TokenLogprob]]
+    prompt_logprobs: list[list[list[TokenLogprob]]]
     encoded: list[Sequence]
     seconds: dict[str, float]
+
+    def of(self, number: int, row: int | None) -> ChunkResult:
+        """The part of one chunk.
+
+        Args:
+            number: of the chunk.
+            row: its number among those that sample; None if it does not.
+        """
+        prompt_logprobs = self.prompt_logprobs[number] if self.prompt_logprobs else []
+        if row is None:
+            return ChunkResult(prompt_logprobs=prompt_logprobs)
+        return ChunkResult(int(self.tokens_R[row]), float(self.highest_R[row]), self.logprobs.get(row), prompt_logprobs)
 
 
 class Runner:
@@ -111,7 +139,7 @@ class Runner:
                 make()
 
     @torch.inference_mode()
-    def launch(self, chunks: list[Chunk], after: Launched | None = None) -> Launched:
+    def launch(self, chunks: Step, after: Launched | None = None) -> Launched:
         """Start to compute the chunks and to write them into the cache; their tokens are chosen on the device.
 
         Args:
@@ -119,27 +147,30 @@ class Runner:
             after: the step before, if its tokens have not been read: the chunks then begin with them.
         """
         started = time.time()
-        encoded, marks = self._encode_images(chunks)
-        sampling = [number for number, chunk in enumerate(chunks) if chunk.samples]
-        spans = [_prompt_logprob_span(chunk) for chunk in chunks]
-        begins = [0, *itertools.accumulate(chunk.stop - chunk.start for chunk in chunks)]
-        sample_rows = [begins[number + 1] - 1 for number in sampling]
-        prompt_rows = [begins[i] + place - chunks[i].start for i, span in enumerate(spans) for place in span]
-        sampled_T = None if after is None else _sampled_for(chunks, after)
+        encoded, marks, spans, prompt_rows = [], {}, [], []
+        if isinstance(chunks, Decoding):
+            sequences, sample_rows = chunks.sequences, list(range(len(chunks)))
+        else:
+            encoded, marks = self._encode_images(chunks)
+            spans = [_prompt_logprob_span(chunk) for chunk in chunks]
+            begins = [0, *itertools.accumulate(chunk.stop - chunk.start for chunk in chunks)]
+            sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+            sample_rows = [stop - 1 for chunk, stop in zip(chunks, begins[1:], strict=True) if chunk.samples]
+            prompt_rows = [begins[i] + place - chunks[i].start for i, span in enumerate(spans) for place in span]
+        sampled_T = None if after is None else _sampled_for(sequences, after)
         batch = self._packer.pack(chunks, sample_rows + prompt_rows, sampled_T)
         graphs = self._steps if self.replays and not prompt_rows else None
         logits_RV = None if graphs is None else graphs.run(batch)
         hidden_RH = None
         if logits_RV is None:
             hidden_RH = self.model.text(batch.to(self.model.device), self.cache.tensor)
-            logits_RV = self.model.compute_logits(hidden_RH[: len(sampling)])
+            logits_RV = self.model.compute_logits(hidden_RH[: len(sequences)])
         tokens_R = host_tokens_R = torch.empty(0, dtype=torch.int64)
         host_highest_R = torch.empty(0)
         asked: list[tuple[int, int]] = []
         logprobs: tuple[Tensor, ...] = ()
-        if sampling:
+        if sequences:
             marks["computed"] = _now(self.model.device)
-            sequences = [chunks[number].sequence for number in sampling]
             if not self._plan.serves(sequences, pending=sampled_T is not None):
                 self._plan = SamplingPlan.of(sequences, self.model.device, sampled_T)
             tokens_R, highest_R = sample(logits_RV, self._plan, self._generator)
@@ -149,7 +180,7 @@ class Runner:
                 most = max(_num_top(count, logits_RV) for _, count in asked)
                 logprobs = tuple(map(_to_host, token_logprobs(logits_RV[rows], tokens_R[rows], most)))
             marks["sampled"] = _now(self.model.device)
-        prompt_logprobs, row = [[] for _ in chunks], len(sampling)
+        prompt_logprobs, row = [[] for _ in spans], len(sequences)
         for number, span in enumerate(spans if prompt_rows else ()):
             prompt_logprobs[number] = self._prompt_logprobs(hidden_RH, row, chunks[number].sequence, span)
             row += len(span)
@@ -163,13 +194,10 @@ class Runner:
         last = list(step.marks.values())[-1:]
         if last and isinstance(last[0], torch.cuda.Event):
             last[0].synchronize()
-        results = [ChunkResult(prompt_logprobs=entries) for entries in step.prompt_logprobs]
-        sampled = [(chunk.sequence, r) for chunk, r in zip(step.chunks, results, strict=True) if chunk.samples]
-        tokens, highest = step.host_tokens_R.tolist(), step.host_highest_R.tolist()
-        for (_, result), token_id, highest_logit in zip(sampled, tokens, highest, strict=True):
-            result.token_id, result.highest_logit = token_id, highest_logit
-        for (row, count), entry in zip(step.asked, readable(step.logprobs), strict=True):
-            sampled[row][1].logprobs = entry if count == -1 else entry[: 1 + count]
+        logprobs = {
+            row: entry if count == -1 else entry[: 1 + count]
+            for (row, count), entry in zip(step.asked, readable(step.logprobs), strict=True)
+        }
         seconds = {
             stage: seconds_between(step.marks[start], step.marks[stop]) if start in step.marks else 0.0
             for stage, start, stop in (
@@ -178,7 +206,8 @@ class Runner:
                 ("sample", "computed", "sampled"),
             )
         }
-        return StepResult(results, step.encoded, seconds)
+        tokens_R, highest_R = step.host_tokens_R.numpy(), step.host_highest_R.numpy()
+        return StepResult(tokens_R, highest_R, logprobs, step.prompt_logprobs, step.encoded, seconds)
 
     def _encode_images(self, chunks: list[Chunk]) -> tuple[list[Sequence], dict[str, Mark]]:
         """Vision features of all images that the step needs and that have none yet; whose they are, and when."""
@@ -232,14 +261,16 @@ class Runner:
         return entries
 
 
-def _sampled_for(chunks: list[Chunk], step: Launched) -> Tensor:
-    """The tokens, int64 [T] on the device, that a step gives to these chunks of one token each."""
-    sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
-    going = [chunk.sequence for chunk in chunks]
-    if going == sampling:
+def _sampled_for(sequences: list[Sequence], step: Launched) -> Tensor:
+    """The next tokens, int64 [T] on the device, that a step gives to sequences in it."""
+    if isinstance(step.chunks, Decoding):
+        sampling = step.chunks.sequences
+    else:
+        sampling = [chunk.sequence for chunk in step.chunks if chunk.samples]
+    if sequences == sampling:
         return step.tokens_R
     row_of = {sequence: row for row, sequence in enumerate(sampling)}
-    return step.tokens_R[to_device(torch.tensor([row_of[sequence] for sequence in going]), step.tokens_R.device)]
+    return step.tokens_R[to_device(torch.tensor([row_of[sequence] for sequence in sequences]), step.tokens_R.device)]
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
 
+import numpy as np
+
+from qwen3vl_moe.engine.chunks import Chunk, Decoding, Step
 from qwen3vl_moe.engine.kv_cache import KVCache
 from qwen3vl_moe.engine.sequence import Sequence
 
 _SOON = 128  # tokens of its answer for which a running sequence should find room
-
-
-class Chunk(NamedTuple):
-    """Tokens ``start`` to ``stop`` of one sequence, computed in one step.
-
-    ``samples`` tells whether the sequence's next token comes out of it.
-    """
-
-    sequence: Sequence
-    start: int
-    stop: int
-    samples: bool
-
-    @property
-    def is_prefill(self) -> bool:
-        return self.start < self.sequence.num_prompt_tokens or self.stop - self.start > 1
 
 
 class Scheduler:
@@ -126,28 +112,38 @@ class Scheduler:
             take(sequence)
         return chunks
 
-    def ahead(self, chunks: list[Chunk]) -> list[Chunk]:
+    def ahead(self, chunks: Step) -> Step:
         """The next step, before this one's tokens are known; empty if it depends on them.
 
         It does not depend on them while every running sequence decodes without needing its history, each has a cache
         row free, and no waiting sequence can be admitted. Sequences about to reach their length limit are left out. One
         that turns out to have stopped is computed in vain, and no other sequence can find what that writes.
         """
-        live = [chunk for chunk in chunks if not chunk.sequence.finished]
-        going = [chunk for chunk in live if not chunk.sequence.ends_next]
-        if len(live) < len(self.running) or not all(c.samples and not c.sequence.needs_history for c in live):
+        if isinstance(chunks, Decoding):
+            live, goes_on = chunks.next(), [sequence.finish_reason is None for sequence in chunks.sequences]
+            if not all(goes_on):
+                live = live.where(np.array(goes_on))
+        else:
+            going = [chunk for chunk in chunks if not chunk.sequence.finished]
+            if not all(chunk.samples for chunk in going):
+                return []
+            live = Decoding.after(going)
+        constrained = [sequence for sequence in live.sequences if sequence.constraints is not None]
+        if len(live) < len(self.running) or any(sequence.needs_history for sequence in constrained):
             return []
-        if self.waiting and (len(going) < len(live) or self._has_room_for(self.waiting[0])):
+        following = live.where(live.left_S > 0)
+        if self.waiting and (len(following) < len(live) or self._has_room_for(self.waiting[0])):
             return []
-        size = self.cache.block_size
-        growing = [chunk for chunk in going if chunk.stop >= len(chunk.sequence.block_table) * size]
-        if sum(self.cache.needed(c.sequence.block_table, c.stop + 1) for c in growing) > self.cache.num_free:
+        # Another block is needed only where the token is its first one.
+        rows = np.flatnonzero((following.stops_S - 1) % self.cache.block_size == 0).tolist()
+        growing = [(following.sequences[row].block_table, int(following.stops_S[row])) for row in rows]
+        if sum(max(0, self.cache.needed(table, stop)) for table, stop in growing) > self.cache.num_free:
             return []
-        for chunk in growing:
-            self.cache.grow(chunk.sequence.block_table, chunk.stop + 1)
-        return [Chunk(chunk.sequence, chunk.stop, chunk.stop + 1, samples=True) for chunk in going]
+        for table, stop in growing:
+            self.cache.grow(table, stop)
+        return following if len(following) else []
 
-    def name_blocks(self, chunks: list[Chunk]) -> None:
+    def name_blocks(self, chunks: Step) -> None:
         """Make the keys that :meth:`computed` will need, while the device works on the chunks."""
         for chunk in chunks:
             self._filled(chunk)

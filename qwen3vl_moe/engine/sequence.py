@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,6 +16,14 @@ from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.errors import UserError
 from qwen3vl_moe.inputs.processor import ImageInput, Prompt
 from qwen3vl_moe.model import VisionFeatures
+
+
+@dataclass
+class Tally:
+    """Seconds of steps of decoding, added up once for all sequences that are in every one of them."""
+
+    decode: float = 0.0
+    sample: float = 0.0
 
 
 @dataclass(eq=False)
@@ -33,7 +41,7 @@ class Sequence:
         params: complete sampling parameters.
         max_len: most tokens of prompt and answer together.
         eos_token_ids: tokens that end the answer (empty with ignore_eos).
-        text: the answer's text so far.
+        text: of the answer; :meth:`spell` brings it up to the last token.
         generator: random numbers of a request with a seed, else None.
         index: which of the request's answers this is.
         constraints: what the request asks of single tokens; None: nothing.
@@ -45,6 +53,9 @@ class Sequence:
         features: vision features per image, None before they are computed and after the prompt is in the cache.
         num_prompt_tokens: of the prompt.
         position_offset: of a token of the answer, its M-RoPE position (the same on all three axes) less its place.
+        most_tokens: as many as prompt and answer may have together.
+        ending: tokens that end the answer, if it has min_tokens.
+        watched: whether every token has to be looked at as it comes, for stop strings or log-probabilities.
         admissions: how often it was given blocks to begin with.
     """
 
@@ -70,11 +81,14 @@ class Sequence:
         self.num_prompt_tokens, self.admissions = len(self.token_ids), 0
         self.position_offset = self.prompt.next_position - self.num_prompt_tokens
         answer = self.max_len if self.params.max_tokens is None else self.params.max_tokens
-        self._most_tokens = min(self.max_len, self.num_prompt_tokens + answer)
+        self.most_tokens = min(self.max_len, self.num_prompt_tokens + answer)
         self.features: list[VisionFeatures | None] = [None] * len(self.prompt.images)
         self.logprobs: list[dict[int, Logprob]] = []
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
-        self._shown = 0
+        self.ending = self.eos_token_ids.union(self.params.stop_token_ids or ())
+        self.watched = self.text.watches or self.params.logprobs is not None
+        self._shown = self._spelled = 0
+        self._tally, self._counted = Tally(), Tally()
         self._block_keys: list[bytes] = []
 
     @property
@@ -97,12 +111,12 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """The most tokens that the answer may still get."""
-        return self._most_tokens - len(self.token_ids)
+        return self.most_tokens - len(self.token_ids)
 
     @property
     def ends_next(self) -> bool:
         """Whether the next token is the last one, whatever it is."""
-        return len(self.token_ids) + 1 >= self._most_tokens
+        return len(self.token_ids) + 1 >= self.most_tokens
 
     @property
     def needs_history(self) -> bool:
@@ -161,7 +175,8 @@ class Sequence:
         del self.token_ids[self.num_prompt_tokens + num_output :], self.logprobs[num_output:]
         self._block_keys = []
         self.text.clear()
-        for number, token_id in enumerate(self.output_ids, start=1):
+        self._spelled = 0
+        for number, token_id in enumerate(self.output_ids if self.text.watches else (), start=1):
             self.text.push(token_id, may_stop=number > (self.params.min_tokens or 0))
         if self.generator is not None:
             self.generator.manual_seed(self.params.seed or 0)
@@ -178,24 +193,48 @@ class Sequence:
         if logprobs is not None:
             self.logprobs.append(logprobs)
 
-        may_stop = self.num_output_tokens > (self.params.min_tokens or 0)
-        is_eos = token_id in self.eos_token_ids
-        if may_stop and (is_eos or token_id in (self.params.stop_token_ids or ())):
-            if self.params.include_stop_str_in_output:
+        watches, may_stop = self.text.watches, self.num_output_tokens > (self.params.min_tokens or 0)
+        if may_stop and token_id in self.ending:
+            shown = self.params.include_stop_str_in_output
+            if shown and watches:
                 self.text.push(token_id, may_stop=False)
-            self.finish("stop", None if is_eos else token_id)
-        elif (stop := self.text.push(token_id, may_stop)) is not None:
+            self.finish("stop", None if token_id in self.eos_token_ids else token_id, unspelled=0 if shown else 1)
+        elif watches and (stop := self.text.push(token_id, may_stop)) is not None:
             self.finish("stop", stop)
         elif is_last:
             self.finish("length")
+
+    def spell(self, unspelled: int = 0) -> None:
+        """Bring the text up to the last token, but for ``unspelled`` ones: it is made only when somebody wants it.
+
+        Where stop strings are looked for, the text is there already; and once the answer has ended.
+        """
+        stop = len(self.token_ids) - unspelled
+        if not (self.text.watches or self.finished):
+            self.text.extend(self.token_ids[self.num_prompt_tokens + self._spelled : stop])
+            self._spelled = stop - self.num_prompt_tokens
+
+    def share(self, tally: Tally) -> None:
+        """From now on be in the steps that a tally counts, and in no others that any does."""
+        self.count()
+        self._tally, self._counted = tally, replace(tally)
+
+    def count(self) -> None:
+        """Bring the metrics up to the last step."""
+        before, self._counted = self._counted, replace(self._tally)
+        self.metrics.stages["decode"] += self._counted.decode - before.decode
+        self.metrics.stages["sample"] += self._counted.sample - before.sample
 
     def fail(self, error: UserError) -> None:
         """End the answer by an error, which the caller gets in its place."""
         self.error = error
         self.finish("error")
 
-    def finish(self, reason: str, stop: int | str | None = None) -> None:
+    def finish(self, reason: str, stop: int | str | None = None, unspelled: int = 0) -> None:
+        """End the answer, whose last ``unspelled`` tokens are no part of its text."""
+        self.spell(unspelled)
         self.text.flush()
+        self.share(Tally())
         self.metrics.finished_time = time.time()
         # The reason last: interrupted before it, the answer has not finished, and its last token is taken back.
         self.stop_reason = stop
@@ -203,6 +242,8 @@ class Sequence:
 
     def output(self) -> RequestOutput:
         """The answer so far; ``new_text`` is what this call adds to the one before it."""
+        self.spell()
+        self.count()
         text, asked = self.text.text, self.params.logprobs is not None
         token_ids = self.output_ids
         completion = CompletionOutput(

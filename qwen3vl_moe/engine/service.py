@@ -57,14 +57,19 @@ class Service:
         try:
             self._begin(sequences)
             while not finished:
-                self._advance([sequences])
-                finished, written = _ended(sequences), sum(len(sequence.text.text) for sequence in sequences)
+                with self._turns.lock:  # also while its text is made: a step of another call may add to it
+                    self._step_for([sequences])
+                    for sequence in sequences:
+                        sequence.spell()
+                    finished, written = _ended(sequences), sum(len(sequence.text.text) for sequence in sequences)
+                    outputs = [sequence.output() for sequence in sequences] if finished or written > shown else []
+                self._turns.let_others()
                 error = _error_of(sequences)
                 if error is not None:
                     raise error
-                if finished or written > shown:
+                if outputs:
                     shown = written
-                    yield joined([sequence.output() for sequence in sequences])
+                    yield joined(outputs)
         finally:
             self._give_up([sequences])
 
@@ -123,11 +128,15 @@ class Service:
                 self.engine.add(sequence)
 
     def _advance(self, requests: Any) -> None:
-        """A step, unless one of these requests has been brought to its end meanwhile, by another call."""
+        """A step for these requests, and then one of another call."""
         with self._turns.lock:
-            if not any(_ended(sequences) for sequences in requests):
-                self.engine.step()
+            self._step_for(requests)
         self._turns.let_others()
+
+    def _step_for(self, requests: Any) -> None:
+        """A step, unless one of these requests has been brought to its end meanwhile, by another call."""
+        if not any(_ended(sequences) for sequences in requests):
+            self.engine.step()
 
     def _give_up(self, requests: Any) -> None:
         with self._turns.lock:

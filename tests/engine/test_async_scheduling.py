@@ -1,5 +1,7 @@
 """Steps launched before the tokens of the last one are read: the same answers, and nothing left of rows in vain."""
 
+import sys
+
 import pytest
 
 from qwen3vl_moe.engine import SamplingParams
@@ -208,28 +210,37 @@ def test_an_interruption_leaves_other_requests_whole(llm, monkeypatch, params, p
     check_leaks(llm)
 
 
-def test_an_interruption_while_tokens_are_handed_out(llm, monkeypatch):
-    """The step launched ahead goes on from tokens of which some were not taken."""
-    expected = tokens(llm.generate([TEXT, PROMPTS["text"]], GREEDY))
-    streams = [llm.stream(TEXT, GREEDY), llm.stream(PROMPTS["text"], GREEDY)]
-    for stream in streams:
+@pytest.mark.parametrize("at", range(1, 22))
+def test_an_interruption_while_tokens_are_handed_out(llm, at):
+    """Before each line of it. The step launched ahead goes on from tokens of which some were not taken."""
+    asked = [GREEDY, greedy(24, logprobs=1), GREEDY]
+    prompts = [TEXT, PROMPTS["text"], "One two three"]
+    expected = tokens(llm.generate(prompts, asked))
+    streams = list(map(llm.stream, prompts, asked))
+    for stream in [*streams, streams[0]]:
         next(stream)
-    next(streams[0])
-    take, calls = llm.engine._take, []
+    handing_out, lines, before = llm.engine._take_decoded.__code__, 0, sys.gettrace()
 
-    def interrupted(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
+    def trace(frame, event, argument):
+        nonlocal lines
+        if frame.f_code is not handing_out:
+            return trace if event == "call" else None
+        lines += event == "line"
+        if lines == at:
+            lines += 1
             raise KeyboardInterrupt
-        take(*arguments)
+        return trace
 
-    with monkeypatch.context() as patch:
-        patch.setattr(llm.engine, "_take", interrupted)
+    sys.settrace(trace)
+    try:
         with pytest.raises(KeyboardInterrupt):
             llm.engine.step()
+    finally:
+        sys.settrace(before)
     for stream, answer in zip(streams, expected, strict=True):
         *_, last = stream
         assert last.outputs[0].token_ids == answer
+        assert last.outputs[0].text == llm.processor.tokenizer.decode(answer, skip_special_tokens=True)
     check_leaks(llm)
 
 

@@ -52,6 +52,16 @@ def test_any_tokens_give_the_tokenizers_text(tokenizer, token_bytes, tokens):
     assert stream.text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+@given(st.lists(st.lists(st.integers(0, 511), max_size=9), max_size=6), st.booleans())
+def test_many_tokens_at_once_are_the_same_as_one_by_one(token_bytes, parts, skip_special):
+    together, single = (TextStream(token_bytes, skip_special=skip_special) for _ in range(2))
+    for part in parts:
+        together.extend(part)
+        for token in part:
+            single.push(token)
+        assert together.text == single.text
+
+
 def test_real_vocabulary(shared_dir):
     tokenizer = load_tokenizer(shared_dir / "qwen3vl-tokenizer")
     stream = TextStream(TokenBytes(tokenizer))
