@@ -12,8 +12,8 @@ from qwen3vl_moe.ops.dispatch import takes_kernels
 from tma_moe.block_fp8 import BLOCK, FP8, blocks, quantize_rows, scaled_linear
 from tma_moe.support import CAPABILITY, gluon_problem, triton_problem
 
-# Rows up to which each is multiplied by itself, and from which the tiles of the largest loads are filled.
-_FEW, _MANY = 4, 1536
+_FEW = 4  # rows, each of which is multiplied by itself
+_FULL = 100  # tiles of 128 x 256 from which on they keep a card busy
 
 
 def linear(in_features: int, *parts: int, fp8: bool = False) -> nn.Linear | BlockLinear:
@@ -51,7 +51,8 @@ class BlockLinear(nn.Module):
         if not takes_kernels(x_TK) or not _has_kernels(x_TK.device):
             return scaled_linear(*quantize_rows(x_TK), self.weight, self.scale, self.shared).to(x_TK.dtype)
         (T, K), operands = x_TK.shape, (x_TK, self.weight, self.scale)
-        if T >= _MANY and self.shared == BLOCK and K % 16 == 0 and gluon_problem() is None:
+        many = -(-T // 128) * -(-len(self.weight) // 256) >= _FULL
+        if many and self.shared == BLOCK and K % 16 == 0 and gluon_problem() is None:
             from qwen3vl_moe.ops.kernels.hopper_linear import many_rows
 
             return many_rows(*operands)

@@ -16,9 +16,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 KINDS = {
     "attention": r"hopper_attend|attend_packed|attend_span|join_spans",
     "experts": r"(gemv|weights_m|weights_m_ws|tokens_m_ws)_(up|down)",
+    "quantising": r"quantise_rows",
     "routing and combine": r"route_topk|group_few|count_pairs|group_many|^combine",
     "norms and rotation": r"add_norm|norm_rotate_store",
-    "projections and head": r"gemm|gemv|cutlass|nvjet|xmma|splitk",
+    "projections and head": r"gemm|gemv|cutlass|nvjet|xmma|splitk|hopper_block_linear|^_(one|some|odd)_rows",
     "the rest": "",
 }
 

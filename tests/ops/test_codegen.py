@@ -1,5 +1,6 @@
 """What the compiler makes of the decoder's and the tower's kernels for Hopper, at the published sizes, with no GPU."""
 
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -12,7 +13,9 @@ if INTERPRETED:
     pytest.skip("compiles, so not in the interpreter", allow_module_level=True)
 
 from qwen3vl_moe.ops.kernels import (
+    block_linear,
     hopper_attention,
+    hopper_linear,
     launch,
     packed_attention,
     paged_decode,
@@ -22,6 +25,7 @@ from qwen3vl_moe.ops.kernels import (
     rotation,
 )
 from tests.kernels.codegen import GPUTarget, compile_for_hopper
+from tma_moe import FP8
 from tma_moe.launcher import instead_of_launching
 
 BF16, FP32, INT32 = (torch.empty(16, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.int32))
@@ -176,3 +180,31 @@ def test_hopper_attention(monkeypatch, heads, width, causal, block_size):
     assert made.shared <= 232_448
     # A few bytes are spilled by the compiler of triton 3.9, none by that of 3.6.
     assert made.spilled <= (48 if block_size else 16)
+
+
+@pytest.mark.parametrize(("N", "K"), [(5120, 2048), (2048, 4096)], ids=["qkv", "out"])
+def test_block_linear(N, K):
+    meta = torch.device("meta")
+    weight, scale = torch.empty(N, K, dtype=FP8, device=meta), torch.empty(N // 128, K // 128, device=meta)
+    seen = {}
+    with instead_of_launching(lambda launch, grid, args: seen.update({launch.kernel.__name__: (launch, args)})):
+        for T in (16, 8192):
+            x = torch.empty(T, K, dtype=torch.bfloat16, device=meta)
+            block_linear.some_rows(x, weight, scale, 128)
+            hopper_linear.many_rows(x, weight, scale)
+    assert seen.keys() == {"quantise_rows", "_some_rows", "hopper_block_linear"}
+    for name, (launch, args) in seen.items():
+        made = compile_for_hopper(launch.kernel, args, launch.constants, launch.options)
+        assert made.spilled == 0
+        made.assert_takes_turn(reads_early=name == "hopper_block_linear")
+        if name != "quantise_rows":
+            products = re.findall(r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3 R\d+, [^;]*", made.sass)
+            # A step along K, which is four products, begins with no sum.
+            assert len(products) == 4 * sum("!UPT" in product for product in products) > 0
+            assert made.count("cp.async.bulk.tensor") >= 2
+            assert made.count("mma.sync") == 0
+    arguments = (BF16, torch.empty(16, dtype=FP8), FP32, BF16)
+    made = compile_for_hopper(block_linear._one_row, arguments, (N, K, 128, 4, 2048, True), {"num_warps": 4})
+    assert made.spilled == 0
+    made.assert_takes_turn(reads_early=False)
+    assert re.search(r"ld\.global\S*\.v4\.b32", made.ptx)

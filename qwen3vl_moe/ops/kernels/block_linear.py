@@ -134,16 +134,17 @@ def one_row(x_TK: Tensor, weight_NK: Tensor, scale: Tensor, shared: int) -> Tens
 @functools.cache
 def _launch(device: torch.device, dtype: torch.dtype, N: int, K: int, shared: int, cols: int, rows: int) -> Launch:
     # Device and dtype are only part of the key: a compiled kernel belongs to both.
-    stages = 4 if rows > 64 else 6
-    return Launch(_some_rows, (N, K, shared, cols, rows, stages, not interpreting()), warps=4, stages=stages)
+    return Launch(_some_rows, (N, K, shared, cols, rows, 6, not interpreting()), warps=4, stages=6)
 
 
 def some_rows(x_TK: Tensor, weight_NK: Tensor, scale: Tensor, shared: int) -> Tensor:
     """The same for any number of rows, where 64 divides `shared` and 16 divides K: TMA brings both operands."""
     (T, K), N = x_TK.shape, len(weight_NK)
     y_TN = torch.empty(T, N, dtype=x_TK.dtype, device=x_TK.device)
-    rows = min(128, max(16, triton.next_power_of_2(T)))
-    cols = 64
+    cols = 64  # a warpgroup MMA has as many rows
+    rows = min(64, max(16, triton.next_power_of_2(T)))
+    while rows > 16 and triton.cdiv(N, cols) * triton.cdiv(T, rows) < 100:  # leaves multiprocessors idle
+        rows //= 2
     with device_guard(x_TK.device):
         stream = current_stream(x_TK.device)
         x8_TK, x_scale_TB = quantize_rows(stream, x_TK)
