@@ -7,7 +7,8 @@
 Works with every transformers 5 model whose experts are the standard fused module (Qwen3-VL-MoE, Qwen3-MoE,
 Mixtral, ...): `gate_up_proj [E, 2I, H]`, `down_proj [E, H, I]`, SiLU, gate rows before up rows, and nothing else: no
 biases, norms, limits. A module with anything that is not known here is refused by that thing's name, never computed
-wrongly; the test tries every experts class of the installed transformers. Inference only.
+wrongly; the test tries every experts class of the installed transformers. Experts in block-scaled FP8
+(`FineGrainedFP8Config`) are served, too (hf_fp8.py). Inference only.
 
 The parameters are shared with the model, not copied. The module contract and the registry are those of
 `transformers.integrations.moe` (`use_experts_implementation`, `ALL_EXPERTS_FUNCTIONS`), read in transformers 5.17.
@@ -16,12 +17,14 @@ The parameters are shared with the model, not copied. The module contract and th
 import functools
 import inspect
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import tma_moe
+from tma_moe.hf_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, fp8_unsupported, is_fp8
 
 try:
     from transformers.activations import ACT2FN
@@ -63,9 +66,11 @@ _weights_of: weakref.WeakKeyDictionary[nn.Module, tma_moe.ExpertWeights] = weakr
 
 def register() -> None:
     """Adds both names to transformers' experts implementations. Done on import; doing it again changes nothing."""
-    registry: Any = hf_moe.ALL_EXPERTS_FUNCTIONS
-    registry.register("tma_moe", tma_experts_forward)
-    registry.register("tma_moe_reference", reference_experts_forward)
+    registry: Any
+    for registry in (hf_moe.ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
+        if registry is not None:
+            registry.register("tma_moe", tma_experts_forward)
+            registry.register("tma_moe_reference", reference_experts_forward)
 
 
 def tma_experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ def experts_forward(
 
     Args:
         module: a standard experts module (see the module docstring).
-        hidden_TH: `[T, H]` activations. Cast to the dtype of the weights where autocast made them differ.
+        hidden_TH: `[T, H]` activations. Cast to the dtype of the weights (if not FP8) where autocast made them differ.
         topk_ids_TK: `[T, K]` int64 or int32 expert ids from the router.
         topk_weights_TK: `[T, K]` routing weights, any floating dtype (combined in float32).
         implementation: a key of `BACKENDS`.
@@ -101,13 +106,14 @@ def experts_forward(
         RuntimeError: gradients are asked for, or `"tma_moe"` cannot run on this device.
         ValueError: the module is not a standard experts module.
     """
-    experts = _expert_weights(module, implementation)
+    experts = _expert_weights(module, implementation, hidden_TH.dtype)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_TH, topk_weights_TK, *experts.parameters())):
         raise RuntimeError(
             f"experts implementation {implementation!r} is for inference and has no backward: call the model under "
             "torch.inference_mode() or torch.no_grad(), or train with model.set_experts_implementation('grouped_mm')"
         )
-    x_TH = hidden_TH.to(experts.gate_up.dtype).contiguous()
+    dtype = hidden_TH.dtype if experts.gate_up.dtype == tma_moe.FP8 else experts.gate_up.dtype
+    x_TH = hidden_TH.to(dtype).contiguous()
     if topk_weights_TK.dtype != x_TH.dtype:  # the op reads both dtypes: no conversion where the router gives either
         topk_weights_TK = topk_weights_TK.to(torch.float32)
     operands = x_TH, topk_ids_TK.contiguous(), topk_weights_TK.contiguous(), experts
@@ -128,6 +134,9 @@ def unsupported(module: nn.Module) -> str | None:
         if flag not in _FLAGS and getattr(module, flag, standard) != standard:
             return f"it has {flag}={getattr(module, flag)!r}, which the kernel does not know"
     parameters, buffers = (dict(named(recurse=False)) for named in (module.named_parameters, module.named_buffers))
+    if is_fp8(module):
+        problem = fp8_unsupported(module, {*_ATTRIBUTES, *_decorator_defaults()})
+        return problem or _unsupported_gate_and_shapes(module, parameters)
     for name in ("gate_up_proj", "down_proj"):
         if name not in parameters:
             return f"it has no parameter {name}"
@@ -147,6 +156,10 @@ def unsupported(module: nn.Module) -> str | None:
     for kind, names in (("parameter", more), ("buffer", sorted(buffers)), ("part", children), ("setting", attributes)):
         if names:
             return f"it has the {kind} {names[0]}, which the kernel does not know"
+    return _unsupported_gate_and_shapes(module, parameters)
+
+
+def _unsupported_gate_and_shapes(module: nn.Module, parameters: Mapping[str, Tensor]) -> str | None:
     activation = getattr(module, "act_fn", None)
     if not (type(activation) in _SILU_TYPES or activation is nn.functional.silu):
         name = type(activation).__name__ if isinstance(activation, nn.Module) else getattr(activation, "__name__", None)
@@ -177,7 +190,7 @@ def _unsupported_shapes(module: nn.Module, gate_up: Tensor, down: Tensor) -> str
     return None
 
 
-def _expert_weights(module: nn.Module, implementation: str) -> tma_moe.ExpertWeights:
+def _expert_weights(module: nn.Module, implementation: str, hidden_dtype: torch.dtype) -> tma_moe.ExpertWeights:
     """The `ExpertWeights` that shares the module's parameters, made at the first call and when one was re-bound."""
     experts = _weights_of.get(module)
     bound = module._parameters
@@ -194,15 +207,18 @@ def _expert_weights(module: nn.Module, implementation: str) -> tma_moe.ExpertWei
         num_experts, hidden_size, expert_width = down.shape
         experts = tma_moe.ExpertWeights(num_experts, hidden_size, expert_width, device="meta", dtype=down.dtype)
         experts.gate_up, experts.down = gate_up, down  # the very same Parameter objects: no copy, no second storage
+        if is_fp8(module):
+            experts.gate_up_scale, experts.down_scale = bound["gate_up_proj_scale_inv"], bound["down_proj_scale_inv"]
         _weights_of[module] = experts
     if BACKENDS[implementation] == "tma":
-        _check_available(experts.down.device, experts.down.dtype)
+        weights = experts.down.dtype
+        _check_available(experts.down.device, hidden_dtype if weights == tma_moe.FP8 else weights, weights)
     return experts
 
 
 @functools.cache  # asked once per layer and step; an exception is not cached
-def _check_available(device: torch.device, dtype: torch.dtype) -> None:
-    reason = tma_moe.unavailable(device, dtype)
+def _check_available(device: torch.device, dtype: torch.dtype, weights: torch.dtype) -> None:
+    reason = tma_moe.unavailable(device, dtype, weights=weights)
     if reason is not None:
         raise RuntimeError(
             f"experts implementation 'tma_moe' cannot run here: {reason}. "

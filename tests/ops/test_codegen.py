@@ -193,8 +193,8 @@ def test_block_linear(N, K):
             block_linear.some_rows(x, weight, scale, 128)
             hopper_linear.many_rows(x, weight, scale)
     assert seen.keys() == {"quantise_rows", "_some_rows", "hopper_block_linear"}
-    for name, (launch, args) in seen.items():
-        made = compile_for_hopper(launch.kernel, args, launch.constants, launch.options)
+    for name, (kept, args) in seen.items():
+        made = compile_for_hopper(kept.kernel, args, kept.constants, kept.options)
         assert made.spilled == 0
         made.assert_takes_turn(reads_early=name == "hopper_block_linear")
         if name != "quantise_rows":
