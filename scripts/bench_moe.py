@@ -29,10 +29,12 @@ from benchmarking.moe import (
     Candidate,
     CudaTimer,
     MoeShape,
+    dequantised,
     draw_routing,
     floor_us,
     grouped_mm_moe,
     parse_tokens,
+    random_experts,
     relative_error,
     spread,
 )
@@ -53,15 +55,12 @@ class Layers:
         self.shape, self.device, self.dtype = shape, device, dtype
         self.experts = []
         for _ in range(count):
-            experts = tma_moe.ExpertWeights(
-                shape.num_experts, shape.hidden_size, shape.expert_width, device=device, dtype=dtype
-            )
-            experts.gate_up.normal_(std=shape.hidden_size**-0.5)
-            experts.down.normal_(std=shape.expert_width**-0.5)
-            self.experts.append(experts)
+            self.experts.append(random_experts(shape, device, dtype))
         # The first layer again in float32: the definition of correct.
-        first = self.experts[0]
-        self.exact = tma_moe.ExpertWeights.from_checkpoint(first.gate_up.float(), first.down.float(), "transformers5")
+        self.exact = dequantised(self.experts[0], torch.float32)
+        # For the baseline, which has no FP8: as many as rotate.
+        rotating = self.experts[:ROTATION]
+        self.plain = [dequantised(experts, dtype) for experts in rotating] if shape.fp8 else self.experts
 
 
 @dataclasses.dataclass
@@ -86,7 +85,7 @@ class Point:
         return tma_moe.fused_moe(self.x_TH, *route, self.layers.experts[layer], backend=self.backend)
 
     def baseline(self, layer: int) -> Tensor:
-        experts = self.layers.experts[layer]
+        experts = self.layers.plain[layer % len(self.layers.plain)]
         return grouped_mm_moe(self.x_TH, *self.routes[layer % ROTATION], experts.gate_up, experts.down)
 
     def candidate(self, call: Callable[[int], Tensor], num_layers: int, policy: str = "owned") -> Candidate:
@@ -165,7 +164,7 @@ def run(
 
     ``results`` is filled while it goes on, for whoever wants to keep what was measured before an error.
     """
-    ceilings = timer.ceilings()
+    ceilings = timer.fp8_ceilings() if shape.fp8 else timer.ceilings()
     results = {} if results is None else results
     results |= {
         "shape": str(shape),
@@ -183,7 +182,7 @@ def run(
     for routing in routings:
         for num_tokens in tokens:
             point = Point(layers, routing, num_tokens, backend)
-            floors = [floor_us(shape, ids, ceilings, dtype.itemsize) for ids, _ in point.routes]
+            floors = [floor_us(shape, ids, ceilings, 1 if shape.fp8 else dtype.itemsize) for ids, _ in point.routes]
             floor = (sum(us for us, _ in floors) / len(floors), floors[0][1])
             row = measure(point, timer, floor, eager=routing == routings[0])
             results["points"].append(row)
@@ -325,6 +324,7 @@ def report(results: dict[str, Any], json_path: Path | None, plot_path: Path | No
 def main(
     tokens: str = typer.Option(DEFAULT_TOKENS, help="Token counts, comma separated."),
     shape: str = typer.Option("128,8,2048,768", help="E,K,H,I: experts, experts per token, hidden size, expert width."),
+    dtype: str = typer.Option("bf16", help="Of the weights: bf16, or fp8 (with block scales; grouped_mm stays bf16)."),
     routing: str = typer.Option("uniform,zipf", help="Routings: uniform, zipf or both."),
     layers: int = typer.Option(48, min=ROTATION, help="Weight sets for the eager passes (30B model: 48, 1.2 GB each)."),
     samples: int = typer.Option(30, min=3, help="Samples of every candidate."),
@@ -352,7 +352,7 @@ def main(
         report(results, None, plot_path)
         return
     try:
-        moe_shape, counts = MoeShape.parse(shape), parse_tokens(QUICK_TOKENS if quick else tokens)
+        moe_shape, counts = MoeShape.parse(shape, dtype), parse_tokens(QUICK_TOKENS if quick else tokens)
     except ValueError as error:
         raise fail(str(error)) from None
     routings = tuple(routing.split(","))
@@ -361,7 +361,8 @@ def main(
     reason = tma_moe.unavailable("cuda", torch.bfloat16)
     if reason is not None:
         raise fail(f"nothing to measure here: {reason}")
-    needed, free = layers * moe_shape.num_experts * moe_shape.expert_bytes(2), torch.cuda.mem_get_info()[0]
+    per_layer = moe_shape.num_experts * moe_shape.expert_bytes(1 if moe_shape.fp8 else 2)
+    needed, free = layers * per_layer, torch.cuda.mem_get_info()[0]
     if needed + 12 * 2**30 > free:
         raise fail(
             f"{layers} layers need {needed / 2**30:.0f} GiB and about 12 GiB beside them, but "

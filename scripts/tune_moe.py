@@ -29,7 +29,17 @@ from rich.console import Console
 from rich.table import Table
 
 import tma_moe
-from benchmarking.moe import Candidate, CudaTimer, MoeShape, draw_routing, parse_tokens, relative_error, spread
+from benchmarking.moe import (
+    Candidate,
+    CudaTimer,
+    MoeShape,
+    dequantised,
+    draw_routing,
+    parse_tokens,
+    random_experts,
+    relative_error,
+    spread,
+)
 from benchmarking.tile_search import ROLES, compile_or_reason, families, same_kernel
 from program import any_text
 from replace_file import replace_file
@@ -39,7 +49,7 @@ from tma_moe.tiles import Choice, Tiles
 
 DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
 ROTATION = 4  # weight sets, so that L2 never holds them
-KEEPING = ("weights_m", "weights_m_ws")  # kernels that can ask L2 to keep what they store
+KEEPING = ("weights_m", "weights_m_ws", "fp8_weights_m")  # kernels that can ask L2 to keep what they store
 AT_ONCE = 8  # candidates timed in turns; each holds a captured graph with its buffers
 console = Console(width=150 if not sys.stdout.isatty() else None)  # tables whole in a log file
 
@@ -63,12 +73,7 @@ class GpuOp:
         self.inputs: tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]] | None = None
         self.experts = []
         for _ in range(ROTATION):
-            experts = tma_moe.ExpertWeights(
-                shape.num_experts, shape.hidden_size, shape.expert_width, device=device, dtype=dtype
-            )
-            experts.gate_up.normal_(std=shape.hidden_size**-0.5)
-            experts.down.normal_(std=shape.expert_width**-0.5)
-            self.experts.append(experts)
+            self.experts.append(random_experts(shape, device, dtype))
 
     def _inputs(self, num_tokens: int) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """Activations and one routing for each weight set; every candidate of a token count gets the same."""
@@ -93,10 +98,7 @@ class GpuOp:
     def error(self, choice: Choice, num_tokens: int) -> float:
         x_TH, routes = self._inputs(num_tokens)
         first = self.experts[0]
-        exact_experts = tma_moe.ExpertWeights.from_checkpoint(
-            first.gate_up.float(), first.down.float(), "transformers5"
-        )
-        exact = tma_moe.fused_moe(x_TH.float(), *routes[0], exact_experts, backend="reference")
+        exact = tma_moe.fused_moe(x_TH.float(), *routes[0], dequantised(first, torch.float32), backend="reference")
         working = tma_moe.fused_moe(x_TH, *routes[0], first, backend="reference")
         ours = make_recipe(x_TH.device, *self.sizes, choice).run(x_TH, *routes[0], first)
         return relative_error(ours, exact) / (2 * relative_error(working, exact))
@@ -246,12 +248,18 @@ def with_buckets(current: tuple[Choice, ...], tuned: dict[int, Choice]) -> tuple
     return tuple(Choice(limit, choice.up, choice.down) for limit, choice in last_of_run)
 
 
-def config_path(device: str) -> Path:
-    """The file that was measured on this device with this triton; a new one, named after both, if there is none."""
+def config_path(device: str, fp8: bool = False) -> Path:
+    """The file that was measured on this device with this triton; a new one, named after both, if there is none.
+
+    FP8 weights have files of their own.
+    """
     for path in sorted(tile_files.CONFIG_DIR.glob("*.json")):
         document = json.loads(path.read_text())
-        if (document.get("measured_on"), document.get("triton")) == (device, triton.__version__):
+        (_, choices), *_ = tile_files.load(path)["shapes"]
+        found = document.get("measured_on"), document.get("triton"), choices[0].fp8
+        if found == (device, triton.__version__, fp8):
             return path
+    device = f"{device}-fp8" if fp8 else device
     slug = re.sub(r"[^a-z0-9.]+", "-", f"{device}-triton-{triton.__version__}".lower())
     return tile_files.CONFIG_DIR / f"{slug}.json"
 
@@ -343,6 +351,7 @@ def fail(message: str) -> typer.Exit:
 
 def main(
     shape: str = typer.Option("128,8,2048,768", help="E,K,H,I: experts, experts per token, hidden size, expert width."),
+    dtype: str = typer.Option("bf16", help="Of the weights: bf16, or fp8 with block scales."),
     tokens: str = typer.Option(DEFAULT_TOKENS, help="Token counts to tune; each serves calls up to its own size."),
     output: Path | None = typer.Option(None, help="Configuration file; by default in tma_moe/configs, by device name."),
     max_seconds: float = typer.Option(480.0, min=1.0, help="Stop after this long; start again to go on."),
@@ -351,7 +360,7 @@ def main(
     """Finds the fastest tiles of the fused MoE on this GPU and writes them where the op looks them up."""
     deadline = time.monotonic() + max_seconds
     try:
-        moe_shape, counts = MoeShape.parse(shape), parse_tokens(tokens)
+        moe_shape, counts = MoeShape.parse(shape, dtype), parse_tokens(tokens)
     except ValueError as error:
         raise fail(str(error)) from None
     reason = tma_moe.unavailable("cuda", torch.bfloat16)
@@ -359,7 +368,7 @@ def main(
         raise fail(f"nothing to tune here: {reason}")
     device = torch.cuda.get_device_name()
     try:
-        output = output or config_path(device)
+        output = output or config_path(device, moe_shape.fp8)
         check_output(output)
     except ValueError as error:
         raise fail(str(error)) from None
@@ -367,7 +376,7 @@ def main(
     with torch.inference_mode():
         torch.manual_seed(0)
         op = GpuOp(moe_shape)
-        current = tile_files.choices_for(device, triton.__version__, *op.sizes)
+        current = tile_files.choices_for(device, triton.__version__, *op.sizes, fp8=moe_shape.fp8)
         search = Search(moe_shape, op, CudaTimer(samples=7, sample_us=1000.0), rejected, deadline)
         try:
             rows, complete = tune(search, counts, current, output, device)

@@ -41,6 +41,16 @@ def ceilings(device: torch.device | str) -> Ceilings:
     return Ceilings(2 * source.nbytes / copy, 2 * side**3 / product)
 
 
+def fp8_rate(device: torch.device | str) -> float:
+    """FLOP per second of an 8192^3 product in FP8 with one scale for all, the fastest that torch has."""
+    side, one = 8192, torch.ones((), device=device)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16).to(torch.float8_e4m3fn) for _ in range(2))
+    product = median_seconds(
+        lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True), device
+    )
+    return 2 * side**3 / product
+
+
 def median_seconds(run: Callable[[], object], device: torch.device | str, times: int = 10) -> float:
     """Median time of a warm call, one at a time: on a GPU between events in its stream, else on the host's clock."""
     seconds = []

@@ -6,26 +6,31 @@ Shape letters: T tokens, H hidden, E experts, K chosen experts, I expert width.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from benchmarking.card import Ceilings, card, ceilings, median_seconds
+import tma_moe
+from benchmarking.card import Ceilings, card, ceilings, fp8_rate, median_seconds
+from tma_moe.block_fp8 import dequantize_blocks, quantize_blocks
 
 
 @dataclass(frozen=True)
 class MoeShape:
-    """One MoE layer: E experts of which a token uses K; hidden size H; expert width I."""
+    """One MoE layer: E experts of which a token uses K; hidden size H; expert width I; how the weights are stored."""
 
     num_experts: int = 128
     experts_per_token: int = 8
     hidden_size: int = 2048
     expert_width: int = 768
+    fp8: bool = False  # weights in block-scaled FP8
 
     @classmethod
-    def parse(cls, text: str) -> "MoeShape":
-        """Reads `"E,K,H,I"`, for example `"128,8,2048,768"`; ValueError says what is wrong with it."""
+    def parse(cls, text: str, dtype: str = "bf16") -> "MoeShape":
+        """Reads `"E,K,H,I"`, for example `"128,8,2048,768"`, and "bf16" or "fp8"; ValueError says what is wrong."""
+        if dtype not in ("bf16", "fp8"):
+            raise ValueError(f"dtype {dtype!r} is unknown: choose bf16 or fp8")
         try:
             numbers = [int(part) for part in text.split(",")]
         except ValueError:
@@ -36,10 +41,11 @@ class MoeShape:
             raise ValueError(
                 f"shape {text!r} asks for {numbers[1]} experts per token but has only {numbers[0]} experts"
             )
-        return cls(*numbers)
+        return cls(*numbers, fp8=dtype == "fp8")
 
     def __str__(self) -> str:
-        return f"{self.num_experts},{self.experts_per_token},{self.hidden_size},{self.expert_width}"
+        sizes = f"{self.num_experts},{self.experts_per_token},{self.hidden_size},{self.expert_width}"
+        return f"{sizes} in fp8" if self.fp8 else sizes
 
     def expert_bytes(self, itemsize: int) -> int:
         """Bytes of one expert's gate, up and down matrices."""
@@ -48,6 +54,33 @@ class MoeShape:
     def flops(self, num_tokens: int) -> int:
         """Floating-point operations of the three matrix products, a multiply-add counted as two."""
         return num_tokens * self.experts_per_token * 2 * 3 * self.hidden_size * self.expert_width
+
+
+def random_experts(shape: MoeShape, device: str, dtype: torch.dtype) -> tma_moe.ExpertWeights:
+    """Experts with random weights: of `dtype`, or for an FP8 shape quantised, one matrix after the other."""
+    sizes = shape.num_experts, shape.hidden_size, shape.expert_width
+    experts = tma_moe.ExpertWeights(*sizes, device=device, dtype=tma_moe.FP8 if shape.fp8 else dtype)
+    for weight, scale, width in (
+        (experts.gate_up, experts.gate_up_scale, shape.hidden_size),
+        (experts.down, experts.down_scale, shape.expert_width),
+    ):
+        if scale is None:
+            weight.normal_(std=width**-0.5)
+            continue
+        for matrix, of_matrix in zip(weight.data, scale.data, strict=True):
+            w8, scales = quantize_blocks(torch.randn(matrix.shape, device=device) * width**-0.5)
+            matrix.copy_(w8)
+            of_matrix.copy_(scales)
+    return experts
+
+
+def dequantised(experts: tma_moe.ExpertWeights, dtype: torch.dtype) -> tma_moe.ExpertWeights:
+    """The same weights in another dtype; those of FP8 times their scales."""
+    weights = [
+        weight.to(dtype) if scale is None else dequantize_blocks(weight, scale, dtype)
+        for weight, scale in ((experts.gate_up, experts.gate_up_scale), (experts.down, experts.down_scale))
+    ]
+    return tma_moe.ExpertWeights.from_checkpoint(*weights, "transformers5")
 
 
 def parse_tokens(text: str) -> list[int]:
@@ -155,6 +188,10 @@ class CudaTimer:
     def ceilings(self) -> Ceilings:
         """What the card can do: :func:`benchmarking.card.ceilings`."""
         return ceilings("cuda")
+
+    def fp8_ceilings(self) -> Ceilings:
+        """The same with products in FP8."""
+        return replace(ceilings("cuda"), flops_per_second=fp8_rate("cuda"))
 
     def graph_us(self, candidates: dict[str, Candidate]) -> dict[str, list[float]]:
         """Samples of each candidate replayed from a CUDA graph: the work of the GPU alone."""

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarking.moe import MoeShape
+from tma_moe.block_fp8 import FP8
 from tma_moe.expert_weights import ExpertWeights
 from tma_moe.launcher import Launch
 from tma_moe.recipe import make_recipe
@@ -45,11 +46,46 @@ class Resources:
 
 def families(shape: MoeShape, num_tokens: int) -> list[dict[str, list[Tiles]]]:
     """Candidates by role, in groups whose members combine freely: gemv alone; all others with each other."""
+    if shape.fp8:  # h passes between the products in another form for each way
+        ways = (_fp8_gemv, _fp8_weights_m, _fp8_tokens_m_ws)
+        found = [{role: way(role, shape, num_tokens) for role in ROLES} for way in ways]
+        return [family for family in found if family["up"] and family["down"]]
     large = (_weights_m, _tokens_m_ws, _weights_m_ws)
     found = [{role: [tiles for family in large for tiles in family(role, shape, num_tokens)] for role in ROLES}]
     if num_tokens * shape.experts_per_token <= GEMV_PAIRS:
         found.insert(0, {role: _gemv(role, shape) for role in ROLES})
     return found
+
+
+def _fp8_gemv(role: str, shape: MoeShape, num_tokens: int) -> list[Tiles]:
+    if num_tokens * shape.experts_per_token > GEMV_PAIRS:
+        return []
+    contraction = shape.hidden_size if role == "up" else shape.expert_width
+    values = 2 if role == "up" else triton.next_power_of_2(shape.experts_per_token)  # for each weight column, at once
+    return [
+        Tiles("fp8_gemv", 1, cols, block_k, warps, 1)
+        for warps in (4, 8)
+        for cols in (2, 4, 8, 16)
+        for block_k in (128, 256, 512, 1024, 2048)
+        if block_k <= triton.next_power_of_2(contraction) and 16 <= values * cols * block_k // (32 * warps) <= 256
+    ]
+
+
+def _fp8_weights_m(role: str, shape: MoeShape, num_tokens: int) -> list[Tiles]:
+    mean = triton.next_power_of_2(max(1, round(_rows_per_expert(shape, num_tokens))))
+    return [
+        Tiles("fp8_weights_m", rows, cols, 128, warps, stages)
+        for rows in (16, 32, 64)
+        if min(mean, 64) <= rows <= max(16, 4 * mean)
+        for cols, warps in ((32, 4), (64, 4), (128, 8), (128, 4))
+        for stages in (2, 3, 4)
+    ]
+
+
+def _fp8_tokens_m_ws(role: str, shape: MoeShape, num_tokens: int) -> list[Tiles]:
+    if shape.expert_width % 128 or gluon_problem() is not None:
+        return []
+    return [Tiles("fp8_tokens_m_ws", 128, 128 if role == "up" else 256, 128, 4, stages, 1) for stages in (3, 4)]
 
 
 def _rows_per_expert(shape: MoeShape, num_tokens: int) -> float:
@@ -133,8 +169,13 @@ def compile_tiles(role: str, tiles: Tiles, shape: MoeShape, dtype: torch.dtype =
 
     Needs no GPU. It replaces triton's driver for the time of the call: run it in a process of its own.
     """
-    gemv = tiles.kernel == "gemv"
-    partner = Tiles("gemv", 1, 4, 128, 4, 1) if gemv else Tiles("weights_m", 16, 64, 64, 4, 3)
+    other_columns = 256 if role == "up" else 128
+    partner = {
+        "gemv": Tiles("gemv", 1, 4, 128, 4, 1),
+        "fp8_gemv": Tiles("fp8_gemv", 1, 4, 128, 4, 1),
+        "fp8_weights_m": Tiles("fp8_weights_m", 16, 64, 128, 4, 3),
+        "fp8_tokens_m_ws": Tiles("fp8_tokens_m_ws", 128, other_columns, 128, 4, 3, 1),
+    }.get(tiles.kernel, Tiles("weights_m", 16, 64, 64, 4, 3))
     choice = Choice(None, tiles, partner) if role == "up" else Choice(None, partner, tiles)
     launches: dict[str, tuple] = {}
 
@@ -149,7 +190,7 @@ def compile_tiles(role: str, tiles: Tiles, shape: MoeShape, dtype: torch.dtype =
         num_tokens, meta = 64, torch.device("meta")
         sizes = (shape.num_experts, shape.experts_per_token, shape.hidden_size, shape.expert_width)
         topk_ids_TK = torch.empty(num_tokens, shape.experts_per_token, dtype=torch.int32, device=meta)
-        experts = ExpertWeights(shape.num_experts, *sizes[2:], device=meta, dtype=dtype)
+        experts = ExpertWeights(shape.num_experts, *sizes[2:], device=meta, dtype=FP8 if shape.fp8 else dtype)
         x_TH = torch.empty(num_tokens, shape.hidden_size, dtype=dtype, device=meta)
         make_recipe(meta, *sizes, choice).run(x_TH, topk_ids_TK, topk_ids_TK.float(), experts)
     recorded, args = launches[f"{tiles.kernel}_{role}"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,16 +21,32 @@ from tests.kernels.on_hopper import (
     make_inputs,
 )
 from tma_moe import support
-from tma_moe.tiles import CONFIG_DIR, MANY_DOWN, MANY_UP, Choice, Tiles, default_choices, load
+from tma_moe.tiles import (
+    CONFIG_DIR,
+    FP8_KERNELS,
+    FP8_MANY_DOWN,
+    FP8_MANY_UP,
+    MANY_DOWN,
+    MANY_UP,
+    Choice,
+    Tiles,
+    default_choices,
+    load,
+)
 
 pytest.importorskip("triton")
 from tma_moe.recipe import make_recipe
 
 pytestmark = MARKS
 # Beside a product under test: plain Triton, of a tile that no file names.
-PARTNER = {"gemv": Tiles("gemv", 1, 4, 128, 4, 1)}
+PARTNER = {
+    "gemv": Tiles("gemv", 1, 4, 128, 4, 1),
+    "fp8_gemv": Tiles("fp8_gemv", 1, 4, 128, 4, 1),
+    "fp8_weights_m": Tiles("fp8_weights_m", 32, 64, 128, 4, 3),
+}
 PLAIN = Tiles("weights_m", 64, 64, 64, 4, 3)
 FAR = 131_072 + 512  # tokens: at 131,072 of them T * K * 2048 is 2 ** 31
+FP8_TOKENS_M_WS = tuple(Tiles("fp8_tokens_m_ws", 128, cols, 128, 4, 4, 1) for cols in (128, 256))
 TOKENS_M_WS = (Tiles("tokens_m_ws", 128, 64, 64, 4, 3, 1), Tiles("tokens_m_ws", 128, 128, 64, 4, 3, 1))
 
 
@@ -63,6 +81,11 @@ def float32_weights(experts):
     return in_float32(experts)
 
 
+@pytest.fixture(scope="module")
+def fp8_experts():
+    return make_experts(dtype=tma_moe.FP8)
+
+
 def in_files() -> dict[str, tuple[str, Tiles, int]]:
     """Each role and tile that the files of this card name, for any triton, and tokens from its bucket's middle.
 
@@ -89,11 +112,15 @@ IN_FILES = in_files()
 
 
 @pytest.mark.parametrize("name", IN_FILES)
-def test_every_tile_of_the_files_by_value(name, experts, float32_weights):
+def test_every_tile_of_the_files_by_value(name, experts, float32_weights, fp8_experts):
     """Alone beside a plain partner, so that a wrong product is the one that the test names."""
     role, tiles, T = IN_FILES[name]
     skip_without_gluon(tiles)
     partner = PARTNER.get(tiles.kernel, PLAIN)
+    if tiles.kernel == "fp8_tokens_m_ws":  # which has no other partner
+        partner = replace(tiles, cols=256 if role == "up" else 128, keep=False)
+    if tiles.kernel in FP8_KERNELS:
+        experts, float32_weights = fp8_experts, in_float32(fp8_experts)
     choice = Choice(None, tiles, partner) if role == "up" else Choice(None, partner, tiles)
     inputs = make_inputs(T)
     y = run(choice, *inputs, experts)
@@ -128,9 +155,11 @@ def test_tiles_of_every_width(rows):
         pytest.param(MANY_UP, MANY_DOWN, id="weights_m"),
         pytest.param(*weights_m_ws(288), id="weights_m_ws"),
         pytest.param(*TOKENS_M_WS, id="tokens_m_ws"),
+        pytest.param(FP8_MANY_UP, FP8_MANY_DOWN, id="fp8_weights_m"),
+        pytest.param(*FP8_TOKENS_M_WS, id="fp8_tokens_m_ws"),
     ],
 )
-@pytest.mark.parametrize(("hidden", "width"), [(2048, 64), (64, 2048)], ids=["rows", "h"])
+@pytest.mark.parametrize(("hidden", "width"), [(2048, 128), (64, 2048)], ids=["rows", "h"])
 def test_more_values_than_31_bits_count(hidden, width, up, down):
     """What either product stores has more than 2 ** 31 values; a place in it that is computed in 32 bits is wrong.
 
@@ -139,7 +168,7 @@ def test_more_values_than_31_bits_count(hidden, width, up, down):
     """
     skip_without_gluon(up, down)
     assert FAR * 8 * max(hidden, width) > 2**31
-    experts = make_experts(sizes=(8, hidden, width))
+    experts = make_experts(sizes=(8, hidden, width), dtype=tma_moe.FP8 if up.kernel in FP8_KERNELS else torch.bfloat16)
     x, ids, weights = make_inputs(FAR, sizes=(8, 8, hidden))
     y = run(Choice(None, up, down), x, ids, weights, experts)
     assert y.isfinite().all()

@@ -22,7 +22,7 @@ from tma_moe.gemm.product import Sizes, product
 from tma_moe.recipe import make_recipe
 from tma_moe.tiles import Choice, Tiles
 
-SHAPE = MoeShape()
+SHAPE, FP8_SHAPE = MoeShape(), MoeShape(fp8=True)
 SMALL = MoeShape(num_experts=8, experts_per_token=2, hidden_size=256, expert_width=128)
 CURRENT = tile_files.default_choices(128, 8, 2048, 768)
 
@@ -100,11 +100,20 @@ def test_candidates_include_what_is_shipped_by_default():
     assert ("up", same_kernel(Tiles("weights_m_ws", 288, 64, 64, 4, 4, 1))) in tried
 
 
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 450, 16384])
+def test_fp8_has_candidates_of_its_own(num_tokens):
+    found = families(FP8_SHAPE, num_tokens)
+    kernels = [{tiles.kernel for role in ROLES for tiles in family[role]} for family in found]
+    assert kernels == [{"fp8_gemv"}] * (num_tokens <= 16) + [{"fp8_weights_m"}, {"fp8_tokens_m_ws"}]
+    assert len(families(replace(FP8_SHAPE, expert_width=80), num_tokens)) == len(found) - 1
+
+
+@pytest.mark.parametrize("shape", [SHAPE, FP8_SHAPE], ids=str)
 @pytest.mark.parametrize("num_tokens", [8, 4096])
-def test_the_kernels_take_every_candidate(num_tokens):
+def test_the_kernels_take_every_candidate(num_tokens, shape):
     """With and without keep. One that its kernel refuses would silently count as one that does not compile."""
     sizes = Sizes(SHAPE.num_experts, SHAPE.experts_per_token, SHAPE.hidden_size, SHAPE.expert_width, 132)
-    for family in families(SHAPE, num_tokens):
+    for family in families(shape, num_tokens):
         for role in ROLES:
             for tiles in family[role]:
                 for choice in tune_moe.keeping(Choice(None, tiles, tiles)):

@@ -277,6 +277,7 @@ class Up(Product):
 
     def __init__(self, tiles: Tiles, sizes: Sizes):
         _check(tiles, sizes, 128)  # of gate, and as many of up
+        require(not tiles.keep, tiles, "no keep for the up product")
         super().__init__(tiles, sizes, sizes.I // tiles.cols)
         self.launch = Launch(fp8_tokens_m_ws_up, (sizes.H, sizes.I, sizes.K, tiles.stages), tiles.warps)
 
