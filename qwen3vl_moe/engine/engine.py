@@ -258,18 +258,29 @@ class Engine:
 
     def _take_all(self, chunks: list[Chunk], result: StepResult, model_seconds: float) -> None:
         """Give every sequence of a step what that has computed for it."""
-        sampled = itertools.count()
+        seconds, size, sampled = result.seconds, self.cache.block_size, itertools.count()
+        tokens, finite = result.tokens_R.tolist(), np.isfinite(result.highest_R).tolist()
         for number, chunk in enumerate(chunks):
             sequence, row = chunk.sequence, next(sampled) if chunk.samples else None
-            if sequence.finished:  # meanwhile: this row is of no use
+            if sequence.finish_reason is not None:  # meanwhile: this row is of no use
                 continue
             stages = sequence.metrics.stages
-            if result.encoded and sequence in result.encoded:
-                stages["host_to_device"] += result.seconds["host_to_device"]
-                stages["vision"] += result.seconds["vision"]
-            if chunk.samples:
-                stages["sample"] += result.seconds["sample"]
-            stages["prefill" if chunk.is_prefill else "decode"] += model_seconds
+            if row is not None:
+                stages["sample"] += seconds["sample"]
+            if chunk.is_prefill:
+                stages["prefill"] += model_seconds
+                if sequence in result.encoded:
+                    stages["host_to_device"] += seconds["host_to_device"]
+                    stages["vision"] += seconds["vision"]
+            else:
+                stages["decode"] += model_seconds
+                # Most decode in most steps, and most tokens are no more than that: see _take_decoded.
+                if row is not None and finite[row] and sequence.just_takes(tokens[row]):
+                    sequence.token_ids.append(tokens[row])
+                    sequence.num_computed += 1
+                    if chunk.stop % size == 0:
+                        self.scheduler.computed(chunk)
+                    continue
             self._take(chunk, result.of(number, row))
 
     def _take_decoded(self, decoding: Decoding, result: StepResult, model_seconds: float) -> None:

@@ -58,8 +58,8 @@ class Packer:
         """
         if isinstance(chunks, Decoding):
             return self._pack_decoding(chunks, sampled_T)
-        sequences = [chunk.sequence for chunk in chunks]
-        starts_S, stops_S = np.array([c.start for c in chunks]), np.array([c.stop for c in chunks])
+        sequences, starts, stops, _ = map(list, zip(*chunks, strict=True))
+        starts_S, stops_S = np.array(starts), np.array(stops)
         lens_S = stops_S - starts_S
         begins_S = np.cumsum(lens_S) - lens_S  # rows of the step
         tables = self._tables(sequences, starts_S, lens_S)
@@ -69,48 +69,57 @@ class Packer:
         blocks_T = tables[s_T, place_T // self._block_size].astype(np.int64)
         positions_3T = np.empty((3, len(s_T)), np.int64)
         positions_3T[:] = place_T + np.array([s.position_offset for s in sequences])[s_T]
-        for chunk, begin in zip(chunks, begins_S.tolist(), strict=True):
+        reading = [
+            (chunk, begin)
+            for chunk, begin in zip(chunks, begins_S.tolist(), strict=True)
+            if chunk.start < chunk.sequence.num_prompt_tokens
+        ]
+        for chunk, begin in reading:
             # Within its prompt a token's position is not its place: images have rows and columns.
-            if chunk.start < (prompt := chunk.sequence.num_prompt_tokens):
-                known = chunk.sequence.prompt.positions_3T[:, chunk.start : min(chunk.stop, prompt)]
-                positions_3T[:, begin : begin + known.shape[1]] = known.numpy()
+            known = chunk.sequence.prompt.positions_3T[
+                :, chunk.start : min(chunk.stop, chunk.sequence.num_prompt_tokens)
+            ]
+            positions_3T[:, begin : begin + known.shape[1]] = known.numpy()
         if sampled_T is None:
-            tokens = itertools.chain.from_iterable(c.sequence.token_ids[c.start : c.stop] for c in chunks)
+            tokens = itertools.chain.from_iterable(
+                sequence.token_ids[start:stop] for sequence, start, stop in zip(sequences, starts, stops, strict=True)
+            )
             sampled_T = torch.from_numpy(np.fromiter(tokens, np.int64, len(s_T)))
         return Batch(
             input_ids_T=sampled_T,
             positions_3T=torch.from_numpy(positions_3T),
-            segments=Segments.build(
-                lens_S.tolist(), stops_S.tolist(), block_tables=torch.from_numpy(tables), block_size=self._block_size
-            ),
+            segments=self._segments(lens_S, stops_S, tables),
             slots_T=torch.from_numpy(blocks_T * self._block_size + place_T % self._block_size),
-            visual=_visual_tokens(chunks, begins_S.tolist()),
+            visual=_visual_tokens(reading),
             logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
         )
 
     def _pack_decoding(self, step: Decoding, sampled_T: Tensor | None) -> Batch:
         """The same for a step of decoding: no row needs to be looked at by itself."""
         assert sampled_T is not None  # such a step is launched before the tokens of the last one are read
-        S, places_S, size = len(step), step.stops_S - 1, self._block_size
-        rows_S = np.arange(S + 1)
+        rows_S, places_S, size = np.arange(len(step)), step.stops_S - 1, self._block_size
         tables = self._kept_tables(step.sequences, places_S)
-        positions_3S = np.empty((3, S), np.int64)
+        positions_3S = np.empty((3, len(step)), np.int64)
         positions_3S[:] = places_S + step.offsets_S
-        kv_starts = np.zeros(S + 1, np.int32)
-        np.cumsum(step.stops_S, out=kv_starts[1:])
         return Batch(
             input_ids_T=sampled_T,
             positions_3T=torch.from_numpy(positions_3S),
-            segments=Segments(
-                (1,) * S,
-                tuple(step.stops_S.tolist()),
-                torch.from_numpy(rows_S.astype(np.int32)),
-                torch.from_numpy(kv_starts),
-                block_tables=torch.from_numpy(tables),
-                block_size=size,
-            ),
-            slots_T=torch.from_numpy(tables[rows_S[:S], places_S // size].astype(np.int64) * size + places_S % size),
-            logit_rows=torch.from_numpy(rows_S[:S]),
+            segments=self._segments(np.ones_like(rows_S), step.stops_S, tables),
+            slots_T=torch.from_numpy(tables[rows_S, places_S // size].astype(np.int64) * size + places_S % size),
+            logit_rows=torch.from_numpy(rows_S),
+        )
+
+    def _segments(self, lens_S: np.ndarray, stops_S: np.ndarray, tables: np.ndarray) -> Segments:
+        q_starts, kv_starts = (np.zeros(len(lens_S) + 1, np.int32) for _ in range(2))
+        np.cumsum(lens_S, out=q_starts[1:])
+        np.cumsum(stops_S, out=kv_starts[1:])
+        return Segments(
+            tuple(lens_S.tolist()),
+            tuple(stops_S.tolist()),
+            torch.from_numpy(q_starts),
+            torch.from_numpy(kv_starts),
+            torch.from_numpy(tables),
+            self._block_size,
         )
 
     def _tables(self, sequences: list[Sequence], starts_S: np.ndarray, lens_S: np.ndarray) -> np.ndarray:
@@ -143,11 +152,11 @@ def _block_tables(sequences: list[Sequence], width: int) -> np.ndarray:
     return tables
 
 
-def _visual_tokens(chunks: list[Chunk], begins: list[int]) -> VisualTokens | None:
-    """The image tokens among the chunks, which begin at these rows of the step."""
+def _visual_tokens(reading: list[tuple[Chunk, int]]) -> VisualTokens | None:
+    """The image tokens among chunks of prompts, each with the row of the step at which it begins."""
     features: list[VisionFeatures] = []
     rows: list[np.ndarray] = []
-    for chunk, begin in zip(chunks, begins, strict=True):
+    for chunk, begin in reading:
         # A chunk may begin or end inside an image: it takes the features of exactly its own placeholders.
         for number, image in chunk.sequence.images_in(chunk.start, chunk.stop):
             first, last = max(chunk.start, image.start), min(chunk.stop, image.start + image.num_tokens)

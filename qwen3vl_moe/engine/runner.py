@@ -50,7 +50,7 @@ class Launched:
         host_highest_R: fp32 on the host, the highest logit of each of them; so is this.
         asked: which of them log-probabilities are asked for, and of how many other tokens.
         logprobs: these, of :func:`.sampler.token_logprobs`, on the host; so are they.
-        prompt_logprobs: of each chunk; empty for a step of decoding.
+        prompt_logprobs: of chunks for which they are asked for, by their number.
         encoded: the sequences whose images it encodes.
         marks: points in the device's work: where copying pixels, encoding and the decoder begin and end.
         started: when the host began with it, in seconds since the epoch.
@@ -62,7 +62,7 @@ class Launched:
     host_highest_R: Tensor
     asked: list[tuple[int, int]]
     logprobs: tuple[Tensor, ...]
-    prompt_logprobs: list[list[list[TokenLogprob]]]
+    prompt_logprobs: dict[int, list[list[TokenLogprob]]]
     encoded: list[Sequence]
     marks: dict[str, Mark]
     started: float
@@ -81,7 +81,7 @@ class StepResult:
         tokens_R: int64, the next token of each chunk that samples, one after the other.
         highest_R: fp32, the highest logit of each of these (see :func:`.sampler.sample`).
         logprobs: of those of them for which they are asked for, by their number.
-        prompt_logprobs: of each chunk; empty for a step of decoding.
+        prompt_logprobs: of chunks for which they are asked for, by their number.
         encoded: the sequences whose images were encoded.
         seconds: of parts of the step: ``host_to_device`` (pixels), ``vision`` and ``sample`` (from logits to tokens on
             the host).
@@ -90,7 +90,7 @@ class StepResult:
     tokens_R: np.ndarray
     highest_R: np.ndarray
     logprobs: dict[int, list[TokenLogprob]]
-    prompt_logprobs: list[list[list[TokenLogprob]]]
+    prompt_logprobs: dict[int, list[list[TokenLogprob]]]
     encoded: list[Sequence]
     seconds: dict[str, float]
 
@@ -101,7 +101,7 @@ class StepResult:
             number: of the chunk.
             row: its number among those that sample; None if it does not.
         """
-        prompt_logprobs = self.prompt_logprobs[number] if self.prompt_logprobs else []
+        prompt_logprobs = self.prompt_logprobs.get(number, [])
         if row is None:
             return ChunkResult(prompt_logprobs=prompt_logprobs)
         return ChunkResult(int(self.tokens_R[row]), float(self.highest_R[row]), self.logprobs.get(row), prompt_logprobs)
@@ -147,16 +147,17 @@ class Runner:
             after: the step before, if its tokens have not been read: the chunks then begin with them.
         """
         started = time.time()
-        encoded, marks, spans, prompt_rows = [], {}, [], []
+        encoded, marks, spans, prompt_rows = [], {}, {}, []
         if isinstance(chunks, Decoding):
             sequences, sample_rows = chunks.sequences, list(range(len(chunks)))
         else:
-            encoded, marks = self._encode_images(chunks)
-            spans = [_prompt_logprob_span(chunk) for chunk in chunks]
+            reading = {n: chunk for n, chunk in enumerate(chunks) if chunk.start < chunk.sequence.num_prompt_tokens}
+            encoded, marks = self._encode_images(list(reading.values()))
+            spans = {number: _prompt_logprob_span(chunk) for number, chunk in reading.items()}
             begins = [0, *itertools.accumulate(chunk.stop - chunk.start for chunk in chunks)]
             sequences = [chunk.sequence for chunk in chunks if chunk.samples]
             sample_rows = [stop - 1 for chunk, stop in zip(chunks, begins[1:], strict=True) if chunk.samples]
-            prompt_rows = [begins[i] + place - chunks[i].start for i, span in enumerate(spans) for place in span]
+            prompt_rows = [begins[i] + place - chunks[i].start for i, span in spans.items() for place in span]
         sampled_T = None if after is None else _sampled_for(sequences, after)
         batch = self._packer.pack(chunks, sample_rows + prompt_rows, sampled_T)
         graphs = self._steps if self.replays and not prompt_rows else None
@@ -180,8 +181,8 @@ class Runner:
                 most = max(_num_top(count, logits_RV) for _, count in asked)
                 logprobs = tuple(map(_to_host, token_logprobs(logits_RV[rows], tokens_R[rows], most)))
             marks["sampled"] = _now(self.model.device)
-        prompt_logprobs, row = [[] for _ in spans], len(sequences)
-        for number, span in enumerate(spans if prompt_rows else ()):
+        prompt_logprobs, row = {}, len(sequences)
+        for number, span in spans.items() if prompt_rows else ():
             prompt_logprobs[number] = self._prompt_logprobs(hidden_RH, row, chunks[number].sequence, span)
             row += len(span)
         return Launched(

@@ -81,6 +81,11 @@ class Scheduler:
 
         def take(sequence: Sequence) -> None:
             nonlocal budget, encoder_budget
+            if sequence.num_prompt_tokens <= sequence.num_computed == len(sequence.token_ids) - 1:  # nearly always
+                chunks.append(Chunk(sequence, sequence.num_computed, len(sequence.token_ids), True))
+                if self.waiting:
+                    coming.update(self._filled(chunks[-1])[1])
+                return
             decodes = sequence.pending == 1 and sequence.num_computed > 0
             start = sequence.num_computed
             stop = start + (1 if decodes else min(sequence.pending, budget))
@@ -145,8 +150,10 @@ class Scheduler:
 
     def name_blocks(self, chunks: Step) -> None:
         """Make the keys that :meth:`computed` will need, while the device works on the chunks."""
+        size = self.cache.block_size
         for chunk in chunks:
-            self._filled(chunk)
+            if chunk.start // size < chunk.stop // size:  # asked here, since it is rarely so and they may be hundreds
+                self._filled(chunk)
 
     def computed(self, chunk: Chunk) -> None:
         """A chunk is in the cache: its sequence goes on, and the blocks that it has filled can be found."""

@@ -118,6 +118,10 @@ class Sequence:
         """Whether the next token is the last one, whatever it is."""
         return len(self.token_ids) + 1 >= self.most_tokens
 
+    def just_takes(self, token_id: int) -> bool:
+        """Whether this, as the next token of an answer that has begun, is appended and that is all."""
+        return not (self.watched or token_id in self.ending or len(self.token_ids) + 1 >= self.most_tokens)
+
     @property
     def needs_history(self) -> bool:
         """Whether the host has to know the answer so far before it launches the next step."""

@@ -87,3 +87,14 @@ def test_the_text_is_made_when_it_is_asked_for(llm, include):
             assert left.text.text == ""
     expected = decode(whole[: end + include], skip_special_tokens=True)
     assert [sequence.output().outputs[0].text for sequence in (looked_at, left)] == [expected, expected]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("params", [greedy(24), greedy(24, logprobs=0)], ids=["plain", "watched"])
+def test_every_full_block_of_an_answer_is_found_again(plain, make_llm, ahead, params):
+    llm = make_llm(plain, async_scheduling=ahead, block_size=4)
+    for prompt in (list(range(5, 5 + length)) for length in range(9, 13)):  # ends at every place in a block
+        (output,) = llm.generate([prompt], params)
+        answer = output.outputs[0].token_ids
+        (again,) = llm.generate([{"prompt_token_ids": prompt, "text_token_ids": [*answer, 7]}], greedy(1))
+        assert again.num_cached_tokens == (len(prompt + answer) - 1) // 4 * 4, "all but the last token were computed"
