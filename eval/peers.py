@@ -123,7 +123,7 @@ class Evaluations:
         """Logits [T - 1, V] by a variant or by "fp32", at every token that another one follows."""
         if who in OURS:
             self.model.set_moe(who)
-            return self._text_logits(list(ids))[:-1]
+            return text_logits(self.model, ids)[:-1]
         ids_1T = torch.tensor([ids], device=self.model.device)
         types = torch.zeros_like(ids_1T, dtype=torch.int32)
         logits_1TV = self._twins[who](
@@ -131,14 +131,16 @@ class Evaluations:
         ).logits
         return logits_1TV[0, :-1]
 
-    def _text_logits(self, ids: list[int]) -> Tensor:
-        """Logits [T, V] of ids that are text whatever they spell: an answer may hold an image's placeholder."""
-        device = self.model.device
-        return self.model(
-            Batch(
-                input_ids_T=torch.tensor(ids, device=device),
-                positions_3T=torch.arange(len(ids), device=device).expand(3, -1),
-                segments=Segments.build([len(ids)], device=device),
-                visual=None,
-            )
+
+@torch.inference_mode()
+def text_logits(model: Qwen3VLMoe, ids: Sequence[int]) -> Tensor:
+    """Logits [T, V] of ids that are text whatever they spell: an answer may hold an image's placeholder."""
+    device = model.device
+    return model(
+        Batch(
+            input_ids_T=torch.tensor(list(ids), device=device),
+            positions_3T=torch.arange(len(ids), device=device).expand(3, -1),
+            segments=Segments.build([len(ids)], device=device),
+            visual=None,
         )
+    )

@@ -1,0 +1,144 @@
+"""Do two checkpoints answer alike? A quantised one beside its original, for example.
+
+    python eval/checkpoints.py DIR DIR_FP8 --data FOLDER
+    python eval/checkpoints.py DIR DIR_FP8 --limit 64 --output RESULTS
+
+The same gsm8k problems go to the first checkpoint and then to the second (one after the other, so a card need hold only
+one of them). Shown are their accuracies; how many answers changed from right to wrong and from wrong to right, with an
+exact McNemar test; and how far the second one's log-probabilities are from the first one's at the tokens of the first
+one's answers: |delta log p|, KL(first || second), and how often both find the same token most likely.
+
+Nothing is judged: how much a checkpoint may differ is for the reader to say. To ask whether the *computation* of one
+checkpoint is right, see parity.py. Exit status: 0 done, 2 something in the call has to be mended, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from parity import accuracy_pair, run_problems, show_accuracy, show_distances, stderr, stdout
+from qwen3vl_moe.errors import OptionError, UserError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+ANSWER_TOKENS = 128  # of each answer whose distributions are kept and compared
+
+
+@app.command()
+def main(
+    first: Annotated[str, typer.Argument(help="Checkpoint directory, hub id, or 'demo'.")],
+    second: Annotated[str, typer.Argument(help="The one that is compared with it.")],
+    limit: Annotated[int | None, typer.Option(help="Only the first so many problems.")] = None,
+    num_fewshot: Annotated[int, typer.Option(help="Worked examples before each problem.")] = 5,
+    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    data: Annotated[Path | None, typer.Option(help="Folder with train.jsonl and test.jsonl. [hub]")] = None,
+    chat: Annotated[bool, typer.Option("--chat/--no-chat", help="Ask through the chat template.")] = True,
+    max_gen_toks: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
+    logprob_problems: Annotated[int, typer.Option(help="Problems whose answers are compared token by token.")] = 64,
+    output: Annotated[Path | None, typer.Option(help="Folder for checkpoints.json and lm-eval's files.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
+    moe: Annotated[str, typer.Option(help="tma, reference, auto.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most problems in a step; unset: by the cache.")] = None,
+) -> None:
+    """Compare accuracy and log-probabilities of two checkpoints."""
+    try:
+        import problems  # imported here, as all that is slow: not before --help has been answered
+        from gsm8k import task_check
+
+        asked = problems.Gsm8k(split, num_fewshot, limit, data, chat)
+        problems.require_lm_eval()
+        task_check(asked, output, max_gen_toks)
+        if logprob_problems < 1:
+            raise OptionError(f"--logprob-problems {logprob_problems}: 1 or more is needed")
+        options = {"device": device, "dtype": dtype, "moe": moe, "max_num_seqs": max_num_seqs}
+        options["max_model_len"] = max_model_len
+        report = compare((first, second), options, asked, max_gen_toks, logprob_problems, output)
+        show_accuracy(report)
+        show_distances([report["distance"]], f"log-probabilities of {second} beside {first}, on the latter's answers")
+        if output is not None:
+            (output / "checkpoints.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            stdout.print(f"written: {output / 'checkpoints.json'}")
+    except UserError as error:
+        stderr.print(f"error: {error}")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        stderr.print()
+        raise typer.Exit(130) from None
+
+
+@dataclass(frozen=True)
+class Text:
+    """One answer of the first checkpoint with what it answers.
+
+    Attributes:
+        ids: prompt and answer.
+        answer: how many of them are the answer.
+        logits_RV: of the first checkpoint where these were chosen, on the host: 39 MB in bf16 at the published
+            vocabulary.
+    """
+
+    ids: tuple[int, ...]
+    answer: int
+    logits_RV: Any
+
+
+def compare(
+    names: tuple[str, str], options: dict[str, Any], asked: Any, max_gen_toks: int, count: int, output: Path | None
+) -> dict[str, Any]:
+    """The report: settings, accuracies, flips, and the distance of log-probabilities."""
+    import statistics
+
+    import torch
+
+    from lm import EngineLM
+    from logprobs import Distance
+    from peers import release, text_logits
+    from qwen3vl_moe import LLM
+
+    runs, settings, texts, distance = [], [], [], Distance()
+    for number, name in enumerate(names):
+        stderr.print(f"{name}:", style="bold")
+        llm = LLM(name, **options)
+        settings.append(llm.settings)
+        runs.append(run_problems(EngineLM(llm), asked, f"{llm.name}-{number + 1}", max_gen_toks, output))
+        model = llm.engine.model
+        release(llm)  # its cache leaves no room for whole sequences of logits
+        if number == 0:
+            answers = (answer for answer in runs[0].answers[:count] if answer.token_ids)
+            for answer in answers:
+                new = answer.token_ids[:ANSWER_TOKENS]
+                ids = answer.prompt_ids + new
+                texts.append(Text(ids, len(new), text_logits(model, ids)[-1 - len(new) : -1].cpu()))
+        for text in texts if number else ():
+            rows_RV = text_logits(model, text.ids)[-1 - text.answer : -1]
+            if rows_RV.shape != text.logits_RV.shape:
+                raise OptionError(f"{names[0]} and {names[1]} have vocabularies of different sizes")
+            targets_R = torch.tensor(text.ids[-text.answer :], device=rows_RV.device)
+            distance.add_logits(text.logits_RV.to(rows_RV.device), rows_RV, targets_R)
+        del llm, model
+    if not texts:
+        raise OptionError("no answer has a token: there is nothing to compare")
+    labels = [f"{number}: {name}" for number, name in enumerate(names, 1)]
+    accuracy = [{key: statistics.mean(right) for key, right in each.right.items()} for each in runs]
+    return {
+        "settings": dict(zip(labels, settings, strict=True)),
+        "variants": labels[::-1],  # the second is on trial
+        "problems": len(runs[0].answers),
+        "accuracy": dict(zip(labels, accuracy, strict=True)),
+        "pairs": {labels[0]: accuracy_pair(runs[1], runs[0])},
+        "distance": {"variant": labels[1], **distance.figures()},
+    }
+
+
+if __name__ == "__main__":
+    import beside_scripts  # noqa: F401
+    from program import any_text
+
+    any_text()
+    app()
