@@ -6,6 +6,7 @@ as ``FineGrainedFP8Config``.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ _IF_GIVEN = {
     "dequantize": (False, None),
 }
 _LISTS = ("modules_to_not_convert", "ignored_layers")
+# A checkpoint's patterns run as they are: with groups or many repetitions, one of them could search for ever.
+_MOST_REPETITIONS = 3  # in a pattern
+_MOST_REPEATING = 64  # patterns that have any
 _WAY_OUT = "block-scaled FP8 as in Qwen/Qwen3-VL-30B-A3B-Instruct-FP8 is supported, and 16-bit checkpoints are"
 
 
@@ -45,10 +49,12 @@ class Fp8Config:
         A pattern leaves out what it equals up to a dot, as a name or as a regular expression, and what ends with it
         (``should_convert_module`` of transformers, read in 5.24).
         """
+        return not (module.endswith(self.left_out) or any(each.match(module) for each in self._compiled))
+
+    @functools.cached_property
+    def _compiled(self) -> list[re.Pattern[str]]:
         boundary = r"(?:(?<=\.)|(?=\.|$))"
-        return not any(
-            module.endswith(pattern) or re.match(f"(?:{pattern}){boundary}", module) for pattern in self.left_out
-        )
+        return [re.compile(f"(?:{pattern}){boundary}") for pattern in self.left_out]
 
 
 def parse_fp8(raw: Any, source: str) -> Fp8Config:
@@ -72,11 +78,22 @@ def parse_fp8(raw: Any, source: str) -> Fp8Config:
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise ConfigError(f"{source}: {key} is {names!r}; a list of module names is needed")
         for name in names:
+            if re.search(r"[({]", name) or len(re.findall(r"[*+?]", name)) > _MOST_REPETITIONS:
+                raise ConfigError(
+                    f"{source}: {key} holds {name!r}; patterns may have no groups and at most {_MOST_REPETITIONS} of "
+                    "* + ?: name the modules instead"
+                )
             try:
                 re.compile(name)
             except re.error as error:
                 raise ConfigError(f"{source}: {key} holds {name!r}, which is no pattern ({error})") from None
         left_out += names
+    repeating = sum(bool(re.search(r"[*+?]", name)) for name in left_out)
+    if repeating > _MOST_REPEATING:
+        raise ConfigError(
+            f"{source}: {' and '.join(_LISTS)} hold {repeating} patterns with * + or ?, more than {_MOST_REPEATING}: "
+            "name the modules instead"
+        )
     return Fp8Config(tuple(dict.fromkeys(left_out)))
 
 

@@ -10,12 +10,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import FineGrainedFP8Config
 
 from qwen3vl_moe import LLM, SamplingParams
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import ConfigError
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.ops import block_linear
+from qwen3vl_moe.quantization import Fp8Config
 from qwen3vl_moe.weights import load_model
 from qwen3vl_moe.weights.checkpoint import LAYOUTS, check_tensors, expand_table, find_expert_layout
 from qwen3vl_moe.weights.scales import scale_name
@@ -120,6 +122,44 @@ def test_modules_may_be_left_out(blocks, tmp_path, key):
     write_fp8(blocks.path, tmp_path, published=False, config=config, change=keep)
     text = load_model(tmp_path, progress=False).config.text
     assert (text.fp8_attention, text.fp8_experts) == ({1}, {0})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "module", "quantised"),
+    [
+        ("mlp.gate", "layers.0.mlp.gate_up_proj", True),
+        ("mlp.gate", "layers.0.mlp.gate", False),
+        ("model.layers.1", "model.layers.11.self_attn.q_proj", True),
+        ("model.layers.1", "model.layers.1.self_attn.q_proj", False),
+        ("layers.1", "model.layers.1.self_attn.q_proj", True),
+        ("experts", "model.layers.1.mlp.experts", False),
+        (r"model.layers.\d+.self_attn", "model.layers.11.self_attn.q_proj", False),
+        ("lm_head|model.visual", "model.visual.merger", False),
+    ],
+)
+def test_patterns_match_as_in_transformers(pattern, module, quantised):
+    utils = pytest.importorskip("transformers.quantizers.quantizers_utils")
+    assert Fp8Config((pattern,)).quantises(module) == quantised
+    assert utils.should_convert_module(module, [pattern]) == quantised
+
+
+def test_what_transformers_itself_writes(blocks, tmp_path):
+    """Its own FP8 modules, saved by itself, are the tensors and the declaration that are read here."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    write_fp8(blocks.path, tmp_path, published=False, scales=torch.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    config = FineGrainedFP8Config(modules_to_not_convert=["lm_head", "model.visual"])
+    theirs = fp8.replace_with_fp8_linear(
+        copy.deepcopy(blocks.oracle), config.modules_to_not_convert, config, pre_quantized=True
+    )
+    theirs.load_state_dict(tensors, assign=True)
+    theirs.config.quantization_config = config
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["quantization_config"]
+    ours, saved = load_model(tmp_path, progress=False), load_model(tmp_path / "theirs", progress=False)
+    for (name, one), other in zip(ours.named_parameters(), saved.parameters(), strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)), name
 
 
 def test_the_engine_answers(blocks, tmp_path):
@@ -237,7 +277,11 @@ def test_fp8_weights_without_a_declaration(blocks, tmp_path):
         ({"scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0'"),
         ({"bits": 4}, "bits is 4, which is not known here"),
         ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert is 'lm_head'; a list of module names"),
-        ({"modules_to_not_convert": ["("]}, "holds '(', which is no pattern"),
+        ({"modules_to_not_convert": ["["]}, "holds '[', which is no pattern"),
+        ({"modules_to_not_convert": [r"(\w+\.?)+!"]}, "patterns may have no groups and at most 3 of * + ?"),
+        ({"ignored_layers": [".*.*.*.*!"]}, "holds '.*.*.*.*!'; patterns may have no groups"),
+        ({"ignored_layers": [r"\\(a+)+!"]}, "patterns may have no groups"),
+        ({"ignored_layers": [f"{i}.*" for i in range(65)]}, "hold 65 patterns with * + or ?, more than 64"),
         ({"modules_to_not_convert": ["k_proj"]}, "k_proj is left out and "),
     ],
 )
