@@ -59,7 +59,7 @@ def main(
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="Part of the GPU's memory to use: more of it holds more problems at a time.")
     ] = 0.9,
-    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
+    load_format: Annotated[str, typer.Option(help="auto; dummy or dummy-fp8: random weights.")] = "auto",
     routing: Annotated[
         str | None, typer.Option(help="With dummy: balanced or skewed choice of experts. [the random router's]")
     ] = None,

@@ -278,7 +278,9 @@ def profile_table(found: dict[str, StepProfile]) -> Table:
 
 def main(
     model: str | None = typer.Option(None, help="A checkpoint directory, a hub id, or 'demo'."),
-    load_format: str = typer.Option("auto", help="auto, or dummy: random weights; no --model then: the 30B sizes."),
+    load_format: str = typer.Option(
+        "auto", help="auto; dummy or dummy-fp8: random weights, of the 30B sizes without --model."
+    ),
     routing: str = typer.Option("balanced", help="With dummy: balanced or skewed choice of experts."),
     device: str = typer.Option("auto", help="auto, cuda, cuda:1, cpu."),
     moe: str = typer.Option("auto", help="tma, reference, auto."),

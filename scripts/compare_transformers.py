@@ -19,12 +19,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarking.loading import LOAD_FORMATS, random_model
-from benchmarking.transformers_twin import in_float32, transformers_twin
+from benchmarking.loading import LOAD_FORMATS, in_fp8, random_model
+from benchmarking.transformers_twin import in_float32, require_16_bits, transformers_twin
 from program import any_text
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import OptionError, UserError
-from qwen3vl_moe.weights import load_model
+from qwen3vl_moe.weights import load_model, resolve
 from qwen3vl_moe.weights.placement import parse_device, resolve_moe
 
 console = Console(stderr=True, soft_wrap=True)
@@ -108,6 +108,8 @@ def main(
             raise OptionError(f"--load-format {load_format!r} is unknown; choose from {', '.join(LOAD_FORMATS)}")
         if (model is None) == (load_format == "auto"):
             raise OptionError("give --model a checkpoint, or take random weights at the 30B sizes: --load-format dummy")
+        if load_format == "dummy-fp8":
+            require_16_bits(in_fp8(Qwen3VLMoeConfig.qwen3_vl_30b_a3b()))
         rows = compare(model, prompt, image, parse_device(device), getattr(torch, dtype, None), moe, layers)
     except (UserError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False, highlight=False)
@@ -134,6 +136,7 @@ def compare(model, prompt, image, device, dtype, moe, layers) -> list[dict]:
             config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=layers))
         ours, prompts = random_model(config, device, dtype, moe="reference"), random_prompts(config)
     else:
+        require_16_bits(Qwen3VLMoeConfig.from_pretrained(resolve(model, weights=False)))
         ours = load_model(model, device, dtype, "reference")
         config, prompts = ours.config, real_prompts(model, ours.config, prompt, image)
     backends = list(dict.fromkeys(resolve_moe(name, device, dtype, config.text) for name in moe.split(",")))

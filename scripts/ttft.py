@@ -37,7 +37,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def main(
     model: Annotated[str | None, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = None,
-    load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights, no --model: 30B sizes.")] = "auto",
+    load_format: Annotated[
+        str, typer.Option(help="auto; dummy or dummy-fp8: random weights, of the 30B sizes without --model.")
+    ] = "auto",
     routing: Annotated[str, typer.Option(help="With dummy: balanced or skewed choice of experts.")] = "balanced",
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
     moe: Annotated[str, typer.Option(help="tma, reference, auto.")] = "auto",

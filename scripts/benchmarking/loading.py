@@ -73,10 +73,7 @@ def load_llm(
         processor = Processor.from_pretrained(directory, config, resize_on_device=place.type == "cuda")
         defaults = GenerationDefaults.from_pretrained(directory, processor.eos_token_id)
     if load_format == "dummy-fp8":
-        layers = frozenset(range(config.text.num_layers))
-        config = dataclasses.replace(
-            config, text=dataclasses.replace(config.text, fp8_attention=layers, fp8_experts=layers)
-        )
+        config = in_fp8(config)
     weights = random_model(config, place, parse_dtype(dtype, config.dtype), moe=moe)
     if routing is not None:  # before the LLM captures its graphs
         rows = engine_options.get("max_prefill_tokens", 8192) + (engine_options.get("max_num_seqs") or 512)
@@ -85,6 +82,12 @@ def load_llm(
     llm.name = f"{Path(model).name}-dummy" if model else "Qwen3-VL-30B-A3B sizes"
     llm.random_weights = True
     return llm
+
+
+def in_fp8(config: Qwen3VLMoeConfig) -> Qwen3VLMoeConfig:
+    """The same model with the attention products and experts of all layers in block-scaled FP8."""
+    layers = frozenset(range(config.text.num_layers))
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, fp8_attention=layers, fp8_experts=layers))
 
 
 def random_model(

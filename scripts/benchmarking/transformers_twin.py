@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.weights.checkpoint import expand_table
 
@@ -63,6 +64,20 @@ def transformers_config(config: Qwen3VLMoeConfig) -> Any:
     )
 
 
+def require_16_bits(config: Qwen3VLMoeConfig) -> None:
+    """Refuse to compare what the two models could not share.
+
+    Raises:
+        OptionError: some of the weights are in FP8.
+    """
+    if config.text.fp8_attention or config.text.fp8_experts:
+        raise OptionError(
+            "weights in FP8 cannot be compared with transformers or fp32 here: both are made over our weights, and "
+            "transformers' plain layers take none in FP8; give a 16-bit checkpoint, or random weights with "
+            "--load-format dummy"
+        )
+
+
 def transformers_twin(model: Qwen3VLMoe, *, experts: str = "grouped_mm", attention: str = "sdpa") -> Any:
     """``Qwen3VLMoeForConditionalGeneration`` whose parameters are views of ``model``'s.
 
@@ -70,7 +85,11 @@ def transformers_twin(model: Qwen3VLMoe, *, experts: str = "grouped_mm", attenti
         model: ours, on any device and in any dtype. The storage is shared: whichever lives longer keeps it.
         experts: transformers' experts implementation: ``"eager"``, ``"batched_mm"`` or ``"grouped_mm"``.
         attention: transformers' attention implementation.
+
+    Raises:
+        OptionError: some of the weights are in FP8.
     """
+    require_16_bits(model.config)
     from transformers import Qwen3VLMoeForConditionalGeneration
 
     config = transformers_config(model.config)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from tests.fp8 import write_fp8
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -38,3 +40,14 @@ def test_errors_are_one_line(tmp_path):
     done = run("--load-format", "dummy", "--dtype", "float32", "--device", "cpu")
     assert done.returncode == 2
     assert "fp32 evaluation" in done.stderr
+
+
+def test_fp8_is_refused_before_anything_is_made(plain, tmp_path):
+    done = run("--load-format", "dummy-fp8", "--device", "cpu")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: weights in FP8 cannot be compared")
+    write_fp8(plain.published, tmp_path, published=True)
+    (tmp_path / "model.safetensors").unlink()  # so that loading it would be another error
+    done = run("--model", tmp_path, "--device", "cpu")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: weights in FP8 cannot be compared")

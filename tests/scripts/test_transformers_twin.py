@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from benchmarking.loading import in_fp8
 from benchmarking.transformers_twin import in_float32, transformers_twin
+from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
 from tests.model.prompts import assert_close_to_scale, make_prompt, oracle_logits
 
@@ -28,3 +31,10 @@ def test_float32_evaluation_of_bfloat16_weights(plain):
     assert next(model.parameters()).dtype == torch.bfloat16
     with pytest.raises(AssertionError, match="largest difference"):
         assert_close_to_scale(model.logits(*prompt.our_inputs()).float(), yardstick, tolerance=1e-5)
+
+
+def test_weights_in_fp8_are_refused(plain):
+    with torch.device("meta"):
+        model = Qwen3VLMoe(in_fp8(Qwen3VLMoeConfig.from_pretrained(plain.path)))
+    with pytest.raises(OptionError, match="FP8 cannot be compared"):
+        transformers_twin(model)
