@@ -118,16 +118,18 @@ def compare(
     """The report in parts, each as soon as it has been measured. The engine of ``llm`` is given up.
 
     Raises:
-        OptionError: the working dtype is fp32, or a variant cannot run here.
+        OptionError: the working dtype is fp32, a variant cannot run here, or weights are in FP8.
     """
     import torch
 
+    from benchmarking.transformers_twin import require_16_bits
     from peers import OURS, release
     from qwen3vl_moe.weights.placement import resolve_moe
 
     model = llm.engine.model
     if model.dtype not in (torch.bfloat16, torch.float16):
         raise OptionError("--dtype must be bfloat16 or float16: the yardstick is an fp32 evaluation")
+    require_16_bits(model.config)  # before hours of answers, not after them
     ours = [name for name in names if name in OURS]
     for name in ours:
         resolve_moe(name, model.device, model.dtype, model.config.text)
@@ -159,15 +161,18 @@ def compare(
 
 def run(llm: Any, name: str, asked: Any, max_gen_toks: int, output: Path | None) -> Run:
     """All problems through one variant."""
-    import problems
-    from gsm8k import generation
     from peers import variant_lm
 
     stderr.print(f"{name}:", style="bold")
-    lm = variant_lm(llm, name)
-    results, tracker = problems.evaluate(
-        lm, asked, name=f"{llm.name}-{name}", gen_kwargs=generation(max_gen_toks), output=output
-    )
+    return run_problems(variant_lm(llm, name), asked, f"{llm.name}-{name}", max_gen_toks, output)
+
+
+def run_problems(lm: Any, asked: Any, name: str, max_gen_toks: int, output: Path | None) -> Run:
+    """All problems through an lm-eval model of ours; ``name`` is that of the folder of its result files."""
+    import problems
+    from gsm8k import generation
+
+    results, tracker = problems.evaluate(lm, asked, name=name, gen_kwargs=generation(max_gen_toks), output=output)
     if tracker is not None:
         problems.save(results, tracker)
     right: dict[str, list[bool]] = {each: [] for each in problems.FILTERS}
@@ -289,20 +294,25 @@ def show_accuracy(report: dict[str, Any]) -> None:
 
 
 def show_tokens(report: dict[str, Any]) -> None:
-    headings = ("tokens", "median", "mean", "largest", "median KL", "KL", "top-1", "")
     for key, title in (
         ("logits", "the model's logits against fp32, on prompts and answers"),
         ("engine", "what the engine reported for its own answers, against fp32"),
         ("between", "the model's logits, variant against variant"),
     ):
         if report[key]:
-            table = Table("Δ log p", *headings, title=title, title_justify="left", box=box.SIMPLE)
-            for row in report[key]:
-                table.add_row(row["variant"], *_cells(row))
-            stdout.print(table)
+            show_distances(report[key], title)
     if not report["accuracy_counts"]:
         stdout.print("The weights are random and solve nothing: only the log-probabilities count.")
     stdout.print("parity holds" if report["parity"] else "NO PARITY", style="bold")
+
+
+def show_distances(rows: list[dict[str, Any]], title: str) -> None:
+    """A table of ``Distance.figures``, each with the ``variant`` that is meant."""
+    headings = ("tokens", "median", "mean", "largest", "median KL", "KL", "top-1", "")
+    table = Table("Δ log p", *headings, title=title, title_justify="left", box=box.SIMPLE)
+    for row in rows:
+        table.add_row(row["variant"], *_cells(row))
+    stdout.print(table)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -359,7 +359,7 @@ def test_interpreted_op_runs_given_tiles_and_sees_their_error(choice, monkeypatc
 
 
 def test_the_whole_program_with_a_fake_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(tma_moe, "unavailable", lambda device, dtype, sizes=None: None)
+    monkeypatch.setattr(tma_moe, "unavailable", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake Card")
     monkeypatch.setattr(tune_moe, "compile_all", lambda shape, tokens, jobs: {})
     monkeypatch.setattr(tune_moe, "CudaTimer", lambda **options: FakeTimer())
