@@ -51,18 +51,25 @@ def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     return x8_TK.contiguous(), scale_TB
 
 
-def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_blocks(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Weights [..., N, K] in FP8, with `scale = max(|w|) / 448` for each block of 128 x 128.
 
+    Args:
+        weight: any floating dtype.
+        scale_dtype: float32, or bfloat16: scales are then rounded up, so that no value passes 448, before they divide.
+
     Returns:
-        float8_e4m3fn [..., N, K] and the scales, float32 [..., A, B].
+        float8_e4m3fn [..., N, K] and the scales, `scale_dtype` [..., A, B].
     """
     *lead, N, K = weight.shape
     A, B = blocks(N), blocks(K)
     padded = torch.nn.functional.pad(weight.float(), (0, B * BLOCK - K, 0, A * BLOCK - N))
     grid = padded.view(*lead, A, BLOCK, B, BLOCK)
     scale = grid.abs().amax((-3, -1)).clamp_min(SMALLEST_AMAX) / LARGEST
-    w8 = (grid / scale[..., :, None, :, None]).view(*lead, A * BLOCK, B * BLOCK)
+    if scale_dtype != torch.float32:
+        rounded = scale.to(scale_dtype)
+        scale = torch.where(rounded.float() < scale, torch.nextafter(rounded, torch.full_like(rounded, 1e30)), rounded)
+    w8 = (grid / scale.float()[..., :, None, :, None]).view(*lead, A * BLOCK, B * BLOCK)
     return w8[..., :N, :K].to(FP8).contiguous(), scale
 
 

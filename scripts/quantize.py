@@ -1,0 +1,315 @@
+"""A 16-bit checkpoint in, the same in block-scaled FP8 out, in the published format.
+
+    python scripts/quantize.py DIR DIR_FP8
+    python scripts/quantize.py DIR DIR_FP8 --check      # compares the two, tensor by tensor
+
+Quantised are q, k, v, o and the experts of every layer; all else is copied as it is. Experts stay in the layout that
+they have, and their scales lie as they do. One tensor is in memory at a time, so a machine of a few GB does for any
+size. Interrupted, the same call goes on where it stopped: finished shards are kept. config.json comes last, and without
+it nothing takes the directory for a checkpoint.
+
+Exit status: 0 done, 1 --check has found a difference, 2 something in the call has to be mended, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm import tqdm
+
+from program import any_text
+from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.errors import CheckpointError, OptionError, UserError
+from qwen3vl_moe.json_files import read_json_object
+from qwen3vl_moe.weights.checkpoint import Entry, check_tensors, expand_table, find_expert_layout
+from qwen3vl_moe.weights.placement import parse_device
+from qwen3vl_moe.weights.scales import scale_name
+from qwen3vl_moe.weights.shards import INDEX, StoredTensor, read_headers, read_whole
+from replace_file import replace_file
+from tma_moe.block_fp8 import dequantize_blocks, quantize_blocks, scale_shape
+
+SCALES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
+SHARD_BYTES = 5 * 10**9
+NOTES = "quantize.json"  # in the destination, until it is finished: of what and how it is made
+QUANTISED = re.compile(r"(\.self_attn\.[qkvo]_proj\.weight|\.mlp\.experts\.(gate_up|down)_proj)$")
+# Modules with products that stay as they are, as transformers wants them listed.
+LEFT_OUT = re.compile(r"^(lm_head|.*\.mlp\.gate|model\.visual\..*(attn\.qkv|attn\.proj|linear_fc[12]))\.weight$")
+WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
+stdout = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    source: Annotated[Path, typer.Argument(help="Directory of a 16- or 32-bit checkpoint.")],
+    destination: Annotated[Path, typer.Argument(help="Directory to write; with --check, to compare.")],
+    check: Annotated[bool, typer.Option("--check", help="Compare the two instead, tensor by tensor.")] = False,
+    scales: Annotated[str, typer.Option(help="bf16 (as published; rounded up) or fp32.")] = "bf16",
+    device: Annotated[str, typer.Option(help="What computes: auto, cuda, cpu.")] = "auto",
+) -> None:
+    """Quantise a checkpoint to block-scaled FP8."""
+    try:
+        if scales not in SCALES:
+            raise OptionError(f"--scales {scales}: choose bf16 or fp32")
+        model = Source.read(source)
+        if check:
+            if not compare(model, destination, parse_device(device)):
+                raise typer.Exit(1)
+            return
+        written = quantise(model, destination, scales, parse_device(device))
+        stdout.print(f"written: {destination}, {written / 1e9:.2f} GB of {model.nbytes / 1e9:.2f}")
+    except UserError as error:
+        stderr.print(f"error: {error}")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        stderr.print("interrupted: the same call goes on where it stopped")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        stderr.print(f"error: {error.filename or destination}: {error.strerror or error}")
+        raise typer.Exit(2) from None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that can be quantised.
+
+    Attributes:
+        layout: of its experts.
+        stored: its tensors, by name, in the order of the files.
+        raw: its config.json.
+    """
+
+    directory: Path
+    layout: str
+    stored: dict[str, StoredTensor]
+    raw: dict[str, Any]
+
+    @classmethod
+    def read(cls, directory: Path) -> Source:
+        """Raises UserError for what is no sound checkpoint, or is quantised already."""
+        if not directory.is_dir():
+            raise OptionError(f"{directory} is no directory: give that of a checkpoint")
+        config = Qwen3VLMoeConfig.from_pretrained(directory)
+        if config.text.fp8_attention or config.text.fp8_experts:
+            raise CheckpointError(f"{directory} is quantised already: its config.json has a quantization_config")
+        stored, table = read_headers(directory), expand_table(config)
+        check_tensors(table, stored, directory)
+        layout = find_expert_layout(table, stored, directory)
+        in_order = sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset))
+        return cls(directory, layout, dict(in_order), read_json_object(directory / "config.json", CheckpointError))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.stored.values())
+
+    def turned(self, name: str) -> bool:
+        """Whether a tensor is input-major, so that blocks are found in its transpose."""
+        return self.layout == "published" and ".experts." in name
+
+    def fingerprint(self) -> str:
+        """Changes with the files, their tensors and config.json."""
+        files = sorted({tensor.file for tensor in self.stored.values()} | {self.directory / "config.json"})
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        tensors = [(name, tensor.dtype, tensor.shape, tensor.offset) for name, tensor in self.stored.items()]
+        return hashlib.sha256(repr((stats, tensors)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that will be written. ``source`` is that which it is made of, ``part`` what of it: "as it is", the
+    "weight" in FP8, or its "scale"."""
+
+    name: str
+    source: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def plan(model: Source, scales: str) -> list[list[Planned]]:
+    """The tensors of each shard, in order; a weight's scales follow it in the same shard."""
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for name, tensor in model.stored.items():
+        made = [Planned(name, name, "as it is", tensor.dtype, tensor.shape, tensor.nbytes)]
+        if QUANTISED.search(name):
+            shape = scale_shape(tensor.shape)  # the same whichever way its blocks lie
+            dtype, torch_dtype = SCALES[scales]
+            made = [
+                Planned(name, name, "weight", "F8_E4M3", tensor.shape, math.prod(tensor.shape)),
+                Planned(scale_name(name), name, "scale", dtype, shape, math.prod(shape) * torch_dtype.itemsize),
+            ]
+        nbytes = sum(each.nbytes for each in made)
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1] += made
+        size += nbytes
+    return shards
+
+
+def turn(tensor: Tensor, turned: bool) -> Tensor:
+    return tensor.transpose(-1, -2).contiguous() if turned else tensor
+
+
+def quantise(model: Source, destination: Path, scales: str, device: torch.device) -> int:
+    """Write the whole checkpoint; returns its bytes of weights.
+
+    Raises:
+        UserError: the destination is something else, or there is no room for it.
+    """
+    shards = plan(model, scales)
+    total = sum(each.nbytes for shard in shards for each in shard)
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    notes = {"source": model.fingerprint(), "scales": scales, "shards": names}
+    _prepare(destination, notes)
+    done = {name for name in names if (destination / name).exists()}
+    left = sum(each.nbytes for name, shard in zip(names, shards, strict=True) if name not in done for each in shard)
+    free = shutil.disk_usage(destination).free
+    if left > free:
+        raise OptionError(f"{destination} needs {left / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free there")
+    with tqdm(total=total, desc="quantising", unit="B", unit_scale=True) as bar:
+        for name, shard in zip(names, shards, strict=True):
+            if name in done:
+                bar.update(sum(each.nbytes for each in shard))
+            else:
+                replace_file(destination / name, _shard_bytes(model, shard, scales, device, bar))
+    for path in sorted(model.directory.iterdir()):
+        if path.is_file() and path.name != "config.json" and not path.name.endswith(WEIGHT_FILES):
+            shutil.copyfile(path, destination / path.name)
+    weight_map = {each.name: name for name, shard in zip(names, shards, strict=True) for each in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(destination / INDEX, index)
+    _write_json(destination / "config.json", model.raw | {"quantization_config": quantization_config(model)})
+    (destination / NOTES).unlink()
+    return total
+
+
+def _prepare(destination: Path, notes: dict[str, Any]) -> None:
+    """Make the destination, or see that an unfinished one is of the same source and settings."""
+    path = destination / NOTES
+    if path.exists():
+        if read_json_object(path, CheckpointError) != notes:
+            raise OptionError(f"{destination} was begun from another source or with other --scales: remove it first")
+        return
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise OptionError(f"{destination} is there already: name a directory that is empty or new")
+    destination.mkdir(parents=True, exist_ok=True)
+    _write_json(path, notes)
+
+
+def quantization_config(model: Source) -> dict[str, Any]:
+    left_out = sorted(found[1] for name in model.stored if (found := LEFT_OUT.match(name)))
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": left_out,
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    replace_file(path, [json.dumps(content, indent=2).encode() + b"\n"])
+
+
+def _shard_bytes(model: Source, shard: list[Planned], scales: str, device: torch.device, bar: tqdm) -> Iterator[bytes]:
+    """A safetensors file: header, then every tensor's bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for each in shard:
+        header[each.name] = {"dtype": each.dtype, "shape": each.shape, "data_offsets": [end, end + each.nbytes]}
+        end += each.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8 bytes
+    yield len(text).to_bytes(8, "little")
+    yield text
+    scale = torch.empty(0)
+    for each in shard:
+        value = read_whole(model.stored[each.source]) if each.part != "scale" else scale
+        if each.part == "weight":
+            value, scale = _quantised(value, model.turned(each.name), SCALES[scales][1], device)
+        yield _bytes(value.contiguous()).numpy().tobytes()
+        bar.update(each.nbytes)
+
+
+def _quantised(value: Tensor, turned: bool, scales: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Weights and scales, on the host and as they are stored; experts one by one, whose float32 copies are large."""
+    if value.dim() == 3:
+        parts = [_quantised(each, turned, scales, device) for each in value]
+        return torch.stack([w8 for w8, _ in parts]), torch.stack([scale for _, scale in parts])
+    w8, scale = quantize_blocks(turn(value.to(device), turned), scales)
+    return turn(w8, turned).cpu(), turn(scale, turned).cpu()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def compare(model: Source, destination: Path, device: torch.device) -> bool:
+    """Print how far the quantised tensors are from their originals, by kind; whether all is as it should be.
+
+    A value that is w / scale in FP8 is off by at most half a step: a sixteenth of itself, or 2^-10 below 2^-6.
+    """
+    config = Qwen3VLMoeConfig.from_pretrained(destination)
+    table: dict[str, Entry] = {entry.source: entry for entry in expand_table(config)}
+    stored = read_headers(destination)
+    check_tensors(list(table.values()), stored, destination)
+    layout = find_expert_layout(list(table.values()), stored, destination, model.layout)
+    if layout != model.layout or table.keys() != model.stored.keys():
+        raise CheckpointError(f"{destination} is no quantised {model.directory}: sizes or layouts differ")
+    kinds: dict[str, list[float]] = {}
+    wrong: list[str] = []
+    for name, tensor in tqdm(model.stored.items(), desc="comparing"):
+        ours, theirs = read_whole(stored[name]), read_whole(tensor)
+        if not table[name].fp8:
+            if ours.dtype != theirs.dtype or not torch.equal(_bytes(ours), _bytes(theirs)):
+                wrong.append(name)
+            continue
+        scale = read_whole(stored[scale_name(name)]).float()
+        error = power = worst = 0.0
+        triples = zip(ours, theirs, scale, strict=True) if ours.dim() == 3 else [(ours, theirs, scale)]
+        for w8, weight, of_blocks in triples:
+            w8, weight, of_blocks = (turn(x.to(device), model.turned(name)) for x in (w8, weight.float(), of_blocks))
+            off = (dequantize_blocks(w8, of_blocks) - weight).abs()
+            spread = dequantize_blocks(torch.ones_like(w8, dtype=torch.float32), of_blocks)
+            half_step = torch.maximum(weight.abs() / 16, spread * 2**-10)
+            worst = max(worst, float((off / half_step).max()))
+            error, power = error + float(off.double().square().sum()), power + float(weight.double().square().sum())
+        kind = re.sub(r"\.\d+\.", ".*.", name).rpartition("layers.")[2]
+        kinds.setdefault(kind, []).append(math.sqrt(error / power) if power else 0.0)
+        kinds.setdefault(f"{kind} worst", []).append(worst)
+        if not worst <= 1.001:  # float32 rounds what is compared
+            wrong.append(name)
+    shown = Table(
+        "tensors", "count", "relative error (rms): mean", "largest", "worst value, half steps", box=box.SIMPLE
+    )
+    for kind in (kind for kind in kinds if not kind.endswith(" worst")):
+        errors, worsts = kinds[kind], kinds[f"{kind} worst"]
+        mean = sum(errors) / len(errors)
+        shown.add_row(kind, str(len(errors)), f"{mean:.3%}", f"{max(errors):.3%}", f"{max(worsts):.3f}")
+    stdout.print(shown)
+    stdout.print(f"{len(wrong)} wrong: {', '.join(wrong[:5])}" if wrong else "every other tensor is equal")
+    return not wrong
+
+
+if __name__ == "__main__":
+    any_text()
+    app()
