@@ -62,9 +62,10 @@ class Engine:
         most = options.with_seats(None, on_gpu)
         compile_kernels(model, most, progress)
         free_bytes = None if options.num_blocks else free_cache_bytes(model, most)
-        num_blocks, self.max_model_len = plan_cache(model.config.text, model.dtype, most, free_bytes)
+        cache_dtype = options.cache_dtype(model.dtype)
+        num_blocks, self.max_model_len = plan_cache(model.config.text, cache_dtype, most, free_bytes)
         options = options.with_seats(num_blocks, on_gpu)
-        self.cache = KVCache(model.config.text, num_blocks, options.block_size, model.dtype, model.device)
+        self.cache = KVCache(model.config.text, num_blocks, options.block_size, cache_dtype, model.device)
         self.scheduler = Scheduler(
             self.cache,
             options.seats,

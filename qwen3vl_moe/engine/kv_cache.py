@@ -21,6 +21,7 @@ from torch import Tensor
 from qwen3vl_moe.config import TextConfig
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.ops.fp8_cache import FP8_CACHE, SCALE_BYTES
 
 _CPU_BYTES = 4 << 30  # on a CPU, or a quarter of its memory if that is less
 
@@ -42,9 +43,10 @@ def block_key(parent: bytes, token_ids: Sequence[int], images: Sequence[tuple[by
     return key.digest()
 
 
-def cache_shape(config: TextConfig, num_blocks: int, block_size: int) -> tuple[int, ...]:
-    """[L, 2, num_blocks, block_size, G, D]: keys and values of all layers."""
-    return config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, config.head_dim
+def cache_shape(config: TextConfig, num_blocks: int, block_size: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """[L, 2, num_blocks, block_size, G, D]: keys and values of all layers; D + 4 bytes of an FP8 cache."""
+    width = config.head_dim + (SCALE_BYTES if dtype == FP8_CACHE else 0)
+    return config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, width
 
 
 class KVCache:
@@ -53,10 +55,11 @@ class KVCache:
     Args:
         config: sizes of the decoder.
         num_blocks: blocks to hold, of ``block_size`` tokens each.
-        dtype, device: those of the model.
+        dtype: that of the model, or ``FP8_CACHE``.
+        device: that of the model.
 
     Attributes:
-        tensor: [L, 2, num_blocks, block_size, G, D]; token t of a sequence is at row
+        tensor: as :func:`cache_shape` says; token t of a sequence is at row
             ``table[t // block_size] * block_size + t % block_size`` of the flattened blocks.
     """
 
@@ -70,7 +73,7 @@ class KVCache:
                 f"{there / 1e9:.1f} GB; lower one of them"
             )
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.tensor = _zeros(cache_shape(config, num_blocks, block_size), dtype, torch.device(device))
+        self.tensor = _zeros(cache_shape(config, num_blocks, block_size, dtype), dtype, torch.device(device))
         self._references = [0] * num_blocks  # block tables that hold the block
         self._free = OrderedDict.fromkeys(range(num_blocks))  # blocks without references; the next to be reused first
         self._key_of: list[bytes | None] = [None] * num_blocks
@@ -156,7 +159,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def bytes_per_block(config: TextConfig, block_size: int, dtype: torch.dtype) -> int:
-    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return math.prod(cache_shape(config, 1, block_size, dtype)) * dtype.itemsize
 
 
 def _total_bytes(device: torch.device) -> int:
@@ -175,7 +178,8 @@ def plan_cache(
     """How many blocks to hold, and the longest sequence to accept: any single one of that length fits.
 
     Args:
-        config, dtype: of the model.
+        config: of the model.
+        dtype: of the cache.
         options: ``num_blocks`` is taken as it is where given; else as many blocks as ``max_num_seqs`` sequences can
             fill, or as fit into memory.
         free_bytes: memory for the cache; None on a CPU, where a fixed bound applies.

@@ -76,7 +76,7 @@ class LLM:
         progress: show the bars of loading and warming up.
         engine_options: fields of :class:`EngineOptions`: ``max_model_len``, ``max_num_seqs``, ``max_prefill_tokens``,
             ``max_encoder_tokens``, ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``,
-            ``enforce_eager``, ``async_scheduling``, ``enable_prefix_caching``.
+            ``enforce_eager``, ``async_scheduling``, ``enable_prefix_caching``, ``kv_cache_dtype``.
 
     Raises:
         UserError: an option, or the checkpoint, cannot be used; one line says why.
@@ -169,6 +169,9 @@ class LLM:
             "max_model_len": engine.max_model_len,
             "max_num_seqs": engine.scheduler.max_num_seqs,
             "max_prefill_tokens": self.options.max_prefill_tokens,
+            "kv_cache_dtype": "fp8"
+            if self.options.kv_cache_dtype == "fp8"
+            else str(model.dtype).removeprefix("torch."),
             "kv_cache_tokens": engine.cache.num_blocks * engine.cache.block_size,
         }
 

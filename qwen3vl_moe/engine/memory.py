@@ -60,7 +60,8 @@ def _step_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int:
 def _graph_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int:
     """What all graphs take. They are made for this, over a cache of one block, and made again over the real one."""
     text, device = model.config.text, model.device
-    cache = torch.zeros(cache_shape(text, 1, options.block_size), dtype=model.dtype, device=device)
+    dtype = options.cache_dtype(model.dtype)
+    cache = torch.zeros(cache_shape(text, 1, options.block_size, dtype), dtype=dtype, device=device)
     torch.cuda.synchronize(device)
     before, _ = torch.cuda.mem_get_info(device)
     graphs = StepGraphs(model, cache, options.seats, options.model_len(text.max_positions)), VisionGraphs(model)

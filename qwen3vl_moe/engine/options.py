@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.ops.fp8_cache import FP8_CACHE
 
 _MOST_SEQS, _CPU_SEQS, _TOKENS_PER_SEAT = 512, 128, 128
 _DEFAULT_MODEL_LEN = 32768  # the published model could do 262144, which is 24 GiB of cache for a single sequence
@@ -29,6 +32,7 @@ class EngineOptions:
         async_scheduling: launch a step of decoding before the tokens of the last one are read, so that the device does
             not wait for the host. A sequence that turns out to have ended is computed once more for nothing. None: on
             a GPU; on a CPU it gains nothing.
+        kv_cache_dtype: "auto", that of the model, or "fp8": half the bytes, with a scale for every token and head.
         enable_prefix_caching: let a prompt that begins like an earlier one, images included, reuse its cache blocks.
 
     Raises:
@@ -46,6 +50,7 @@ class EngineOptions:
     enforce_eager: bool = False
     async_scheduling: bool | None = None
     enable_prefix_caching: bool = True
+    kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         sizes = "max_model_len", "max_num_seqs", "max_prefill_tokens", "max_encoder_tokens", "block_size", "num_blocks"
@@ -61,6 +66,8 @@ class EngineOptions:
                 raise OptionError(f"{name}={getattr(self, name)!r}: True or False is needed")
         if self.async_scheduling is not None and type(self.async_scheduling) is not bool:
             raise OptionError(f"async_scheduling={self.async_scheduling!r}: True, False or None is needed")
+        if self.kv_cache_dtype not in ("auto", "fp8"):
+            raise OptionError(f"kv_cache_dtype={self.kv_cache_dtype!r} is unknown; choose from auto, fp8")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise OptionError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: a number in (0, 1] is needed")
 
@@ -70,6 +77,10 @@ class EngineOptions:
             return self
         fed = _MOST_SEQS if num_blocks is None else num_blocks * self.block_size // _TOKENS_PER_SEAT
         return replace(self, max_num_seqs=max(1, min(fed, _MOST_SEQS)) if on_gpu else _CPU_SEQS)
+
+    def cache_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of the tensor that holds keys and values, beside a model of ``dtype``."""
+        return FP8_CACHE if self.kv_cache_dtype == "fp8" else dtype
 
     @property
     def seats(self) -> int:

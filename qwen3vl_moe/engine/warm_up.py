@@ -62,9 +62,9 @@ def compile_kernels(model: Qwen3VLMoe, options: EngineOptions, progress: bool) -
                 bar.refresh()
 
         with compile_ahead(report):
-            cache = torch.empty(
-                cache_shape(model.config.text, 1, options.block_size), dtype=model.dtype, device=model.device
-            )
+            dtype = options.cache_dtype(model.dtype)
+            shape = cache_shape(model.config.text, 1, options.block_size, dtype)
+            cache = torch.empty(shape, dtype=dtype, device=model.device)
             walk(model, cache, options)
 
 

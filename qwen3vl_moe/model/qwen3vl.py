@@ -67,7 +67,7 @@ class Qwen3VLMoe(nn.Module):
 
         Args:
             batch: the step.
-            kv_cache: [L, 2, blocks, block_size, G, D] in the model's dtype, updated in place at ``batch.slots_T``;
+            kv_cache: [L, 2, blocks, block_size, G, D] in the model's dtype, or FP8, updated at ``batch.slots_T``;
                 None attends within the batch only.
         """
         return self.compute_logits(self.text(batch, kv_cache))

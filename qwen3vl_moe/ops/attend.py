@@ -49,7 +49,8 @@ def cached_attention(
     Args:
         q_TND, k_TGD, v_TGD: the step's own; its keys and values are in the cache already.
         segments: the sequences.
-        layer_cache: [2, blocks, block_size, G, D], or None to attend within the step only.
+        layer_cache: [2, blocks, block_size, G, D], or one in FP8 (:mod:`.fp8_cache`); None: attend within the step
+            only.
 
     Returns:
         [T, N, D] in the dtype of the queries.

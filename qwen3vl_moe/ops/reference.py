@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen3vl_moe.ops.fp8_cache import FP8_CACHE, fp8_views, quantise_heads
 from qwen3vl_moe.ops.segments import Segments
+from tma_moe.block_fp8 import FP8
 
 RESIZE_BITS = 22  # Pillow's: 32, less 8 of a pixel, and 2 for sums that are negative or beyond white
 
@@ -46,15 +48,28 @@ def rotate_and_store(
     q_TND, k_TGD = (rotate(x.float(), cos_TF, sin_TF).to(qkv_TA.dtype) for x in (q_TND, k_TGD))
     if layer_cache is not None:
         assert slots_T is not None
-        store(k_TGD, v_TGD, slots_T, layer_cache)
+        k_TGD, v_TGD = store(k_TGD, v_TGD, slots_T, layer_cache)
     return q_TND, k_TGD, v_TGD
 
 
-def store(k_TGD: Tensor, v_TGD: Tensor, slots_T: Tensor, layer_cache: Tensor) -> None:
-    """Writes keys and values into rows ``slots_T`` of one layer's cache, [2, blocks, block_size, G, D]."""
-    k_rows, v_rows = layer_cache.flatten(1, 2)
-    k_rows.index_copy_(0, slots_T, k_TGD)
-    v_rows.index_copy_(0, slots_T, v_TGD)
+def store(k_TGD: Tensor, v_TGD: Tensor, slots_T: Tensor, layer_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes keys and values into rows ``slots_T`` of one layer's cache, and returns them as it holds them.
+
+    The cache is [2, blocks, block_size, G, D] in any floating dtype, or FP8 (see :mod:`.fp8_cache`).
+    """
+    if layer_cache.dtype != FP8_CACHE:
+        k_rows, v_rows = layer_cache.flatten(1, 2)
+        k_rows.index_copy_(0, slots_T, k_TGD)
+        v_rows.index_copy_(0, slots_T, v_TGD)
+        return k_TGD, v_TGD
+    block_T, place_T = slots_T // layer_cache.shape[2], slots_T % layer_cache.shape[2]
+    rounded = []
+    for x_TGD, values, scales in zip((k_TGD, v_TGD), *fp8_views(layer_cache), strict=True):
+        x8_TGD, scale_TG = quantise_heads(x_TGD)
+        values[block_T, place_T] = x8_TGD.view(torch.uint8)
+        scales[block_T, place_T] = scale_TG
+        rounded.append((x8_TGD.float() * scale_TG[..., None]).to(x_TGD.dtype))
+    return rounded[0], rounded[1]
 
 
 def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *, causal: bool) -> Tensor:
@@ -78,9 +93,16 @@ def attention(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor, segments: Segments, *
 
 def cached_attention(q_TND: Tensor, segments: Segments, layer_cache: Tensor) -> Tensor:
     """Causal attention over all keys of each segment, gathered from the cache."""
-    k_rows, v_rows = layer_cache.flatten(1, 2)
     rows_U = segments.cache_rows_U
-    return attention(q_TND, k_rows[rows_U], v_rows[rows_U], segments, causal=True)
+    if layer_cache.dtype != FP8_CACHE:
+        k_rows, v_rows = layer_cache.flatten(1, 2)
+        return attention(q_TND, k_rows[rows_U], v_rows[rows_U], segments, causal=True)
+    block_U, place_U = rows_U // layer_cache.shape[2], rows_U % layer_cache.shape[2]
+    k_UGD, v_UGD = (
+        (values[block_U, place_U].view(FP8).float() * scales[block_U, place_U][..., None]).to(q_TND.dtype)
+        for values, scales in zip(*fp8_views(layer_cache), strict=True)
+    )
+    return attention(q_TND, k_UGD, v_UGD, segments, causal=True)
 
 
 def linear_gelu(x: Tensor, linear: nn.Linear) -> Tensor:

@@ -26,10 +26,12 @@ def rotate_and_store(
         cos_TF, sin_TF: fp32 [T, D / 2].
         norms: of each query and of each key, over D channels; None: neither.
         slots_T: int64 cache rows; one that is negative is not written. Needed where there is a cache.
-        layer_cache: [2, blocks, block_size, G, D], contiguous; None: nothing is written.
+        layer_cache: [2, blocks, block_size, G, D], contiguous, or one in FP8 (:mod:`.fp8_cache`); None: nothing is
+            written.
 
     Returns:
-        q [T, N, D] and k [T, G, D], new memory, and v [T, G, D], a view of qkv.
+        q [T, N, D] and k [T, G, D], new memory, and v [T, G, D], a view of qkv; with an FP8 cache k and v as it holds
+        them (and qkv may be overwritten).
     """
     if takes_kernels(qkv_TA):
         from qwen3vl_moe.ops.kernels.rotation import norm_rotate_store

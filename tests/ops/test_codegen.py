@@ -84,11 +84,16 @@ def test_combine_add_and_norm(evict):
 
 @pytest.mark.parametrize(
     "sizes",
-    [(32, 4, 128, 4, 8, 64, True, True, True), (16, 16, 72, 4, 8, 64, False, False, True)],
-    ids=["decoder", "vision tower"],
+    [
+        (32, 4, 128, 4, 8, 64, True, True, 0, True),
+        (32, 4, 128, 4, 8, 64, True, True, 16, True),
+        (16, 16, 72, 4, 8, 64, False, False, 0, True),
+    ],
+    ids=["decoder", "FP8 cache", "vision tower"],
 )
 def test_norm_rotate_and_store(sizes):
-    arguments = (BF16, FP32, FP32, BF16, BF16, INT32, BF16, BF16, BF16, BF16, 5, 1e-6)
+    rows = torch.empty(16, dtype=FP8) if sizes[-2] else BF16
+    arguments = (BF16, FP32, FP32, BF16, BF16, INT32, BF16, BF16, rows, rows, FP32, FP32, 5, 1e-6)
     made = compile_for_hopper(rotation._norm_rotate_store, arguments, sizes, {"num_warps": 8})
     assert made.spilled == 0
     made.assert_takes_turn(reads_early=False)
@@ -116,9 +121,11 @@ def test_resize(kernel, numbers):
     assert "mad.wide" in made.ptx or "mul.wide" in made.ptx or "mul.lo.s64" in made.ptx  # 64 bits, of large pictures
 
 
-def test_paged_decode():
-    arguments = (BF16, INT32, BF16, BF16, INT32, INT32, FP32, FP32, BF16, 256, 64, 0.1)
-    constants = (16, 32, 4, 128, 16, 128, paged_decode._TOKENS)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_paged_decode(fp8):
+    rows = torch.empty(16, dtype=FP8) if fp8 else BF16
+    arguments = (BF16, INT32, rows, rows, FP32, FP32, INT32, INT32, FP32, FP32, BF16, 256, 64, 0.1)
+    constants = (16, 32, 4, 128, 16, 128, paged_decode._TOKENS, fp8)
     made = compile_for_hopper(paged_decode._attend_span, arguments, constants, {"num_warps": 4, "num_stages": 2})
     assert made.spilled == 0
     assert made.count("mma.sync") > 0
@@ -128,7 +135,7 @@ def test_paged_decode():
     assert made.spilled == 0
 
 
-@pytest.mark.parametrize("block_size", [0, 16], ids=["packed", "paged"])
+@pytest.mark.parametrize(("block_size", "fp8"), [(0, False), (16, False), (16, True)], ids=["packed", "paged", "FP8"])
 @pytest.mark.parametrize(
     ("heads", "width", "causal", "tile"),
     [
@@ -138,15 +145,19 @@ def test_paged_decode():
     ],
     ids=["decoder", "vision", "rows-at-odd-eighths"],
 )
-def test_packed_attention(heads, width, causal, tile, block_size):
+def test_packed_attention(heads, width, causal, tile, block_size, fp8):
     queries, keys, warps, stages = tile
-    arguments = (BF16,) * 4 + (INT32,) * 3 + (512, 64, 64, 256, 3, 0.1)
+    rows = torch.empty(16, dtype=FP8) if fp8 else BF16
+    arguments = (BF16, rows, rows, FP32, FP32, BF16, *(INT32,) * 3, 512, 64, 64, 256, 3, 0.1)
     constants = (*heads, width, *packed_attention.head_parts(width), block_size, block_size > 0, causal)
     options = {"num_warps": warps, "num_stages": stages}
-    made = compile_for_hopper(packed_attention._attend_packed, arguments, (*constants, queries, keys, 128), options)
+    made = compile_for_hopper(
+        packed_attention._attend_packed, arguments, (*constants, queries, keys, 128, fp8), options
+    )
     assert made.spilled == 0
-    # Both parts of keys and values are copied 16 bytes at a time: narrower loads of them meet a fault of ptxas.
-    assert made.count("cp.async.cg.shared.global") > 0
+    # Both parts of keys and values are copied 16 bytes at a time: narrower loads of them meet a fault of ptxas. Those
+    # of an FP8 cache pass through registers, where they are widened.
+    assert (made.count("cp.async.cg.shared.global") > 0) != fp8
     assert made.count("ld.global.b16") == 0
     assert made.count("wgmma.mma_async") > 0
     assert made.count("mma.sync") == 0

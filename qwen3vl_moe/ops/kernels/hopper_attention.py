@@ -319,8 +319,8 @@ def takes(q_TND: Tensor, k_UGD: Tensor, v_UGD: Tensor) -> bool:
 
 
 def takes_cache(layer_cache: Tensor) -> bool:
-    """Whether :func:`hopper_paged_attention` takes this cache: heads of 128 channels, blocks of whole pages."""
-    return layer_cache.shape[-1] == 128 and layer_cache.shape[2] % PAGE.value == 0
+    """Whether :func:`hopper_paged_attention` takes this cache: 16 bits, 128 channels a head, blocks of whole pages."""
+    return layer_cache.dtype.itemsize == 2 and layer_cache.shape[-1] == 128 and layer_cache.shape[2] % PAGE.value == 0
 
 
 @functools.cache

@@ -12,6 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from qwen3vl_moe.ops.fp8_cache import FP8_CACHE
+from tma_moe.block_fp8 import FP8
 from tma_moe.launcher import Launch, current_stream, device_guard
 from tma_moe.support import has_pdl
 
@@ -53,6 +55,19 @@ def run_kept(
     launch = _kept(kernel, device, tuple(x.dtype for x in tensors), constants, warps, stages, early)
     with device_guard(device):
         launch(current_stream(device), grid, *tensors, *numbers)
+
+
+def cache_operands(layer_cache: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Keys, values, their scales, and tokens in a block of an FP8 cache (0 of another, whose scales mean nothing).
+
+    Args:
+        layer_cache: [2, blocks, block_size, G, D], or an FP8 one (`qwen3vl_moe.ops.fp8_cache`), contiguous.
+    """
+    k_rows, v_rows = layer_cache[0], layer_cache[-1]
+    if layer_cache.dtype != FP8_CACHE:
+        return k_rows, v_rows, k_rows, v_rows, 0
+    scales = k_rows.view(torch.float32), v_rows.view(torch.float32)
+    return k_rows.view(FP8), v_rows.view(FP8), *scales, layer_cache.shape[2]
 
 
 def softmax_scale(D: int) -> float:

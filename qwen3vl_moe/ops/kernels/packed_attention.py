@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3vl_moe.ops.kernels.launch import run_kept, softmax_scale
+from qwen3vl_moe.ops.kernels.launch import cache_operands, run_kept, softmax_scale
 
 _SEQUENCES = 128  # whose lengths a program looks at together, to find the one that its tile lies in
 TILE = (64, 64, 4, 3)  # queries, keys, warps, stages: what measured best, for the decoder and the tower
@@ -24,8 +24,9 @@ TILE = (64, 64, 4, 3)  # queries, keys, warps, stages: what measured best, for t
 
 @triton.jit
 def _visit(
-    q1, q2, k_at, v_at, table_at, token, row_max, row_sum, acc1, acc2, limit, kv_len, scale, stride_k, stride_v,
-    WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, MASKED: tl.constexpr,
+    q1, q2, k_at, v_at, k_scales, v_scales, table_at, token, row_max, row_sum, acc1, acc2, limit, kv_len, scale,
+    stride_k, stride_v, G: tl.constexpr, WIDTH1: tl.constexpr, WIDTH2: tl.constexpr, D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold one block of keys into the running softmax of a tile of queries.
 
@@ -39,13 +40,20 @@ def _visit(
         block = tl.load(table_at + token // BLOCK_SIZE, mask=token < kv_len, other=0).to(tl.int64)
         row = block * BLOCK_SIZE + token % BLOCK_SIZE
     rows_k, rows_v = k_at + row[:, None] * stride_k, v_at + row[:, None] * stride_v
+    if FP8:
+        # Behind a block's values lie its scales.
+        rows_k += (block * (BLOCK_SIZE * G * 4))[:, None]
+        rows_v += (block * (BLOCK_SIZE * G * 4))[:, None]
+        scale_at = block * (BLOCK_SIZE * G * (D + 4) // 4) + BLOCK_SIZE * G * D // 4 + token % BLOCK_SIZE * G
     k1 = tl.load(rows_k + d1[None, :], mask=inside, other=0.0) if MASKED else tl.load(rows_k + d1[None, :])
-    scores = tl.dot(q1, k1.T)
+    scores = tl.dot(q1, k1.to(q1.dtype).T)
     if WIDTH2 > 0:
         d2 = WIDTH1 + tl.arange(0, WIDTH2)
         part = (d2 < D)[None, :] & inside if MASKED else (d2 < D)[None, :]
         k2 = tl.load(rows_k + d2[None, :], mask=part, other=0.0)
-        scores = tl.dot(q2, k2.T, scores)
+        scores = tl.dot(q2, k2.to(q1.dtype).T, scores)
+    if FP8:
+        scores *= tl.load(k_scales + scale_at, mask=token < kv_len, other=0.0)[None, :]
     if MASKED:
         scores = tl.where(token[None, :] < limit[:, None], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)
@@ -53,11 +61,13 @@ def _visit(
     rescale = tl.exp2(row_max - new_max)
     row_sum = row_sum * rescale + tl.sum(p, axis=1)
     v1 = tl.load(rows_v + d1[None, :], mask=inside, other=0.0) if MASKED else tl.load(rows_v + d1[None, :])
-    p = p.to(v1.dtype)
-    acc1 = tl.dot(p, v1, acc1 * rescale[:, None])
+    if FP8:
+        p *= tl.load(v_scales + scale_at, mask=token < kv_len, other=0.0)[None, :]
+    p = p.to(q1.dtype)
+    acc1 = tl.dot(p, v1.to(q1.dtype), acc1 * rescale[:, None])
     if WIDTH2 > 0:
         v2 = tl.load(rows_v + d2[None, :], mask=part, other=0.0)
-        acc2 = tl.dot(p, v2, acc2 * rescale[:, None])
+        acc2 = tl.dot(p, v2.to(q1.dtype), acc2 * rescale[:, None])
     return new_max, row_sum, acc1, acc2
 
 
@@ -69,6 +79,8 @@ def _attend_packed(
     q_ptr,  # [T, N, D], rows 8 * stride_q apart
     k_ptr,  # [U, G, D], rows 8 * stride_k apart
     v_ptr,  # as k
+    k_scales_ptr,  # of an FP8 cache
+    v_scales_ptr,
     out_ptr,  # [T, N, D], contiguous
     q_starts_ptr,  # int32 [S + 1]
     kv_starts_ptr,  # int32 [S + 1]
@@ -90,6 +102,7 @@ def _attend_packed(
     QUERIES: tl.constexpr,  # of a tile
     KEYS: tl.constexpr,  # of a block
     SEQUENCES: tl.constexpr,  # that are looked at together
+    FP8: tl.constexpr,  # the cache
 ):
     """One program per head and tile of queries."""
     stride_q, stride_k, stride_v = stride_q * 8, stride_k * 8, stride_v * 8
@@ -128,6 +141,7 @@ def _attend_packed(
         acc2 = tl.zeros([QUERIES, WIDTH2], tl.float32)
     g = n // (N // G)
     k_at, v_at = k_ptr + g * D, v_ptr + g * D
+    k_scales, v_scales = k_scales_ptr + g, v_scales_ptr + g
     table_at = tables_ptr + s.to(tl.int64) * table_width
     if BLOCK_SIZE == 0:
         k_at, v_at = k_at + kv_start * stride_k, v_at + kv_start * stride_v
@@ -141,13 +155,13 @@ def _attend_packed(
     whole = (past + first + 1 if CAUSAL else kv_len) // KEYS * KEYS
     for at in range(0, whole, KEYS):
         row_max, row_sum, acc1, acc2 = _visit(
-            q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), row_max, row_sum, acc1, acc2, limit, kv_len, scale,
-            stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, False,
+            q1, q2, k_at, v_at, k_scales, v_scales, table_at, at + tl.arange(0, KEYS), row_max, row_sum, acc1, acc2,
+            limit, kv_len, scale, stride_k, stride_v, G, WIDTH1, WIDTH2, D, BLOCK_SIZE, FP8, False,
         )  # fmt: skip
     for at in range(whole, stop, KEYS):
         row_max, row_sum, acc1, acc2 = _visit(
-            q1, q2, k_at, v_at, table_at, at + tl.arange(0, KEYS), row_max, row_sum, acc1, acc2, limit, kv_len, scale,
-            stride_k, stride_v, WIDTH1, WIDTH2, D, BLOCK_SIZE, True,
+            q1, q2, k_at, v_at, k_scales, v_scales, table_at, at + tl.arange(0, KEYS), row_max, row_sum, acc1, acc2,
+            limit, kv_len, scale, stride_k, stride_v, G, WIDTH1, WIDTH2, D, BLOCK_SIZE, FP8, True,
         )  # fmt: skip
     out_at = out_ptr + ((q_start + query) * N + n)[:, None] * D
     tl.store(out_at + d1[None, :], (acc1 / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
@@ -191,7 +205,9 @@ def packed_attention(
         [T, N, D], contiguous. A sequence may be empty; one with queries has at least as many keys if causal.
     """
     out_TND = torch.empty(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
-    _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, q_starts, 0, causal, tile)
+    keys = k_UGD, v_UGD, k_UGD, v_UGD
+    strides = k_UGD.stride(0), v_UGD.stride(0)
+    _launch(q_TND, keys, strides, k_UGD.shape[1], out_TND, q_starts, kv_starts, q_starts, 0, causal, False, tile)
     return out_TND
 
 
@@ -210,23 +226,24 @@ def paged_attention(
     Sequences with one new token are left to :func:`qwen3vl_moe.ops.kernels.paged_decode.paged_decode`.
 
     Args:
-        layer_cache: [2, blocks, block_size, G, D], contiguous, with the new tokens' keys and values in it.
+        layer_cache: [2, blocks, block_size, G, D], or FP8, contiguous, with the new tokens' keys and values in it.
         block_tables: int32 [S, B], contiguous. The rest is as in :func:`packed_attention`.
     """
-    k_rows, v_rows = layer_cache.flatten(1, 2)
-    block_size = layer_cache.shape[2]
-    _launch(q_TND, k_rows, v_rows, out_TND, q_starts, kv_starts, block_tables, block_size, True, tile)
+    *cache, fp8_block = cache_operands(layer_cache)
+    (_, _, block_size, G, _), D = layer_cache.shape, q_TND.shape[2]
+    operands = out_TND, q_starts, kv_starts, block_tables
+    _launch(q_TND, cache, (G * D, G * D), G, *operands, block_size, True, fp8_block > 0, tile)
 
 
-def _launch(q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables, block_size, causal, tile) -> None:
-    (_, N, D), G, S = q_TND.shape, k_UGD.shape[1], len(q_starts) - 1
-    queries, keys, warps, stages = tile
+def _launch(q_TND, keys, strides, G, out_TND, q_starts, kv_starts, tables, block_size, causal, fp8, tile) -> None:
+    (_, N, D), S = q_TND.shape, len(q_starts) - 1
+    queries, block, warps, stages = tile
     run_kept(
         _attend_packed,
         (N, triton.cdiv(len(q_TND), queries) + S, 1),
-        (q_TND, k_UGD, v_UGD, out_TND, q_starts, kv_starts, tables),
-        (q_TND.stride(0) // 8, k_UGD.stride(0) // 8, v_UGD.stride(0) // 8, tables.stride(0), S, softmax_scale(D)),
-        (N, G, D, *head_parts(D), block_size, block_size > 0, causal, queries, keys, _SEQUENCES),
+        (q_TND, *keys, out_TND, q_starts, kv_starts, tables),
+        (q_TND.stride(0) // 8, strides[0] // 8, strides[1] // 8, tables.stride(0), S, softmax_scale(D)),
+        (N, G, D, *head_parts(D), block_size, block_size > 0, causal, queries, block, _SEQUENCES, fp8),
         warps,
         early=False,
         stages=stages,

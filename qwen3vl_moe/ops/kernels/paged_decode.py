@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3vl_moe.ops.kernels.launch import run_kept, softmax_scale
+from qwen3vl_moe.ops.kernels.launch import cache_operands, run_kept, softmax_scale
 
 _TOKENS = 64  # of a span per pass: 64 rows of 128 channels are 16 KB of keys and as much of values
 _LEAST_SPANS, _MOST_SPANS = 8, 64  # of a sequence that is long enough
@@ -35,8 +35,10 @@ def _span_of(length, spans, least, TOKENS: tl.constexpr):
 def _attend_span(
     q_ptr,  # [T, N, D]
     q_starts_ptr,  # [S + 1]
-    k_rows_ptr,  # [rows, G, D]
+    k_rows_ptr,  # [rows, G, D]; of an FP8 cache its values, with those of the blocks apart
     v_rows_ptr,
+    k_scales_ptr,  # of an FP8 cache
+    v_scales_ptr,
     tables_ptr,  # [S, B]
     kv_starts_ptr,  # [S + 1]
     partial_ptr,  # [S, N, spans, D] fp32
@@ -52,6 +54,7 @@ def _attend_span(
     ROWS: tl.constexpr,  # N / G query heads, at least the 16 rows of a matrix product
     WIDTH: tl.constexpr,  # D, rounded up to a power of two
     TOKENS: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """One program per sequence, key/value head and span of the cache; a span past the sequence's end writes nothing."""
     s, g, split, spans = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
@@ -77,16 +80,24 @@ def _attend_span(
         token = at + tl.arange(0, TOKENS)
         seen = token < stop
         block = tl.load(tables_ptr + s * table_width + token // BLOCK_SIZE, mask=seen, other=0).to(tl.int64)
-        cache_row = (block * BLOCK_SIZE + token % BLOCK_SIZE) * G + g
-        where = cache_row[:, None] * D + d[None, :]
+        place = token % BLOCK_SIZE * G + g
+        where = (block * (BLOCK_SIZE * G * D) + place * D)[:, None] + d[None, :]
+        if FP8:
+            where += (block * (BLOCK_SIZE * G * 4))[:, None]
+            scale_at = block * (BLOCK_SIZE * G * (D + 4) // 4) + BLOCK_SIZE * G * D // 4 + place
         keep = seen[:, None] & (d < D)[None, :]
-        k = tl.load(k_rows_ptr + where, mask=keep, other=0.0)
-        scores = tl.where(seen[None, :], tl.dot(q, k.T) * scale, float("-inf"))
+        k = tl.load(k_rows_ptr + where, mask=keep, other=0.0).to(q.dtype)
+        scores = tl.dot(q, k.T) * scale
+        if FP8:
+            scores *= tl.load(k_scales_ptr + scale_at, mask=seen, other=0.0)[None, :]
+        scores = tl.where(seen[None, :], scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, axis=1))
         p = tl.exp2(scores - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(p, axis=1)
-        v = tl.load(v_rows_ptr + where, mask=keep, other=0.0)
+        v = tl.load(v_rows_ptr + where, mask=keep, other=0.0).to(q.dtype)
+        if FP8:
+            p *= tl.load(v_scales_ptr + scale_at, mask=seen, other=0.0)[None, :]
         acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v)
         row_max = new_max
 
@@ -159,7 +170,7 @@ def paged_decode(
 
     Args:
         q_TND: contiguous queries of all sequences; bf16 or fp16 (fp32 in the interpreter).
-        layer_cache: [2, blocks, block_size, G, D], contiguous, with the new token's key and value in it.
+        layer_cache: [2, blocks, block_size, G, D], or FP8, contiguous, with the new token's key and value in it.
         out_TND: contiguous, like q.
         q_starts, kv_starts: int32 [S + 1] cumulative lengths of new and of all tokens; a sequence without keys gets
             zeros.
@@ -167,7 +178,7 @@ def paged_decode(
     """
     (_, N, D), S = q_TND.shape, len(q_starts) - 1
     _, _, block_size, G, _ = layer_cache.shape
-    k_rows, v_rows = layer_cache.unbind(0)
+    *cache, fp8_block = cache_operands(layer_cache)
     # Twice as many programs as multiprocessors. Where sequences alone are as many, spans are only for long ones, of
     # which a few among many short ones would otherwise keep the step waiting.
     enough = triton.next_power_of_2(triton.cdiv(2 * _processors(q_TND.device), S * G))
@@ -179,9 +190,9 @@ def paged_decode(
     run_kept(
         _attend_span,
         (S, G, spans),
-        (q_TND, q_starts, k_rows, v_rows, block_tables, kv_starts, partial, lse, out_TND),
+        (q_TND, q_starts, *cache, block_tables, kv_starts, partial, lse, out_TND),
         (block_tables.shape[1], least, softmax_scale(D)),
-        (block_size, N, G, D, rows, width, _TOKENS),
+        (block_size, N, G, D, rows, width, _TOKENS, fp8_block > 0),
         warps=4,
         early=False,
         stages=2,

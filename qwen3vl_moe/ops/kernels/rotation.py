@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from qwen3vl_moe.ops.kernels.launch import run_kept
+from qwen3vl_moe.ops.kernels.launch import cache_operands, run_kept
 from tma_moe.pdl import take_turn
+from tma_moe.quantise import LARGEST, SMALLEST_AMAX
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -20,8 +21,10 @@ def _norm_rotate_store(
     slots_ptr,  # [T] cache rows, negative: nothing is written
     q_ptr,  # [T, N, D]
     k_ptr,  # [T, G, D]
-    k_rows_ptr,  # [rows, G, D]
+    k_rows_ptr,  # [rows, G, D]; of an FP8 cache its values, with those of the blocks apart
     v_rows_ptr,
+    k_scales_ptr,  # of an FP8 cache
+    v_scales_ptr,
     T,
     eps,
     N: tl.constexpr,
@@ -32,6 +35,7 @@ def _norm_rotate_store(
     HALF: tl.constexpr,  # D / 2, rounded up to a power of two
     HAS_NORM: tl.constexpr,
     HAS_CACHE: tl.constexpr,
+    FP8_BLOCK: tl.constexpr,  # tokens in a block of an FP8 cache; 0: the cache is of the dtype of the keys
     PDL: tl.constexpr,
 ):
     take_turn(PDL)
@@ -64,14 +68,34 @@ def _norm_rotate_store(
     tl.store(q_at, first, mask=inside & is_q)
     tl.store(q_at + D // 2, second, mask=inside & is_q)
     is_k = (head >= N) & (head < N + G)
+    if FP8_BLOCK > 0:
+        wide1, wide2 = first.to(tl.float32), second.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(wide1), axis=1), tl.max(tl.abs(wide2), axis=1))
+        head_scale = (tl.maximum(largest, SMALLEST_AMAX) / LARGEST)[:, None]
+        first8 = (wide1 * (1.0 / head_scale)).to(tl.float8e4nv)
+        second8 = (wide2 * (1.0 / head_scale)).to(tl.float8e4nv)
+        # What attends within this step sees what the cache holds.
+        first = (first8.to(tl.float32) * head_scale).to(q_ptr.dtype.element_ty)
+        second = (second8.to(tl.float32) * head_scale).to(q_ptr.dtype.element_ty)
+        tl.store(source, first, mask=inside & is_v)
+        tl.store(source + D // 2, second, mask=inside & is_v)
     k_at = k_ptr + (t * G + head - N) * D + i
     tl.store(k_at, first, mask=inside & is_k)
     tl.store(k_at + D // 2, second, mask=inside & is_k)
     if HAS_CACHE:
         slot = tl.load(slots_ptr + t, mask=t < T, other=-1).to(tl.int64)
         inside &= slot >= 0
-        k_row = k_rows_ptr + (slot * G + head - N) * D + i
-        v_row = v_rows_ptr + (slot * G + head - N - G) * D + i
+        first_head = slot * G
+        if FP8_BLOCK > 0:
+            block, first_head = slot // FP8_BLOCK, slot % FP8_BLOCK * G
+            scale_at = block * (FP8_BLOCK * G * (D + 4) // 4) + FP8_BLOCK * G * D // 4 + first_head + head - N
+            tl.store(k_scales_ptr + scale_at, head_scale, mask=(slot >= 0) & (t < T) & is_k)
+            tl.store(v_scales_ptr + scale_at - G, head_scale, mask=(slot >= 0) & (t < T) & is_v & (head < N + 2 * G))
+            k_rows_ptr += block * (FP8_BLOCK * G * (D + 4))
+            v_rows_ptr += block * (FP8_BLOCK * G * (D + 4))
+            first, second = first8, second8
+        k_row = k_rows_ptr + (first_head + head - N) * D + i
+        v_row = v_rows_ptr + (first_head + head - N - G) * D + i
         tl.store(k_row, first, mask=inside & is_k)
         tl.store(k_row + D // 2, second, mask=inside & is_k)
         tl.store(v_row, first, mask=inside & is_v)
@@ -96,12 +120,13 @@ def norm_rotate_store(
         has_cache = layer_cache is not None
         q_weight, k_weight = (norm.weight for norm in norms) if norms else (cos_TF, cos_TF)
         eps = norms[0].eps if norms else 0.0
-        k_rows, v_rows = layer_cache.unbind(0) if has_cache else (k_TGD, k_TGD)
+        k_rows, v_rows, k_scales, v_scales, fp8_block = cache_operands(layer_cache if has_cache else k_TGD[None, None])
         slots = slots_T if has_cache else cos_TF
-        operands = qkv_TA, cos_TF, sin_TF, q_weight, k_weight, slots, q_TND, k_TGD, k_rows, v_rows
+        cache = k_rows, v_rows, k_scales, v_scales
+        operands = qkv_TA, cos_TF, sin_TF, q_weight, k_weight, slots, q_TND, k_TGD, *cache
         # Few tokens are spread over the multiprocessors; of many, each program gets enough to keep its loads under way.
         tokens, block, warps = (1, 8, 4) if T <= 256 else (4, 8, 8)
-        constants = N, G, D, tokens, block, triton.next_power_of_2(D // 2), norms is not None, has_cache
+        constants = N, G, D, tokens, block, triton.next_power_of_2(D // 2), norms is not None, has_cache, fp8_block
         grid = triton.cdiv(T, tokens), triton.cdiv(N + 2 * G, block), 1
         run_kept(_norm_rotate_store, grid, operands, (T, eps), constants, warps)
     return q_TND, k_TGD, v_TGD
