@@ -44,6 +44,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     moe: Annotated[str, typer.Option(help="tma, reference, auto.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
     max_num_seqs: Annotated[int | None, typer.Option(help="Most problems in a step; unset: by the cache.")] = None,
 ) -> None:
     """Compare accuracy and log-probabilities of two checkpoints."""
@@ -57,7 +58,7 @@ def main(
         if logprob_problems < 1:
             raise OptionError(f"--logprob-problems {logprob_problems}: 1 or more is needed")
         options = {"device": device, "dtype": dtype, "moe": moe, "max_num_seqs": max_num_seqs}
-        options["max_model_len"] = max_model_len
+        options |= {"max_model_len": max_model_len, "kv_cache_dtype": kv_cache_dtype}
         report = compare((first, second), options, asked, max_gen_toks, logprob_problems, output)
         show_accuracy(report)
         show_distances([report["distance"]], f"log-probabilities of {second} beside {first}, on the latter's answers")

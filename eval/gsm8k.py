@@ -55,6 +55,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
     max_num_seqs: Annotated[int | None, typer.Option(help="Most problems in a step; unset: by the cache.")] = None,
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="Part of the GPU's memory to use: more of it holds more problems at a time.")
@@ -83,6 +84,7 @@ def main(
 
         sizes = {
             "max_model_len": max_model_len,
+            "kv_cache_dtype": kv_cache_dtype,
             "max_num_seqs": max_num_seqs,
             "gpu_memory_utilization": gpu_memory_utilization,
         }
@@ -160,7 +162,8 @@ def generation(max_gen_toks: int, temperature: float = 0.0, ignore_eos: bool = F
 
 def cache_file(prefix: Path, settings: dict[str, Any]) -> Path:
     """One cache per way of computing: lm-eval knows an answer by its question alone."""
-    ways = json.dumps({key: settings[key] for key in ("model", "device", "dtype", "moe", "max_model_len")})
+    keys = "model", "device", "dtype", "moe", "kv_cache_dtype", "max_model_len"
+    ways = json.dumps({key: settings[key] for key in keys})
     return prefix.with_name(f"{prefix.name}-{hashlib.sha256(ways.encode()).hexdigest()[:12]}")
 
 

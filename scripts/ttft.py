@@ -43,6 +43,7 @@ def main(
     routing: Annotated[str, typer.Option(help="With dummy: balanced or skewed choice of experts.")] = "balanced",
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
     moe: Annotated[str, typer.Option(help="tma, reference, auto.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8.")] = "auto",
     eager: Annotated[bool, typer.Option(help="Make no CUDA graphs.")] = False,
     workload: Annotated[str, typer.Option(help="single, closed-loop, both.")] = "both",
     sizes: Annotated[str, typer.Option(help="Single stream: image sizes, HEIGHTxWIDTH.")] = (
@@ -164,6 +165,7 @@ def load_llm(options: dict[str, Any]) -> Any:
 
     # Every prompt is computed whole, also where the files of --images come round again.
     engine = {"enforce_eager": options["eager"], "enable_prefix_caching": False}
+    engine["kv_cache_dtype"] = options["kv_cache_dtype"]
     if options["model"] is None:
         engine["max_model_len"] = 16384  # beside weights of the 30B sizes, memory is for requests, not for length
     same = {name: options[name] for name in ("load_format", "device", "moe")}
