@@ -28,6 +28,9 @@ Rows per expert at which the shipped tiles use each way (128 experts, top-8; con
 - The fourth corner, tokens as M in plain Triton, was measured: it won only at 768 tokens, by 1 %, and was removed
   (docs/log.md).
 
+For FP8 weights there are three more, `fp8_gemv`, `fp8_weights_m` and `fp8_tokens_m_ws`, the last of which does for all
+loads from 8 rows an expert on (docs/fp8.md).
+
 Each file holds its kernels, its views of the weights and the check of its tiles. The grid is shared (product.py). gemv
 takes ids rather than a plan, so `recipe.GemvRecipe` builds its `Up` and `Down` directly.
 """
