@@ -62,12 +62,15 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="Compare the two instead, tensor by tensor.")] = False,
     scales: Annotated[str, typer.Option(help="bf16 (as published; rounded up) or fp32.")] = "bf16",
     device: Annotated[str, typer.Option(help="What computes: auto, cuda, cpu.")] = "auto",
+    expert_layout: Annotated[
+        str | None, typer.Option(help="published or transformers5: only for a SOURCE that does not tell.")
+    ] = None,
 ) -> None:
     """Quantise a checkpoint to block-scaled FP8."""
     try:
         if scales not in SCALES:
             raise OptionError(f"--scales {scales}: choose bf16 or fp32")
-        model = Source.read(source)
+        model = Source.read(source, expert_layout)
         if check:
             if not compare(model, destination, parse_device(device)):
                 raise typer.Exit(1)
@@ -101,7 +104,7 @@ class Source:
     raw: dict[str, Any]
 
     @classmethod
-    def read(cls, directory: Path) -> Source:
+    def read(cls, directory: Path, expert_layout: str | None = None) -> Source:
         """Raises UserError for what is no sound checkpoint, or is quantised already."""
         if not directory.is_dir():
             raise OptionError(f"{directory} is no directory: give that of a checkpoint")
@@ -110,7 +113,7 @@ class Source:
             raise CheckpointError(f"{directory} is quantised already: its config.json has a quantization_config")
         stored, table = read_headers(directory), expand_table(config)
         check_tensors(table, stored, directory)
-        layout = find_expert_layout(table, stored, directory)
+        layout = find_expert_layout(table, stored, directory, expert_layout)
         in_order = sorted(stored.items(), key=lambda item: (item[1].file, item[1].offset))
         return cls(directory, layout, dict(in_order), read_json_object(directory / "config.json", CheckpointError))
 
@@ -178,7 +181,7 @@ def quantise(model: Source, destination: Path, scales: str, device: torch.device
     shards = plan(model, scales)
     total = sum(each.nbytes for shard in shards for each in shard)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    notes = {"source": model.fingerprint(), "scales": scales, "shards": names}
+    notes = {"source": model.fingerprint(), "layout": model.layout, "scales": scales, "shards": names}
     _prepare(destination, notes)
     done = {name for name in names if (destination / name).exists()}
     left = sum(each.nbytes for name, shard in zip(names, shards, strict=True) if name not in done for each in shard)

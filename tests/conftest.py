@@ -109,6 +109,13 @@ BLOCKS: dict[str, Any] = {
         "num_position_embeddings": 36,
     },
 }
+# The same with sides of whole blocks, and with experts whose gate_up_proj is square.
+FP8_CONFIGS = {
+    "blocks": BLOCKS,
+    "whole blocks": BLOCKS
+    | {"text": BLOCKS["text"] | {"hidden_size": 256, "num_key_value_heads": 4, "moe_intermediate_size": 384}},
+    "square experts": BLOCKS | {"text": BLOCKS["text"] | {"moe_intermediate_size": 72}},
+}
 VOCAB_SIZE = 512
 PATCH_SIZE = 4
 
@@ -178,7 +185,7 @@ def plain(make_tiny) -> TinyCheckpoint:
 def _write_tiny(name: str, directory: Path) -> TinyCheckpoint:
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
-    sizes = BLOCKS if name == "blocks" else TINY_CONFIGS[name]
+    sizes = (TINY_CONFIGS | FP8_CONFIGS)[name]
     path, published = directory / "transformers5", directory / "published"
     merge_size = sizes["vision"]["spatial_merge_size"]
     side = PATCH_SIZE * merge_size

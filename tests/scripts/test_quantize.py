@@ -73,13 +73,30 @@ def test_transformers_computes_with_what_is_written(blocks, tmp_path, layout, sc
     assert_close_to_scale(plain.logits(*prompt.our_inputs()), oracle_logits(blocks.oracle, prompt))
 
 
-def test_transformers_own_loader_reads_it(blocks, tmp_path):
-    """Its dequantiser wants sides of whole blocks, and `accelerate`."""
+def test_transformers_own_loader_reads_it(make_tiny, tmp_path):
+    """`dequantize=True` on sides of whole blocks, which it wants; of the fused experts 5.24 leaves the scales out, and
+    says so, whoever has written them (transformers#44230)."""
     pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
-    target = written(blocks.path, tmp_path / "fp8")
+    target = written(make_tiny("whole blocks").path, tmp_path / "fp8", "--scales", "fp32")
     config = transformers.FineGrainedFP8Config(dequantize=True)
-    transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(target, quantization_config=config)
+    kind = transformers.Qwen3VLMoeForConditionalGeneration
+    theirs = kind.from_pretrained(target, quantization_config=config, dtype=torch.float32).state_dict()
+    exact = dequantised(target, published=False)
+    assert theirs.keys() == exact.keys()
+    for name, value in exact.items():
+        if ".experts." not in name:
+            assert torch.allclose(theirs[name], value, rtol=1e-6, atol=0), name
+
+
+def test_experts_that_do_not_tell_their_layout(make_tiny, tmp_path):
+    square = make_tiny("square experts").path  # gate_up_proj is [E, H, H]
+    done = run(square, tmp_path / "fp8")
+    assert done.exit_code == 2
+    assert "pass expert_layout='transformers5'" in done.output
+    written(square, tmp_path / "fp8", "--expert-layout", "transformers5")
+    done = run(square, tmp_path / "fp8", "--check", "--expert-layout", "transformers5")
+    assert done.exit_code == 0, done.output
 
 
 def test_the_demo_answers(tmp_path):
