@@ -39,16 +39,21 @@ from qwen3vl_moe.json_files import read_json_object
 from qwen3vl_moe.weights.checkpoint import Entry, check_tensors, expand_table, find_expert_layout
 from qwen3vl_moe.weights.placement import parse_device
 from qwen3vl_moe.weights.scales import scale_name
-from qwen3vl_moe.weights.shards import INDEX, StoredTensor, read_headers, read_whole
+from qwen3vl_moe.weights.shards import INDEX, StoredTensor, read_headers, read_whole, shorten
 from replace_file import replace_file
-from tma_moe.block_fp8 import dequantize_blocks, quantize_blocks, scale_shape
+from tma_moe.block_fp8 import FP8, dequantize_blocks, quantize_blocks, scale_shape
 
 SCALES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}
+# What --check allows: the nearest value of FP8 is half a step away at most. A value is less than 32 of its half steps,
+# and up to four roundings to float32 (the quotient in the maker and here, the product, the difference) move what is
+# compared by 2^-24 of it each.
+HALF_STEPS = 1 + 4 * 32 * 2**-24
 SHARD_BYTES = 5 * 10**9
 NOTES = "quantize.json"  # in the destination, until it is finished: of what and how it is made
 QUANTISED = re.compile(r"(\.self_attn\.[qkvo]_proj\.weight|\.mlp\.experts\.(gate_up|down)_proj)$")
 # Modules with products that stay as they are, as transformers wants them listed.
 LEFT_OUT = re.compile(r"^(lm_head|.*\.mlp\.gate|model\.visual\..*(attn\.qkv|attn\.proj|linear_fc[12]))\.weight$")
+PART = re.compile(r"\.[0-9a-f]{16}\.part")  # of replace_file.py: what it leaves where the process was killed
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 stdout = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -211,6 +216,9 @@ def _prepare(destination: Path, notes: dict[str, Any]) -> None:
     if path.exists():
         if read_json_object(path, CheckpointError) != notes:
             raise OptionError(f"{destination} was begun from another source or with other --scales: remove it first")
+        for left_behind in destination.iterdir():
+            if PART.fullmatch(left_behind.name):
+                left_behind.unlink()
         return
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise OptionError(f"{destination} is there already: name a directory that is empty or new")
@@ -249,36 +257,99 @@ def _shard_bytes(model: Source, shard: list[Planned], scales: str, device: torch
         value = read_whole(model.stored[each.source]) if each.part != "scale" else scale
         if each.part == "weight":
             value, scale = _quantised(value, model.turned(each.name), SCALES[scales][1], device)
+            if not bool(torch.isfinite(scale).all()):
+                file = model.stored[each.source].file
+                raise CheckpointError(f"{file}: {each.name} holds a value that is not finite: the file is damaged")
         yield _bytes(value.contiguous()).numpy().tobytes()
         bar.update(each.nbytes)
 
 
 def _quantised(value: Tensor, turned: bool, scales: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Weights and scales, on the host and as they are stored; experts one by one, whose float32 copies are large."""
-    if value.dim() == 3:
-        parts = [_quantised(each, turned, scales, device) for each in value]
-        return torch.stack([w8 for w8, _ in parts]), torch.stack([scale for _, scale in parts])
-    w8, scale = quantize_blocks(turn(value.to(device), turned), scales)
-    return turn(w8, turned).cpu(), turn(scale, turned).cpu()
+    w8, scale = torch.empty_like(value, dtype=FP8), torch.empty(scale_shape(value.shape), dtype=scales)
+    matrices = [(value, w8, scale)] if value.dim() == 2 else zip(value, w8, scale, strict=True)
+    for weight, w8_of_it, scale_of_it in matrices:
+        made_w8, made_scale = quantize_blocks(turn(weight.to(device), turned), scales)
+        w8_of_it.copy_(turn(made_w8, turned))
+        scale_of_it.copy_(turn(made_scale, turned))
+    return w8, scale
 
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
 
 
+@dataclass
+class Deviation:
+    """How far quantised weights are from their originals, over any number of blocks. NaN stays NaN.
+
+    Attributes:
+        error, power: sums of squares of the differences and of the originals.
+        in_scales: the largest difference, counted in its block's scale.
+        in_half_steps: the largest difference, counted in half the step of FP8 where the original lies.
+    """
+
+    error: float = 0.0
+    power: float = 0.0
+    in_scales: float = 0.0
+    in_half_steps: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Root mean square of the differences, by that of the originals; all zeros are no difference."""
+        return math.sqrt(self.error / self.power) if self.power else math.sqrt(self.error)
+
+    @property
+    def within_bound(self) -> bool:
+        return self.in_half_steps <= HALF_STEPS
+
+    def add(self, other: Deviation) -> None:
+        self.error, self.power = self.error + other.error, self.power + other.power
+        self.in_scales = _largest(self.in_scales, other.in_scales)
+        self.in_half_steps = _largest(self.in_half_steps, other.in_half_steps)
+
+
+def _largest(a: float, b: float) -> float:
+    return a if math.isnan(a) or a > b else b  # max() forgets NaN
+
+
+def deviation(w8: Tensor, scale: Tensor, weight: Tensor) -> Deviation:
+    """Of one matrix, output-major, with float32 scales and originals.
+
+    w / scale has an exponent e (2^e <= |w / scale| < 2^(e+1)), of which FP8 has no smaller than -6. It keeps three bits
+    after the leading one, so values lie 2^(e-3) apart, and the nearest one is at most 2^(e-4) away.
+    """
+    spread = dequantize_blocks(torch.ones_like(weight), scale)
+    off = (dequantize_blocks(w8, scale) - weight).abs()
+    exponent = torch.frexp(weight / spread).exponent - 1  # frexp's mantissa is from 0.5 on
+    half_step = torch.ldexp(spread, exponent.clamp_min(-6) - 4)
+
+    def largest(unit: Tensor) -> float:
+        return float(torch.where(off == 0, 0.0, off / unit).max())  # a scale may be 0, and its block with it
+
+    error, power = float(off.double().square().sum()), float(weight.double().square().sum())
+    return Deviation(error, power, largest(spread), largest(half_step))
+
+
 def compare(model: Source, destination: Path, device: torch.device) -> bool:
     """Print how far the quantised tensors are from their originals, by kind; whether all is as it should be.
 
-    A value that is w / scale in FP8 is off by at most half a step: a sixteenth of itself, or 2^-10 below 2^-6.
+    Raises:
+        UserError: the destination is no sound checkpoint, none in FP8, or one of other sizes or of the other layout.
     """
     config = Qwen3VLMoeConfig.from_pretrained(destination)
+    if not (config.text.fp8_attention or config.text.fp8_experts):
+        raise CheckpointError(f"{destination} is not quantised: its config.json has no quantization_config")
     table: dict[str, Entry] = {entry.source: entry for entry in expand_table(config)}
     stored = read_headers(destination)
     check_tensors(list(table.values()), stored, destination)
-    layout = find_expert_layout(list(table.values()), stored, destination, model.layout)
-    if layout != model.layout or table.keys() != model.stored.keys():
-        raise CheckpointError(f"{destination} is no quantised {model.directory}: sizes or layouts differ")
-    kinds: dict[str, list[float]] = {}
+    made, wanted = {(name, stored[name].shape) for name in table}, {(n, x.shape) for n, x in model.stored.items()}
+    if differ := sorted({name for name, _ in made ^ wanted}):
+        raise CheckpointError(
+            f"{destination} is no quantised {model.directory}: other sizes, or experts lie otherwise: {shorten(differ)}"
+        )
+    find_expert_layout(list(table.values()), stored, destination, model.layout)
+    kinds: dict[str, list[Deviation]] = {}
     wrong: list[str] = []
     for name, tensor in tqdm(model.stored.items(), desc="comparing"):
         ours, theirs = read_whole(stored[name]), read_whole(tensor)
@@ -286,31 +357,31 @@ def compare(model: Source, destination: Path, device: torch.device) -> bool:
             if ours.dtype != theirs.dtype or not torch.equal(_bytes(ours), _bytes(theirs)):
                 wrong.append(name)
             continue
-        scale = read_whole(stored[scale_name(name)]).float()
-        error = power = worst = 0.0
-        triples = zip(ours, theirs, scale, strict=True) if ours.dim() == 3 else [(ours, theirs, scale)]
-        for w8, weight, of_blocks in triples:
-            w8, weight, of_blocks = (turn(x.to(device), model.turned(name)) for x in (w8, weight.float(), of_blocks))
-            off = (dequantize_blocks(w8, of_blocks) - weight).abs()
-            spread = dequantize_blocks(torch.ones_like(w8, dtype=torch.float32), of_blocks)
-            half_step = torch.maximum(weight.abs() / 16, spread * 2**-10)
-            worst = max(worst, float((off / half_step).max()))
-            error, power = error + float(off.double().square().sum()), power + float(weight.double().square().sum())
-        kind = re.sub(r"\.\d+\.", ".*.", name).rpartition("layers.")[2]
-        kinds.setdefault(kind, []).append(math.sqrt(error / power) if power else 0.0)
-        kinds.setdefault(f"{kind} worst", []).append(worst)
-        if not worst <= 1.001:  # float32 rounds what is compared
+        scale = read_whole(stored[scale_name(name)])
+        found = Deviation()
+        for matrices in zip(ours, scale, theirs, strict=True) if ours.dim() == 3 else [(ours, scale, theirs)]:
+            w8, of_blocks, weight = (turn(x.to(device), model.turned(name)) for x in matrices)
+            found.add(deviation(w8, of_blocks.float(), weight.float()))
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name).rpartition("layers.")[2], []).append(found)
+        if not found.within_bound:
             wrong.append(name)
-    shown = Table(
-        "tensors", "count", "relative error (rms): mean", "largest", "worst value, half steps", box=box.SIMPLE
-    )
-    for kind in (kind for kind in kinds if not kind.endswith(" worst")):
-        errors, worsts = kinds[kind], kinds[f"{kind} worst"]
-        mean = sum(errors) / len(errors)
-        shown.add_row(kind, str(len(errors)), f"{mean:.3%}", f"{max(errors):.3%}", f"{max(worsts):.3f}")
-    stdout.print(shown)
-    stdout.print(f"{len(wrong)} wrong: {', '.join(wrong[:5])}" if wrong else "every other tensor is equal")
+    stdout.print(table_of(kinds))
+    stdout.print(f"{len(wrong)} wrong: {shorten(wrong)}" if wrong else "every other tensor is equal")
     return not wrong
+
+
+def table_of(kinds: dict[str, list[Deviation]]) -> Table:
+    """One line for each kind of tensor, of those of all layers."""
+    columns = "tensors", "count", "relative error (rms)", "of the worst", "largest error: scales", "half steps"
+    shown = Table(*columns, box=box.SIMPLE)
+    for kind, each in kinds.items():
+        total, worst = Deviation(), 0.0
+        for one in each:
+            total.add(one)
+            worst = _largest(worst, one.relative)
+        errors = f"{total.relative:.3%}", f"{worst:.3%}", f"{total.in_scales:.3f}", f"{total.in_half_steps:.4f}"
+        shown.add_row(kind, str(len(each)), *errors)
+    return shown
 
 
 if __name__ == "__main__":

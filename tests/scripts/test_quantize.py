@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -115,6 +118,38 @@ def test_the_demo_answers(tmp_path):
     assert answer.outputs[0].token_ids
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import quantize
+quantize.SHARD_BYTES = 60_000
+quantise_tensor, calls = quantize._quantised, []
+def fatal(*arguments):
+    calls.append(arguments)
+    if len(calls) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return quantise_tensor(*arguments)
+quantize._quantised = fatal
+quantize.quantise(quantize.Source.read(Path(sys.argv[1])), Path(sys.argv[2]), "bf16", quantize.parse_device("cpu"))
+"""
+
+
+def test_killed_it_goes_on_and_clears_up(blocks, tmp_path, monkeypatch):
+    target = tmp_path / "fp8"
+    scripts = quantize.__file__.rpartition("/")[0]
+    done = subprocess.run([sys.executable, "-c", KILLED, blocks.published, target], cwd=scripts, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(target.glob("*.safetensors"))
+    assert list(target.glob(".*.part"))  # nothing could remove it
+    assert not (target / "config.json").exists()
+    monkeypatch.setattr(quantize, "SHARD_BYTES", 60_000)
+    written(blocks.published, target)
+    whole = written(blocks.published, tmp_path / "whole")
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
+
+
 def test_interrupted_it_goes_on(blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "SHARD_BYTES", 60_000)
     whole = written(blocks.path, tmp_path / "whole")
@@ -152,6 +187,29 @@ def test_unfinished_work_of_other_settings(blocks, tmp_path, monkeypatch):
     assert "was begun from another source or with other --scales" in done.output
 
 
+def with_byte(w8, byte):
+    w8.view(torch.uint8).view(-1)[-1] = byte
+    return w8
+
+
+def test_half_a_step_is_the_bound():
+    """The nearest value of FP8 is within it, and neither neighbour of that is."""
+    values = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # all from 0 to 448
+    between = torch.cat([values[:-1].lerp(values[1:], part) for part in (0.25, 0.49, 0.51, 0.75)])
+    weight, scale = torch.cat([between, -between])[:, None] * 0.37, torch.full((1, 1), 0.37)
+    for of_one in weight.split(1):
+        nearest = (of_one / scale).to(torch.float8_e4m3fn)
+        found = quantize.deviation(nearest, scale, of_one)
+        assert found.within_bound
+        assert 0.49 < found.in_half_steps < 0.99
+        byte = nearest.view(torch.uint8)
+        neighbours = [byte + 1] if not int(byte) & 0x7F else [byte - 1, byte + 1]  # magnitudes: 0 has none below
+        for other in neighbours:
+            assert not quantize.deviation(
+                other.view(nearest.dtype), scale, of_one
+            ).within_bound  # nor is NaN, above 448
+
+
 def damage(directory, name, change):
     path = directory / "model-00001-of-00001.safetensors"
     tensors = load_file(path)
@@ -165,6 +223,8 @@ def damage(directory, name, change):
         ("lm_head.weight", lambda x: x + 1),
         ("model.language_model.layers.0.self_attn.q_proj.weight_scale_inv", lambda x: x * 2),
         ("model.language_model.layers.1.mlp.experts.down_proj", lambda x: x.flip(0)),
+        ("model.language_model.layers.0.self_attn.k_proj.weight", lambda x: with_byte(x, 0x7F)),  # NaN
+        ("model.language_model.layers.1.mlp.experts.gate_up_proj", lambda x: with_byte(x, 0x7E)),  # 448
     ],
 )
 def test_check_finds_what_is_wrong(blocks, tmp_path, name, change):
@@ -185,6 +245,8 @@ def test_what_is_refused(blocks, tmp_path):
 
     target = written(blocks.path, tmp_path / "fp8")
     assert "fp8 is there already" in refusal(blocks.path, target)
+    assert "is not quantised" in refusal(blocks.path, blocks.path, "--check")
+    assert "is no quantised" in refusal(blocks.published, target, "--check")  # of the other layout
     assert "is quantised already" in refusal(target, tmp_path / "again")
     assert "is no directory" in refusal(tmp_path / "nowhere", tmp_path / "other")
     assert "--scales fp16" in refusal(blocks.path, tmp_path / "other", "--scales", "fp16")
@@ -197,6 +259,18 @@ def test_what_is_refused(blocks, tmp_path):
     save_file(damage_all, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     assert "1 missing: lm_head.weight" in refusal(tmp_path / "broken", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_source_with_infinity(blocks, tmp_path):
+    shutil.copytree(blocks.path, tmp_path / "broken")
+    name = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
+    tensors[name][-1, -1, -1] = float("inf")
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    done = run(tmp_path / "broken", tmp_path / "fp8")
+    assert done.exit_code == 2
+    assert f"model.safetensors: {name} holds a value that is not finite" in done.output
+    assert not (tmp_path / "fp8" / "config.json").exists()
 
 
 def test_no_room(blocks, tmp_path, monkeypatch):
