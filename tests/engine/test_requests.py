@@ -271,6 +271,7 @@ def test_nothing_to_do(llm):
     [
         ({"max_num_seqs": 0}, "max_num_seqs=0: an integer of at least 1"),
         ({"max_prefill_tokens": 2.5}, "max_prefill_tokens=2.5"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype='int8'"),
         ({"max_encoder_tokens": 0}, "max_encoder_tokens=0: an integer of at least 1"),
         ({"block_size": None}, "block_size=None"),
         ({"seed": "x"}, "seed='x'"),
@@ -331,7 +332,8 @@ def test_from_a_directory(plain):
         "model": str(plain.published), "random_weights": False, "device": "cpu", "dtype": "float32", "moe": "reference",
         "moe_fallback": "a Hopper GPU is needed, the device is cpu",
         "attention": "torch", "small_ops": "torch", "cuda_graphs": False,
-        "max_model_len": 128, "max_num_seqs": 4, "max_prefill_tokens": 8192, "kv_cache_tokens": 512,
+        "max_model_len": 128, "max_num_seqs": 4, "max_prefill_tokens": 8192,
+        "kv_cache_dtype": "float32", "kv_cache_tokens": 512,
     }  # fmt: skip
     assert answer(llm).finish_reason == "length"
     assert "moe_fallback" not in LLM(plain.published, moe="reference", progress=False).settings

@@ -20,14 +20,15 @@ from tma_moe.recipe import _Buckets, call_ends  # noqa: E402
 META = torch.device("meta")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, tma_moe.FP8], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("card", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "a card without a file"])
 @pytest.mark.parametrize("most", [1, 200, 4100, 8320])
-def test_calls_of_a_few_sizes_launch_all_that_any_call_launches(monkeypatch, card, most):
+def test_calls_of_a_few_sizes_launch_all_that_any_call_launches(monkeypatch, card, most, dtype):
     E, K, H, I = 128, 8, 2048, 768  # noqa: E741
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    buckets = _Buckets(META, E, K, H, I)
-    experts = tma_moe.ExpertWeights(E, H, I, device=META, dtype=torch.bfloat16)
+    buckets = _Buckets(META, E, K, H, I, dtype == tma_moe.FP8)
+    experts = tma_moe.ExpertWeights(E, H, I, device=META, dtype=dtype)
 
     def launched(sizes) -> set[Launch]:
         met: set[Launch] = set()

@@ -20,7 +20,7 @@ from tma_moe.reference import fused_moe_reference
 from tma_moe.tiles import Choice, Tiles
 
 DEVICE, DTYPE = ("cpu", torch.float32) if support.interpreting() else ("cuda", torch.bfloat16)
-TOKENS = 6 if support.interpreting() else 23  # the interpreter is slow
+TOKENS = 4 if support.interpreting() else 23  # the interpreter is slow
 MISSING = tma_moe.unavailable(DEVICE, DTYPE)
 runs = pytest.mark.skipif(MISSING is not None, reason=f"{MISSING}; runs in the interpreter's own process")
 
@@ -123,12 +123,12 @@ def width_for(choice: Choice, width: int) -> int:
 def test_in_the_interpreter():
     if support.interpreting() or torch.cuda.is_available():
         pytest.skip("these tests run here already")
-    run_in_interpreter(Path(__file__), at_least=30)
+    run_in_interpreter(Path(__file__), at_least=24)
 
 
 @runs
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize(("H", "I"), [(272, 144), (64, 80), (16, 128)])
+@pytest.mark.parametrize(("H", "I"), [(272, 144), (16, 128)])
 def test_values(choice, H, I):  # noqa: E741
     Problem(TOKENS, H=H, I=width_for(choice, I)).check(choice)
 
@@ -203,7 +203,7 @@ def test_bitwise_equal_from_run_to_run_and_in_any_company(choice):
     together = problem.run(choice)
     assert torch.equal(problem.run(choice), together)
     x, ids, weights = problem.x, problem.ids, problem.weights
-    for rows in (slice(3, 4), slice(1, TOKENS - 1)):
+    for rows in (slice(2, 3), slice(1, TOKENS - 1)):
         problem.x, problem.ids, problem.weights = x[rows].clone(), ids[rows].clone(), weights[rows].clone()
         assert torch.equal(problem.run(choice), together[rows])
 
