@@ -321,8 +321,9 @@ def deviation(w8: Tensor, scale: Tensor, weight: Tensor) -> Deviation:
     """
     spread = dequantize_blocks(torch.ones_like(weight), scale)
     off = (dequantize_blocks(w8, scale) - weight).abs()
-    exponent = torch.frexp(weight / spread).exponent - 1  # frexp's mantissa is from 0.5 on
-    half_step = torch.ldexp(spread, exponent.clamp_min(-6) - 4)
+    # Of float32's bits, the eight from the 23rd on are the exponent + 127. (frexp would give zero too large a one.)
+    exponent = (weight / spread).abs().view(torch.int32).bitwise_right_shift(23) - 127
+    half_step = (exponent.clamp_min(-6) - 4 + 127).bitwise_left_shift(23).view(torch.float32) * spread
 
     def largest(unit: Tensor) -> float:
         return float(torch.where(off == 0, 0.0, off / unit).max())  # a scale may be 0, and its block with it

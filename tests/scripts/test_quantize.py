@@ -210,6 +210,14 @@ def test_half_a_step_is_the_bound():
             ).within_bound  # nor is NaN, above 448
 
 
+def test_zero_may_only_become_zero():
+    least = torch.tensor([[0x00, 0x01, 0x80, 0x81]], dtype=torch.uint8).view(torch.float8_e4m3fn)
+    found = [quantize.deviation(w8, torch.full((1, 1), 0.37), torch.zeros(1, 1)) for w8 in least.split(1, dim=1)]
+    assert [each.in_half_steps for each in found] == [0, 2, 0, 2]
+    assert not quantize.deviation(least, torch.zeros(1, 1), torch.ones(1, 4)).within_bound  # nor all by a scale of zero
+    assert quantize.deviation(least, torch.zeros(1, 1), torch.zeros(1, 4)).within_bound
+
+
 def damage(directory, name, change):
     path = directory / "model-00001-of-00001.safetensors"
     tensors = load_file(path)
