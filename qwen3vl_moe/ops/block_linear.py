@@ -13,7 +13,7 @@ from tma_moe.block_fp8 import BLOCK, FP8, blocks, quantize_rows, scaled_linear
 from tma_moe.support import CAPABILITY, gluon_problem, triton_problem
 
 _FEW = 4  # rows, each of which is multiplied by itself
-_FULL = 100  # tiles of 128 x 256 from which on they keep a card busy
+_FULL = 32  # tiles of 128 x 256 from which on they are faster than more and smaller ones
 
 
 def linear(in_features: int, *parts: int, fp8: bool = False) -> nn.Linear | BlockLinear:
