@@ -78,7 +78,7 @@ def test_transformers_computes_with_what_is_written(blocks, tmp_path, layout, sc
 
 def test_transformers_own_loader_reads_it(make_tiny, tmp_path):
     """`dequantize=True` on sides of whole blocks, which it wants; of the fused experts 5.24 leaves the scales out, and
-    says so, whoever has written them (transformers#44230)."""
+    says so, whoever has written them."""
     pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
     target = written(make_tiny("whole blocks").path, tmp_path / "fp8", "--scales", "fp32")
