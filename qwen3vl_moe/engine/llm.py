@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -302,11 +302,15 @@ class LLM:
     ) -> list[RequestOutput]:
         items = _listed(items, kind)
         done = self._as_completed(items, prepare, kind, params)
-        with closing(done), tqdm(total=len(items), desc="Processed prompts", disable=not use_tqdm) as bar:
+        # No bar rather than one that shows nothing: making one takes a lock that all threads share, and an interrupt in
+        # the middle of that would leave it taken.
+        bar = tqdm(total=len(items), desc="Processed prompts") if use_tqdm else None
+        with closing(done), nullcontext() if bar is None else bar:
             outputs: dict[int, Any] = {}
             for number, output in done:  # an error was raised
                 outputs[number] = output
-                bar.update()
+                if bar is not None:
+                    bar.update()
         return [outputs[number] for number in range(len(outputs))]
 
     def _as_completed(
