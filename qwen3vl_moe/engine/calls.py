@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from functools import partial
 from types import GeneratorType
 from typing import TypeVar
 
@@ -45,14 +46,20 @@ class Turns:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
+        # Changed and copied in single operations of a dict, which no other thread can come between, and left without a
+        # line of Python, in which an interrupt would be lost. (A WeakSet is gone through in Python, and must not grow
+        # meanwhile; a lock for it might stay taken after an interrupt.)
+        self._calls: dict[int, weakref.ref[Call]] = {}
 
     def joined_by(self, call: Call) -> Call:
         """Know of a call that takes turns until it is over; returns it."""
-        self._calls.add(call)
+        self._calls[id(call)] = weakref.ref(call, partial(self._calls.pop, id(call)))
         return call
 
     def let_others(self) -> None:
         """To be called after a turn. A lock does not care who asked first: without a pause its last holder gets it."""
-        if len(self._calls) > 1 and sum(not call.over for call in list(self._calls)) > 1:
+        if len(self._calls) < 2:
+            return
+        calls = [reference() for reference in self._calls.copy().values()]
+        if sum(call is not None and not call.over for call in calls) > 1:
             time.sleep(_PAUSE)
