@@ -164,7 +164,7 @@ class LLM:
             "dtype": str(model.dtype).removeprefix("torch."),
             "moe": model.moe,
             **fallback,
-            **kernels_in_use(model.device, model.dtype, head_dims),
+            **kernels_in_use(model.device, model.dtype, head_dims, engine.cache.tensor[0]),
             "cuda_graphs": uses_graphs(model, self.options),
             "max_model_len": engine.max_model_len,
             "max_num_seqs": engine.scheduler.max_num_seqs,

@@ -50,15 +50,21 @@ def gluon_attention_problem(device: torch.device) -> str | None:
     return None
 
 
-def kernels_in_use(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]) -> dict[str, str]:
-    """What attention and the small operations run as, for people to read: "gluon", "triton" or "torch"."""
+def kernels_in_use(
+    device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...], layer_cache: Tensor
+) -> dict[str, str]:
+    """What attention and the small operations run as, for people to read: "gluon", "triton" or "torch".
+
+    A cache that the Gluon attention does not take, as one in FP8, is named beside it.
+    """
     if device.type != "cuda" or dtype not in KERNEL_DTYPES:
         return {"attention": "torch", "small_ops": "torch"}
     if not all(map(attention_takes, head_dims)):
         return {"attention": "torch", "small_ops": "triton"}
     if gluon_attention_problem(device) is None:
-        from qwen3vl_moe.ops.kernels.hopper_attention import takes_width
+        from qwen3vl_moe.ops.kernels.hopper_attention import takes_cache, takes_width
 
         if all(map(takes_width, head_dims)):
-            return {"attention": "gluon", "small_ops": "triton"}
+            attention = "gluon" if takes_cache(layer_cache) else "gluon; over the cache triton"
+            return {"attention": attention, "small_ops": "triton"}
     return {"attention": "triton", "small_ops": "triton"}

@@ -4,8 +4,8 @@ Each key and each value has a scale for every token and head, ``max(|x|) / 448``
 float8_e4m3fn. A layer's cache is bytes, [2, blocks, block_size, G, D + 4]; within a block all values come first,
 [block_size, G, D], and then all scales, float32 [block_size, G], so that both are aligned.
 
-Whatever attends, sees keys and values as the cache holds them, those of the step itself included: an answer does not
-depend on how its prompt was cut into steps.
+Whatever attends, sees keys and values as the cache holds them, those of the step itself included: how a prompt was cut
+into steps changes an answer by no more than the rounding of the model's own dtype.
 """
 
 from __future__ import annotations

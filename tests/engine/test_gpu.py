@@ -107,11 +107,11 @@ def test_bf16_is_as_good_as_plain_torch(plain):
 USERS = {"max_model_len": 512, "max_num_seqs": 9, "max_prefill_tokens": 200, "async_scheduling": True}
 
 
-def plain_twin(llm, dtype):
+def plain_twin(llm, dtype, **cache):
     """The same weights with the plain experts and attention, launched step by step."""
     model = Qwen3VLMoe(llm.engine.model.config, "reference").to("cuda", dtype)
     model.load_state_dict(llm.engine.model.state_dict())
-    options = USERS | {"enforce_eager": True, "async_scheduling": False}
+    options = USERS | {"enforce_eager": True, "async_scheduling": False} | cache
     return LLM.from_parts(model, llm.processor, llm.engine.defaults, **options)
 
 
@@ -144,10 +144,12 @@ def test_the_fused_engine_answers_as_plain_torch_in_fp32():
     check_leaks(llm)
 
 
-def test_the_fused_engine_is_as_exact_as_plain_torch(monkeypatch):
+@pytest.mark.parametrize("cache", [{}, {"kv_cache_dtype": "fp8"}], ids=["", "cache in FP8"])
+def test_the_fused_engine_is_as_exact_as_plain_torch(monkeypatch, cache):
     """Three layers at the 30B widths: the mean square error of the generated tokens' log-probabilities against fp32,
     given the same tokens before, is at most four times that of the plain experts in eager steps of the same dtype.
-    An output that is not this step's misses by the width of the logits, a hundred times further."""
+    An output that is not this step's misses by the width of the logits, a hundred times further. Beside a cache in FP8
+    both round their keys and values to it, and fp32 does not."""
     config = Qwen3VLMoeConfig.qwen3_vl_30b_a3b()
     config = dataclasses.replace(
         config,
@@ -155,7 +157,7 @@ def test_the_fused_engine_is_as_exact_as_plain_torch(monkeypatch):
         vision=dataclasses.replace(config.vision, depth=3, deepstack_indexes=(0, 1)),
     )
     monkeypatch.setattr(Qwen3VLMoeConfig, "qwen3_vl_30b_a3b", classmethod(lambda cls: config))
-    llm = load_llm(None, load_format="dummy", device="cuda", moe="tma", **USERS)
+    llm = load_llm(None, load_format="dummy", device="cuda", moe="tma", **USERS, **cache)
     assert is_what_users_run(llm)
     exact = plain_twin(llm, torch.float32)
     image_token_id = llm.engine.model.config.image_token_id
@@ -185,7 +187,7 @@ def test_the_fused_engine_is_as_exact_as_plain_torch(monkeypatch):
         answered = ids + output.outputs[0].token_ids
         return {"prompt_token_ids": answered, "multi_modal_data": prompt["multi_modal_data"]}
 
-    assert error(llm) <= 2**2 * error(plain_twin(llm, torch.bfloat16))
+    assert error(llm) <= 2**2 * error(plain_twin(llm, torch.bfloat16, **cache))
 
 
 def test_the_cache_leaves_the_memory_that_was_not_given(plain):

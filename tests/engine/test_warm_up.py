@@ -11,10 +11,12 @@ import torch
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine import warm_up
+from qwen3vl_moe.engine.kv_cache import cache_shape
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.model import Batch, Qwen3VLMoe
 from qwen3vl_moe.ops import Segments, attend, cut_patches, patches, residual, resize_picture, rotation
 from qwen3vl_moe.ops.ahead import sizes_to_compile
+from qwen3vl_moe.ops.fp8_cache import FP8_CACHE
 from tma_moe import op, recipe
 from tma_moe.launcher import Launch, instead_of_launching
 
@@ -48,10 +50,9 @@ def launched(run) -> set[Launch]:
     return met
 
 
-@pytest.fixture(scope="module")
-def cache(model):
-    text = model.config.text
-    return torch.empty(2, 2, 40, 16, text.num_kv_heads, text.head_dim, dtype=model.dtype, device=META)
+@pytest.fixture(scope="module", params=[torch.bfloat16, FP8_CACHE], ids=["cache in bf16", "cache in FP8"])
+def cache(model, request):
+    return torch.empty(cache_shape(model.config.text, 40, 16, request.param), dtype=request.param, device=META)
 
 
 @pytest.fixture(scope="module")

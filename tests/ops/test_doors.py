@@ -12,6 +12,7 @@ from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.ops import attend, mlp, patches, residual, rotation
 from tests.interpreted import INTERPRETED
+from tests.kernels.test_fp8_values import conversions_as_on_a_gpu  # noqa: F401
 from tests.model.prompts import make_prompt
 from tests.pictures import noise
 
@@ -41,7 +42,8 @@ def test_logits_of_text_and_images(make_tiny, name, through_kernels, monkeypatch
 
 
 @interpreted
-def test_an_engine_that_prefills_in_chunks_and_decodes(plain, through_kernels, monkeypatch):
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_an_engine_that_prefills_in_chunks_and_decodes(plain, through_kernels, monkeypatch, kv_cache_dtype):
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     chats = [
         [{"role": "user", "content": [{"type": "image", "image": noise(24, 16)}, {"type": "text", "text": "Who?"}]}],
@@ -50,6 +52,7 @@ def test_an_engine_that_prefills_in_chunks_and_decodes(plain, through_kernels, m
 
     def answers(moe: str) -> list[list[int]]:
         options = {"moe": moe, "progress": False, "max_model_len": 128, "max_prefill_tokens": 16}
+        options["kv_cache_dtype"] = kv_cache_dtype
         return [output.outputs[0].token_ids for output in LLM(plain.path, **options).chat(chats, params)]
 
     through = answers("tma")

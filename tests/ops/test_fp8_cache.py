@@ -80,6 +80,29 @@ def test_plain_attention_over_it(q_lens, kv_lens):
     assert torch.allclose(ours.double(), exact, atol=2e-5 * float(exact.abs().max()), rtol=0)
 
 
+@plain_only
+def test_what_rounding_does_to_attention():
+    """e4m3 is off by at most 2^-4 of a value, evenly spread: a mean square of at most (2^-4 x)^2 / 3, independently for
+    every channel. What follows for the output, to first order, is sharp: e5m2 would miss it by half."""
+    q_len, U, N, G, D = 40, 200, 4, 2, 16
+    q, k, v = torch.randn(q_len, N, D).double(), torch.randn(U, G, D), torch.randn(U, G, D)
+    cache, tables = empty_cache(13, G, D), torch.arange(13, dtype=torch.int32)[None]
+    reference.store(k, v, torch.arange(U), cache)
+    segments = Segments.build([q_len], [U], "cpu", tables, BLOCK_SIZE)
+    ours = reference.cached_attention(q, segments, cache)
+    exact = reference.attention(q, k.double(), v.double(), segments, causal=True)
+
+    k, v = (x.double().repeat_interleave(N // G, dim=1) for x in (k, v))
+    seen = torch.ones(q_len, U, dtype=torch.bool).tril(U - q_len)[:, None]
+    scores = torch.einsum("tnd,und->tnu", q, k) / D**0.5
+    p2 = scores.masked_fill(~seen, -torch.inf).softmax(-1).square()
+    score_off2 = torch.einsum("tnd,und->tnu", q**2, k**2) / D * (2**-8 / 3)
+    from_keys = torch.einsum("tnu,tund->tnd", p2 * score_off2, (v - exact[:, None]) ** 2)
+    from_values = torch.einsum("tnu,und->tnd", p2, v**2) * (2**-8 / 3)
+    bound = (from_keys + from_values).mean().sqrt()
+    assert bound / 2 < (ours - exact).square().mean().sqrt() < bound
+
+
 def test_in_the_interpreter():
     if INTERPRETED or ON_GPU:
         pytest.skip("these tests run here already")

@@ -55,8 +55,11 @@ def _norm_rotate_store(
     n1, n2 = first, second
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(first * first + second * second, axis=1)[:, None] / D + eps)
-        q_w1, q_w2 = tl.load(q_weight_ptr + i, mask=half), tl.load(q_weight_ptr + D // 2 + i, mask=half)
-        k_w1, k_w2 = tl.load(k_weight_ptr + i, mask=half), tl.load(k_weight_ptr + D // 2 + i, mask=half)
+        # Zeros beyond the head: what stood there would count for the largest channel of an FP8 cache.
+        q_w1 = tl.load(q_weight_ptr + i, mask=half, other=0.0)
+        q_w2 = tl.load(q_weight_ptr + D // 2 + i, mask=half, other=0.0)
+        k_w1 = tl.load(k_weight_ptr + i, mask=half, other=0.0)
+        k_w2 = tl.load(k_weight_ptr + D // 2 + i, mask=half, other=0.0)
         n1 = first * scale * tl.where(is_q, q_w1, k_w1).to(tl.float32)
         n2 = second * scale * tl.where(is_q, q_w2, k_w2).to(tl.float32)
     cos = tl.load(cos_ptr + t * (D // 2) + i, mask=inside, other=0.0)
