@@ -1,9 +1,13 @@
 """The weighted sum over a token's experts, in float32 and in a fixed order."""
 
+import functools
+
 import triton
 import triton.language as tl
 
+from tma_moe.launcher import Launch
 from tma_moe.pdl import take_turn
+from tma_moe.support import interpreting
 
 
 @triton.jit
@@ -51,3 +55,13 @@ def combine(
     take_turn(PDL)
     y = weighted_sum(rows_ptr, ids_ptr, weights_ptr, t, cols, H, E, TOPK, BLOCK_TOPK, EVICT)
     tl.store(y_ptr + t * H + cols, y.to(y_ptr.dtype.element_ty), mask=cols < H)
+
+
+@functools.cache
+def combine_launch(H: int, E: int, K: int, kept: bool) -> tuple[Launch, int]:
+    """The launch of `combine`, and how many programs share a token; `kept` as in `Uncombined`."""
+    # 256 columns per warp: each thread loads 16 bytes of each row, and no thread shares a column with another.
+    block_topk = triton.next_power_of_2(K)
+    cols = min(triton.next_power_of_2(H), max(256, 8192 // block_topk))
+    constants = (H, E, K, block_topk, cols, "evict_first" if kept else "", not interpreting())
+    return Launch(combine, constants, warps=max(1, min(8, cols // 256))), triton.cdiv(H, cols)

@@ -21,7 +21,9 @@ def _check_backend(op: str, backend: str, device: torch.device, dtype: torch.dty
         raise RuntimeError(f'{op}: backend "tma" cannot run here: {problem}; {WAY_OUT}')
 
 
-def route(logits_TE: Tensor, k: int, *, skip_T: Tensor | None = None, backend: str = "tma") -> tuple[Tensor, Tensor]:
+def route(
+    logits_TE: Tensor, k: int, *, skip_T: Tensor | None = None, first: int = 0, backend: str = "tma"
+) -> tuple[Tensor, Tensor]:
     """Chooses k experts for each token: softmax in float32, the k largest, renormalised to sum to one.
 
     | operand | shape  | dtype                    | layout          |
@@ -29,7 +31,8 @@ def route(logits_TE: Tensor, k: int, *, skip_T: Tensor | None = None, backend: s
     | skip    | [T]    | bool                     | contiguous      |
 
     Returns ids [T, K] int32, by falling probability, and weights [T, K] float32. A token that is skipped goes to no
-    expert: its ids are -1, which `fused_moe` leaves out. Of equal probabilities backend "tma"
+    expert: its ids are -1, which `fused_moe` leaves out. Ids are counted from the expert `first` on, for experts that
+    are spread over several devices: an id that is none here is left out as well. Of equal probabilities backend "tma"
     takes the lowest id, as torch.topk does on CUDA; backend "reference" does what torch.topk does on its device.
     Raises TypeError, ValueError (shape, dtype, k) or RuntimeError (backend "tma" cannot run on this device).
     """
@@ -50,10 +53,12 @@ def route(logits_TE: Tensor, k: int, *, skip_T: Tensor | None = None, backend: s
     # Logits may be float32 beside bf16 activations, so the device is asked about a dtype that every backend knows.
     _check_backend("route", backend, device, torch.float16)
     if backend == "reference":
-        return route_reference(logits_TE, k, skip_T)
-    from tma_moe.routing import route_tma
+        ids_TK, weights_TK = route_reference(logits_TE, k, skip_T)
+    else:
+        from tma_moe.routing import route_tma
 
-    return route_tma(logits_TE, k, skip_T)
+        ids_TK, weights_TK = route_tma(logits_TE, k, skip_T)
+    return (ids_TK.sub_(first) if first else ids_TK), weights_TK
 
 
 def fused_moe(

@@ -18,11 +18,12 @@ import torch
 import triton
 from torch import Tensor
 
-from tma_moe import block_fp8, combine, routing
+from tma_moe import block_fp8, routing
+from tma_moe.combine import combine_launch
 from tma_moe.expert_weights import ExpertWeights
 from tma_moe.gemm import fp8_gemv, gemv
 from tma_moe.gemm.product import Product, Sizes, product
-from tma_moe.launcher import Launch, current_stream, device_guard
+from tma_moe.launcher import current_stream, device_guard
 from tma_moe.quantise import quantize_rows
 from tma_moe.support import interpreting
 from tma_moe.tiles import Choice, choices_for
@@ -58,14 +59,7 @@ class GroupedRecipe:
         self.down: Product = product("down", choice.down, sizes)
         tiles = (choice.up.rows, self.up.step, choice.down.rows, self.down.step)
         self.grouping = routing.Grouping(sizes.E, tiles)
-        E, K, H = sizes.E, sizes.K, sizes.H
-        # 256 columns per warp: each thread loads 16 bytes of each row, and no thread shares a column with another.
-        block_topk = triton.next_power_of_2(K)
-        cols = min(triton.next_power_of_2(H), max(256, 8192 // block_topk))
-        self.combine_columns = triton.cdiv(H, cols)
-        evict = "evict_first" if choice.down.keep else ""
-        constants = (H, E, K, block_topk, cols, evict, not interpreting())
-        self.combine = Launch(combine.combine, constants, warps=max(1, min(8, cols // 256)))
+        self.combine, self.combine_columns = combine_launch(sizes.H, sizes.E, sizes.K, choice.down.keep)
 
     def run(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool = True

@@ -25,6 +25,19 @@ class Uncombined:
     num_experts: int
     kept: bool
 
+    def combined(self) -> Tensor:
+        """The sums [T, H], in the dtype of the rows: what `combine=True` would have given."""
+        from tma_moe.combine import combine_launch
+        from tma_moe.launcher import current_stream, device_guard
+
+        T, K, H = self.rows_TKH.shape
+        launch, columns = combine_launch(H, self.num_experts, K, self.kept)
+        y_TH = self.rows_TKH.new_empty(T, H)
+        with device_guard(y_TH.device):
+            stream = current_stream(y_TH.device)
+            launch(stream, (T, columns, 1), self.rows_TKH, self.ids_TK, self.weights_TK, y_TH)
+        return y_TH
+
     def __getitem__(self, tokens: Tensor) -> Uncombined:
         """The same of some tokens (an index [R])."""
         return Uncombined(
