@@ -40,9 +40,10 @@ from benchmarking.transformers_twin import transformers_config
 from program import any_text
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, OptionError, UserError
-from qwen3vl_moe.weights.checkpoint import expand_table, find_expert_layout, load_model
+from qwen3vl_moe.weights.checkpoint import find_expert_layout, load_model
 from qwen3vl_moe.weights.placement import parse_device
 from qwen3vl_moe.weights.shards import INDEX, read_headers
+from qwen3vl_moe.weights.table import expand_table
 
 GB = 1e9
 console = Console(stderr=True, highlight=False, soft_wrap=True)

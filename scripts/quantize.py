@@ -36,10 +36,11 @@ from program import any_text
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, OptionError, UserError
 from qwen3vl_moe.json_files import read_json_object
-from qwen3vl_moe.weights.checkpoint import Entry, check_tensors, expand_table, find_expert_layout
+from qwen3vl_moe.weights.checkpoint import check_tensors, find_expert_layout
 from qwen3vl_moe.weights.placement import parse_device
 from qwen3vl_moe.weights.scales import scale_name
 from qwen3vl_moe.weights.shards import INDEX, StoredTensor, read_headers, read_whole, shorten
+from qwen3vl_moe.weights.table import Entry, expand_table
 from replace_file import replace_file
 from tma_moe.block_fp8 import FP8, dequantize_blocks, quantize_blocks, scale_shape
 

@@ -116,6 +116,32 @@ FP8_CONFIGS = {
     | {"text": BLOCKS["text"] | {"hidden_size": 256, "num_key_value_heads": 4, "moe_intermediate_size": 384}},
     "square experts": BLOCKS | {"text": BLOCKS["text"] | {"moe_intermediate_size": 72}},
 }
+# Two ranks have whole blocks of 128 query channels each, of 64 keys, and of experts' widths, or whole experts.
+_RANKS_TEXT = BLOCKS["text"] | {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+FP8_CONFIGS |= {
+    "ranks, width": BLOCKS | {"text": _RANKS_TEXT | {"moe_intermediate_size": 512}},
+    "ranks, experts": BLOCKS | {"text": _RANKS_TEXT | {"moe_intermediate_size": 384}},
+}
+# Whose experts ranks divide by their width: the other configs leave whole experts to each.
+WIDE: dict[str, Any] = {
+    "text": {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "mrope_section": [2, 1, 1],
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
+    "vision": {
+        "depth": 2,
+        "deepstack_visual_indexes": [0],
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 36,
+    },
+}
 VOCAB_SIZE = 512
 PATCH_SIZE = 4
 
@@ -185,7 +211,7 @@ def plain(make_tiny) -> TinyCheckpoint:
 def _write_tiny(name: str, directory: Path) -> TinyCheckpoint:
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
-    sizes = (TINY_CONFIGS | FP8_CONFIGS)[name]
+    sizes = (TINY_CONFIGS | FP8_CONFIGS | {"wide": WIDE})[name]
     path, published = directory / "transformers5", directory / "published"
     merge_size = sizes["vision"]["spatial_merge_size"]
     side = PATCH_SIZE * merge_size

@@ -10,7 +10,7 @@ import torch
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import ConfigError
-from qwen3vl_moe.weights.checkpoint import expand_table
+from qwen3vl_moe.weights.table import expand_table
 
 
 def test_both_spellings_give_the_same_config(tiny):

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.model.batch import Batch, VisionFeatures
+from qwen3vl_moe.model.part import Part
 from qwen3vl_moe.model.rope import Grid, mrope_positions
 from qwen3vl_moe.model.text import Decoder
 from qwen3vl_moe.model.vision import VisionTower
-from qwen3vl_moe.ops import Segments
+from qwen3vl_moe.ops import ALONE, Ranks, Segments
 from tma_moe import FP8
 
 
@@ -23,17 +24,22 @@ class Qwen3VLMoe(nn.Module):
     Args:
         config: sizes.
         moe: which implementation of the experts the layers call, ``"tma"`` or ``"reference"``.
+        ranks: the processes that compute it together. Each of them makes all calls, with the same arguments.
+
+    Attributes:
+        part: what this rank holds of the decoder.
     """
 
     # Set to `load_model` when `qwen3vl_moe.weights` is imported, so that this module need not import it.
     from_pretrained: ClassVar[Callable[..., Qwen3VLMoe]]
 
-    def __init__(self, config: Qwen3VLMoeConfig, moe: str = "reference"):
+    def __init__(self, config: Qwen3VLMoeConfig, moe: str = "reference", ranks: Ranks = ALONE):
         super().__init__()
-        self.config, self.moe = config, moe
+        self.config, self.moe, self.ranks = config, moe, ranks
+        self.part = Part.of(config.text, ranks.rank, ranks.size)
         self.vision = VisionTower(config.vision)
-        self.text = Decoder(config.text, moe)
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.text = Decoder(config.text, self.part, ranks, moe)
+        self.lm_head = nn.Linear(config.text.hidden_size, len(self.part.vocabulary), bias=False)
         self.requires_grad_(False).eval()
 
     def set_dtype(self, dtype: torch.dtype) -> Qwen3VLMoe:
@@ -73,8 +79,13 @@ class Qwen3VLMoe(nn.Module):
         return self.compute_logits(self.text(batch, kv_cache))
 
     def compute_logits(self, hidden_RH: Tensor, out: Tensor | None = None) -> Tensor:
-        """From the decoder's normed hidden states to logits [R, V], written into ``out`` where that is given."""
-        return torch.mm(hidden_RH, self.lm_head.weight.T, out=out)
+        """From the decoder's normed hidden states to logits [R, V], written into ``out`` where that is given.
+
+        Of several ranks the first one gets them; the others, those of their part of the vocabulary.
+        """
+        if self.ranks.alone:
+            return torch.mm(hidden_RH, self.lm_head.weight.T, out=out)
+        return self.ranks.columns(self.lm_head(hidden_RH), out)
 
     def logits(
         self,

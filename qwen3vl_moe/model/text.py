@@ -11,16 +11,17 @@ import tma_moe
 from qwen3vl_moe import ops
 from qwen3vl_moe.config import TextConfig
 from qwen3vl_moe.model.batch import Batch
+from qwen3vl_moe.model.part import Part
 from qwen3vl_moe.model.rope import inverse_frequencies, mrope_angles
-from qwen3vl_moe.ops import ResidualStream
+from qwen3vl_moe.ops import Ranks, ResidualStream
 
 
 class Attention(nn.Module):
     """Grouped-query attention. Queries and keys are RMS-normed per head, then rotated by M-RoPE."""
 
-    def __init__(self, config: TextConfig, fp8: bool):
+    def __init__(self, config: TextConfig, part: Part, fp8: bool):
         super().__init__()
-        N, G, D = config.num_heads, config.num_kv_heads, config.head_dim
+        N, G, D = len(part.heads), len(part.kv_heads), config.head_dim
         self.heads = N, G
         self.qkv = ops.linear(config.hidden_size, N * D, G * D, G * D, fp8=fp8)
         self.q_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
@@ -47,18 +48,21 @@ class Attention(nn.Module):
 class MoE(nn.Module):
     """Router and experts: each token's output is the weighted sum of its top-k experts' SwiGLU networks."""
 
-    def __init__(self, config: TextConfig, backend: str, fp8: bool):
+    def __init__(self, config: TextConfig, part: Part, backend: str, fp8: bool):
         super().__init__()
         self.experts_per_token, self.backend = config.experts_per_token, backend
+        self.first_expert = part.experts.start
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        sizes = config.num_experts, config.hidden_size, config.expert_width
+        sizes = len(part.experts), config.hidden_size, len(part.width)
         self.experts = tma_moe.ExpertWeights(*sizes, dtype=tma_moe.FP8 if fp8 else None)
 
     def forward(self, x_TH: Tensor, padding_T: Tensor | None = None) -> ops.Addend:
         """The output for x [T, H], to be added to the stream; of padding rows it is 0."""
         logits_TE = self.router(x_TH)
         # Padding goes to no expert: it must not make the layer read more weights.
-        ids_TK, weights_TK = tma_moe.route(logits_TE, self.experts_per_token, skip_T=padding_T, backend=self.backend)
+        ids_TK, weights_TK = tma_moe.route(
+            logits_TE, self.experts_per_token, skip_T=padding_T, first=self.first_expert, backend=self.backend
+        )
         # The sum over experts is not taken here: the residual stream fuses it with the add and the next norm.
         return tma_moe.fused_moe(x_TH, ids_TK, weights_TK, self.experts, backend=self.backend, combine=False)
 
@@ -66,12 +70,12 @@ class MoE(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and experts; each reads a norm of the residual stream and adds its output to it."""
 
-    def __init__(self, config: TextConfig, moe_backend: str, number: int):
+    def __init__(self, config: TextConfig, part: Part, moe_backend: str, number: int):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.attn = Attention(config, fp8=number in config.fp8_attention)
+        self.attn = Attention(config, part, fp8=number in config.fp8_attention)
         self.moe_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.moe = MoE(config, moe_backend, fp8=number in config.fp8_experts)
+        self.moe = MoE(config, part, moe_backend, fp8=number in config.fp8_experts)
 
     def forward(
         self, stream: ResidualStream, cos_TF: Tensor, sin_TF: Tensor, batch: Batch, layer_cache: Tensor | None
@@ -81,13 +85,22 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token embeddings, the layers, and the last norm."""
+    """Token embeddings, the layers, and the last norm.
 
-    def __init__(self, config: TextConfig, moe_backend: str):
+    Args:
+        config: sizes.
+        part: what this rank holds of them.
+        ranks: who holds the rest.
+        moe_backend: see :class:`.Qwen3VLMoe`.
+    """
+
+    def __init__(self, config: TextConfig, part: Part, ranks: Ranks, moe_backend: str):
         super().__init__()
-        self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, moe_backend, number) for number in range(config.num_layers))
+        self.config, self.ranks = config, ranks
+        self.embed = ops.Embedding(part.vocabulary, config.hidden_size, ranks)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, part, moe_backend, number) for number in range(config.num_layers)
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def set_moe(self, backend: str) -> None:
@@ -113,7 +126,7 @@ class Decoder(nn.Module):
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, device=x_TH.device)
         cos_TF, sin_TF = mrope_angles(batch.positions_3T, frequencies, config.mrope_section)
 
-        stream = ResidualStream(x_TH)
+        stream = ResidualStream(x_TH, self.ranks)
         for number, layer in enumerate(self.layers):
             layer(stream, cos_TF, sin_TF, batch, None if kv_cache is None else kv_cache[number])
             if batch.visual is not None and number < len(batch.visual.deepstack_LMH):

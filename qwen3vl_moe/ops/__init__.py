@@ -7,17 +7,22 @@ definition of correct; the kernels are in :mod:`.kernels`, a file for each opera
 
 from qwen3vl_moe.ops.attend import attention, cached_attention
 from qwen3vl_moe.ops.block_linear import BlockLinear, linear
+from qwen3vl_moe.ops.embedding import Embedding
 from qwen3vl_moe.ops.mlp import linear_gelu
 from qwen3vl_moe.ops.patches import add_positions, cut_patches
+from qwen3vl_moe.ops.ranks import ALONE, Ranks
 from qwen3vl_moe.ops.residual import Addend, OpenProduct, ResidualStream
 from qwen3vl_moe.ops.resize import resize_picture
 from qwen3vl_moe.ops.rotation import rotate_and_store
 from qwen3vl_moe.ops.segments import Segments
 
 __all__ = [
+    "ALONE",
     "Addend",
     "BlockLinear",
+    "Embedding",
     "OpenProduct",
+    "Ranks",
     "ResidualStream",
     "Segments",
     "add_positions",

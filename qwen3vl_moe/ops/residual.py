@@ -2,7 +2,8 @@
 
 Adding and norming are two passes over the same memory, and a layer's last step (a matrix product, or the sum over a
 token's experts) is a third. The stream joins them: it holds an output back and folds the addition into the kernel that
-computes the next norm. The model just says ``stream.add(layer(stream.normed(norm)))``.
+computes the next norm. The model just says ``stream.add(layer(stream.normed(norm)))``. Where several ranks compute the
+model, what a layer adds is a part of a sum, which the stream takes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from qwen3vl_moe.ops.block_linear import BlockLinear
 from qwen3vl_moe.ops.dispatch import takes_kernels
+from qwen3vl_moe.ops.ranks import ALONE, Ranks
 from tma_moe import Uncombined
 
 
@@ -33,10 +35,11 @@ class ResidualStream:
 
     Args:
         x_TH: what the first layer reads. It belongs to the stream from here on, which overwrites it.
+        ranks: who add a part each of what is added.
     """
 
-    def __init__(self, x_TH: Tensor):
-        self._x_TH = x_TH
+    def __init__(self, x_TH: Tensor, ranks: Ranks = ALONE):
+        self._x_TH, self._ranks = x_TH, ranks
         self._open: Tensor | Uncombined | None = None  # added where the next norm is taken
 
     def add(self, y: Addend) -> None:
@@ -48,7 +51,9 @@ class ResidualStream:
         """
         if self._open is not None:
             raise RuntimeError("ResidualStream.add: the output before this one has not been taken in by normed() yet")
-        if not isinstance(y, OpenProduct):
+        if not self._ranks.alone:
+            self._open = self._ranks.sum(_closed(y))
+        elif not isinstance(y, OpenProduct):
             self._open = y
         elif isinstance(y.linear, BlockLinear):
             self._open = y.linear(y.x_TA)
@@ -80,9 +85,16 @@ class ResidualStream:
         """A stream of some rows alone (int64 [R]); None: this one."""
         if rows_R is None:
             return self
-        part = ResidualStream(self._x_TH[rows_R])
+        part = ResidualStream(self._x_TH[rows_R], self._ranks)
         part._open = None if self._open is None else self._open[rows_R]
         return part
+
+
+def _closed(y: Addend) -> Tensor:
+    """What is to be added, computed to its end."""
+    if isinstance(y, OpenProduct):
+        return y.linear(y.x_TA)
+    return y.combined() if isinstance(y, Uncombined) else y
 
 
 def _sum(x_TH: Tensor, y: Tensor | Uncombined | None) -> Tensor:

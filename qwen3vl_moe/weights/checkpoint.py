@@ -1,14 +1,4 @@
-"""From a Hugging Face checkpoint to the model's parameters: one table of names, strict both ways, streamed.
-
-Two writers of checkpoints are known, and only what they write is accepted: the published Qwen3-VL-MoE checkpoints and
-``save_pretrained`` of transformers 5. They use the same names and differ in the layout of the fused expert tensors:
-
-================== ============================ ============================
-layout             ``experts.gate_up_proj``     ``experts.down_proj``
-================== ============================ ============================
-``published``      [E, H, 2I], gate | up        [E, I, H]
-``transformers5``  [E, 2I, H], gate over up     [E, H, I]
-================== ============================ ============================
+"""From a Hugging Face checkpoint to the model's parameters, by the table of names: strict both ways, streamed.
 
 How the layout is found (:func:`find_expert_layout`): by shape, with H and I from config.json, from every tensor that
 has different shapes in the two layouts; they must all agree. A tensor whose shapes coincide (gate_up_proj if H == 2I,
@@ -21,12 +11,10 @@ loaded only if the caller names the layout (``expert_layout=``). No published mo
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,139 +23,14 @@ from tqdm import tqdm
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
-from qwen3vl_moe.ops import BlockLinear
-from qwen3vl_moe.weights.placement import parse_device, parse_dtype, require_memory, resolve_moe
+from qwen3vl_moe.ops import ALONE, BlockLinear, Ranks
+from qwen3vl_moe.weights.columns import own_rows, read_columns
+from qwen3vl_moe.weights.placement import parse_device, parse_dtype, require_division, require_memory, resolve_moe
 from qwen3vl_moe.weights.scales import SCALE_DTYPES, fill_scales, scale_name
-from qwen3vl_moe.weights.shards import DTYPES, FP8, StoredTensor, read_headers, shorten, stream
+from qwen3vl_moe.weights.shards import DTYPES, FP8, StoredTensor, part_of, read_headers, shorten, stream
 from qwen3vl_moe.weights.source import resolve
-from tma_moe.block_fp8 import BLOCK, scale_shape
-
-LAYOUTS = ("published", "transformers5")
-
-# Sizes in the table: V vocabulary, H hidden, N*D and G*D query and key/value heads times head width, D head width,
-# E experts, I expert width; of the vision tower: C width, m*m*C that of merge_size x merge_size patches side by side,
-# F width of its MLP, S position embeddings, and the Conv3d kernel: c channels, t frames, p rows and columns of pixels.
-_TABLE = """
-# name in the checkpoint                          our parameter                          transform  its shape there
-model.visual.patch_embed.proj.weight              vision.patch_embed.weight              reshape    C c t p p
-model.visual.patch_embed.proj.bias                vision.patch_embed.bias                copy       C
-model.visual.pos_embed.weight                     vision.pos_embed.weight                copy       S C
-model.visual.blocks.{b}.norm1.weight              vision.blocks.{b}.norm1.weight         copy       C
-model.visual.blocks.{b}.norm1.bias                vision.blocks.{b}.norm1.bias           copy       C
-model.visual.blocks.{b}.norm2.weight              vision.blocks.{b}.norm2.weight         copy       C
-model.visual.blocks.{b}.norm2.bias                vision.blocks.{b}.norm2.bias           copy       C
-model.visual.blocks.{b}.attn.qkv.weight           vision.blocks.{b}.attn.qkv.weight      copy       3C C
-model.visual.blocks.{b}.attn.qkv.bias             vision.blocks.{b}.attn.qkv.bias        copy       3C
-model.visual.blocks.{b}.attn.proj.weight          vision.blocks.{b}.attn.out.weight      copy       C C
-model.visual.blocks.{b}.attn.proj.bias            vision.blocks.{b}.attn.out.bias        copy       C
-model.visual.blocks.{b}.mlp.linear_fc1.weight     vision.blocks.{b}.mlp.fc1.weight       copy       F C
-model.visual.blocks.{b}.mlp.linear_fc1.bias       vision.blocks.{b}.mlp.fc1.bias         copy       F
-model.visual.blocks.{b}.mlp.linear_fc2.weight     vision.blocks.{b}.mlp.fc2.weight       copy       C F
-model.visual.blocks.{b}.mlp.linear_fc2.bias       vision.blocks.{b}.mlp.fc2.bias         copy       C
-model.visual.merger.norm.weight                   vision.merger.norm.weight              copy       C
-model.visual.merger.norm.bias                     vision.merger.norm.bias                copy       C
-model.visual.merger.linear_fc1.weight             vision.merger.fc1.weight               copy       m*m*C m*m*C
-model.visual.merger.linear_fc1.bias               vision.merger.fc1.bias                 copy       m*m*C
-model.visual.merger.linear_fc2.weight             vision.merger.fc2.weight               copy       H m*m*C
-model.visual.merger.linear_fc2.bias               vision.merger.fc2.bias                 copy       H
-model.visual.deepstack_merger_list.{d}.norm.weight        vision.deepstack_mergers.{d}.norm.weight  copy  m*m*C
-model.visual.deepstack_merger_list.{d}.norm.bias          vision.deepstack_mergers.{d}.norm.bias    copy  m*m*C
-model.visual.deepstack_merger_list.{d}.linear_fc1.weight  vision.deepstack_mergers.{d}.fc1.weight   copy  m*m*C m*m*C
-model.visual.deepstack_merger_list.{d}.linear_fc1.bias    vision.deepstack_mergers.{d}.fc1.bias     copy  m*m*C
-model.visual.deepstack_merger_list.{d}.linear_fc2.weight  vision.deepstack_mergers.{d}.fc2.weight   copy  H m*m*C
-model.visual.deepstack_merger_list.{d}.linear_fc2.bias    vision.deepstack_mergers.{d}.fc2.bias     copy  H
-model.language_model.embed_tokens.weight          text.embed.weight                      copy       V H
-model.language_model.layers.{l}.input_layernorm.weight           text.layers.{l}.attn_norm.weight      copy     H
-model.language_model.layers.{l}.self_attn.q_proj.weight          text.layers.{l}.attn.qkv.weight       rows     N*D H
-model.language_model.layers.{l}.self_attn.k_proj.weight          text.layers.{l}.attn.qkv.weight       rows     G*D H
-model.language_model.layers.{l}.self_attn.v_proj.weight          text.layers.{l}.attn.qkv.weight       rows     G*D H
-model.language_model.layers.{l}.self_attn.q_norm.weight          text.layers.{l}.attn.q_norm.weight    copy     D
-model.language_model.layers.{l}.self_attn.k_norm.weight          text.layers.{l}.attn.k_norm.weight    copy     D
-model.language_model.layers.{l}.self_attn.o_proj.weight          text.layers.{l}.attn.out.weight       copy     H N*D
-model.language_model.layers.{l}.post_attention_layernorm.weight  text.layers.{l}.moe_norm.weight       copy     H
-model.language_model.layers.{l}.mlp.gate.weight                  text.layers.{l}.moe.router.weight     copy     E H
-model.language_model.layers.{l}.mlp.experts.gate_up_proj         text.layers.{l}.moe.experts.gate_up   experts  E H 2I
-model.language_model.layers.{l}.mlp.experts.down_proj            text.layers.{l}.moe.experts.down      experts  E I H
-model.language_model.norm.weight                  text.norm.weight                       copy       H
-lm_head.weight                                    lm_head.weight                         copy       V H
-"""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row of the table for one layer.
-
-    ``transform`` is ``copy``; ``reshape`` (same bytes, our parameter has fewer dimensions); ``rows`` (``shape[0]`` rows
-    of the parameter from ``first_row`` on); or ``experts`` (``shape`` is that of the published layout; ours is
-    transformers 5's, with the last two dimensions swapped).
-
-    ``fp8`` says that the weights are quantised and have scales (weights/scales.py).
-    """
-
-    source: str
-    target: str
-    transform: str
-    shape: tuple[int, ...]
-    first_row: int = 0
-    fp8: bool = False
-
-    def shape_in(self, layout: str) -> tuple[int, ...]:
-        """Shape in a checkpoint whose experts have ``layout``."""
-        if self.transform == "experts" and layout == "transformers5":
-            return self.shape[0], self.shape[2], self.shape[1]
-        return self.shape
-
-    def scale_shape_in(self, layout: str) -> tuple[int, ...]:
-        """Shape of its scales in such a checkpoint."""
-        return scale_shape(self.shape_in(layout))
-
-    def destination(self, parameter: torch.Tensor, layout: str) -> torch.Tensor:
-        """The view of ``parameter`` that, filled with the stored tensor as it is, carries out the transform."""
-        if self.transform == "reshape":
-            return parameter.view(self.shape)
-        if self.transform == "rows":
-            return parameter[self.first_row : self.first_row + self.shape[0]]
-        if self.transform == "experts" and layout == "published":
-            return parameter.transpose(1, 2)
-        return parameter
-
-
-def expand_table(config: Qwen3VLMoeConfig) -> list[Entry]:
-    """The table for all layers of ``config``. Rows of one parameter follow each other in the order of the table."""
-    text, vision = config.text, config.vision
-    sizes = {
-        "V": text.vocab_size,
-        "H": text.hidden_size,
-        "N*D": text.num_heads * text.head_dim,
-        "G*D": text.num_kv_heads * text.head_dim,
-        "D": text.head_dim,
-        "E": text.num_experts,
-        "I": text.expert_width,
-        "2I": 2 * text.expert_width,
-        "C": vision.hidden_size,
-        "3C": 3 * vision.hidden_size,
-        "m*m*C": vision.merged_width,
-        "F": vision.intermediate_size,
-        "S": vision.num_positions,
-        "c": vision.in_channels,
-        "t": vision.temporal_patch_size,
-        "p": vision.patch_size,
-    }
-    repeats = {"l": text.num_layers, "b": vision.depth, "d": len(vision.deepstack_indexes)}
-    entries, next_row = [], {}
-    for line in _TABLE.strip().splitlines()[1:]:
-        source, target, transform, *shape_names = line.split()
-        shape = tuple(sizes[name] for name in shape_names)
-        counter = re.search(r"\{(.)\}", source)
-        for i in range(repeats[counter[1]] if counter else 1):
-            name = target.replace(counter[0], str(i)) if counter else target
-            first_row = next_row.get(name, 0)
-            next_row[name] = first_row + shape[0]
-            named = source.replace(counter[0], str(i)) if counter else source
-            layers = text.fp8_attention if ".self_attn." in source else text.fp8_experts
-            fp8 = i in layers and (transform == "experts" or source.endswith("_proj.weight"))
-            entries.append(Entry(named, name, transform, shape, first_row, fp8))
-    return entries
+from qwen3vl_moe.weights.table import LAYOUTS, Entry, expand_table
+from tma_moe.block_fp8 import BLOCK
 
 
 def check_tensors(table: list[Entry], stored: dict[str, StoredTensor], directory: Path) -> None:
@@ -269,6 +132,7 @@ def load_model(
     moe: str = "auto",
     *,
     expert_layout: str | None = None,
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> Qwen3VLMoe:
     """Build the model and fill it from a checkpoint, streaming from the files straight to the device.
@@ -283,39 +147,59 @@ def load_model(
             config.json declares. The files may hold another floating dtype of bf16, fp16, fp32; it is cast.
         moe: ``"tma"``, ``"reference"`` or ``"auto"``, see :func:`qwen3vl_moe.weights.placement.resolve_moe`.
         expert_layout: ``"published"`` or ``"transformers5"``; needed only where an expert tensor has one shape in both.
+        ranks: the processes that share the model. Each reads a part of the files: its own part of a tensor where that
+            lies together, else some rows, whose columns the ranks then exchange.
         progress: a progress bar, then one line of seconds, GB/s and peak memory, both on stderr.
 
     Raises:
         CheckpointError: the files are missing, damaged, or not the tensors that config.json calls for.
         ConfigError: config.json asks for something that is not supported.
-        OptionError: an unknown or unavailable device, dtype, moe or expert_layout; not enough device memory.
+        OptionError: an unknown or unavailable device, dtype, moe or expert_layout; a number of ranks among which the
+            model cannot be divided; not enough device memory.
     """
     directory = resolve(path_or_id)
     started = time.perf_counter()
     stored = read_headers(directory)
     config = Qwen3VLMoeConfig.from_pretrained(directory)
-    table = expand_table(config)
+    require_division(config.text, ranks.size)
+    table = expand_table(config, ranks)
     check_tensors(table, stored, directory)
     layout = find_expert_layout(table, stored, directory, expert_layout)
     device, dtype = parse_device(device), parse_dtype(dtype, config.dtype)
 
     with torch.device("meta"):
-        model = Qwen3VLMoe(config, resolve_moe(moe, device, dtype, config.text)).set_dtype(dtype)
+        model = Qwen3VLMoe(config, resolve_moe(moe, device, dtype, config.text, ranks.size), ranks).set_dtype(dtype)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     require_memory(device, model_bytes, directory, dtype)
-    meter = _Meter(device, sum(tensor.nbytes for tensor in stored.values()), progress)
     model = model.to_empty(device=device)
-
     parameters = dict(model.named_parameters())
     # In the order of the files: a disk reads forwards fastest, and shards end up one after the other.
     entries = sorted(table, key=lambda entry: (stored[entry.source].file, stored[entry.source].offset))
-    copies = [(stored[e.source], e.destination(parameters[e.target], layout)) for e in entries]
+    copies, columns = [], []
+    for entry in entries:
+        tensor, axis = stored[entry.source], entry.axis_in(layout)
+        destination = entry.destination(parameters[entry.target], layout)
+        if axis is None:
+            copies.append((tensor, destination))
+        elif axis == len(tensor.shape) - 1:
+            columns.append((tensor, destination, entry.ranges))
+        else:
+            copies += part_of(tensor, destination, axis, entry.own)
+
+    scales = [stored[scale_name(entry.source)] for entry in entries if entry.fp8]
+    total = sum(tensor.nbytes for tensor, _ in copies) + sum(tensor.nbytes for tensor in scales)
+    total += sum(own_rows(tensor, ranks).nbytes for tensor, _, _ in columns)
+    meter = _Meter(device, total, progress)
     stream(copies, device, meter.add)
+    for tensor, destination, ranges in columns:
+        read_columns(tensor, destination, ranges, ranks, meter.add)
     for entry in entries:
         if entry.fp8:
             _fill_scales_of(entry, model, stored, layout)
             meter.add(stored[scale_name(entry.source)].nbytes)
     line = meter.finish(time.perf_counter() - started, model_bytes)
+    if not ranks.alone:
+        line += f"; read by each rank: {', '.join(map(_size, ranks.of_all(total)))}"
     if progress:
         print(f"loaded {directory.name}: {line}", file=sys.stderr)
     return model
@@ -327,12 +211,14 @@ def _fill_scales_of(entry: Entry, model: Qwen3VLMoe, stored: dict[str, StoredTen
     layer = model.get_submodule(layer_name)
     if isinstance(layer, BlockLinear):
         shared, scales = layer.shared, layer.scale.data
-        scales = scales.narrow(0, entry.first_row // shared, -(-entry.shape[0] // shared))
+        scales = scales.narrow(0, entry.first_row // shared, -(-entry.rows // shared))
     else:
         shared, scales = BLOCK, layer.get_parameter(f"{parameter_name}_scale").data
-    name = scale_name(entry.source)
+    name, axis = scale_name(entry.source), entry.axis_in("transformers5")
     turned = experts and layout == "published"
-    fill_scales(scales, stored[name], name, rows=entry.shape[0], shared=shared, turned=turned)
+    rows = entry.shape_in("transformers5")[-2]
+    held = None if axis is None else (axis, entry.own)
+    fill_scales(scales, stored[name], name, rows=rows, shared=shared, turned=turned, held=held)
 
 
 class _Meter:

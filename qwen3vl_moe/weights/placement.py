@@ -9,6 +9,7 @@ import torch
 import tma_moe
 from qwen3vl_moe.config import TextConfig
 from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.model.part import Part, why_not
 from qwen3vl_moe.weights.shards import DTYPES
 
 MOE_BACKENDS = ("auto", "tma", "reference")
@@ -49,7 +50,7 @@ def parse_dtype(dtype: torch.dtype | str, declared: torch.dtype) -> torch.dtype:
     return parsed
 
 
-def resolve_moe(moe: str, device: torch.device | str, dtype: torch.dtype, config: TextConfig) -> str:
+def resolve_moe(moe: str, device: torch.device | str, dtype: torch.dtype, config: TextConfig, ranks: int = 1) -> str:
     """``"tma"`` or ``"reference"`` for a device, dtype and sizes; ``"auto"`` takes the fused kernel where it can run.
 
     Raises:
@@ -59,7 +60,7 @@ def resolve_moe(moe: str, device: torch.device | str, dtype: torch.dtype, config
         raise OptionError(f"moe={moe!r} is unknown; choose from {', '.join(MOE_BACKENDS)}")
     if moe == "reference":
         return moe
-    reason = tma_problem(device, dtype, config)
+    reason = tma_problem(device, dtype, config, ranks)
     if reason is None:
         return "tma"
     if moe == "tma":
@@ -67,12 +68,25 @@ def resolve_moe(moe: str, device: torch.device | str, dtype: torch.dtype, config
     return "reference"
 
 
-def tma_problem(device: torch.device | str, dtype: torch.dtype, config: TextConfig) -> str | None:
-    """Why the fused kernel cannot run a decoder of these sizes there, or None."""
-    sizes = config.hidden_size, config.expert_width
+def tma_problem(device: torch.device | str, dtype: torch.dtype, config: TextConfig, ranks: int = 1) -> str | None:
+    """Why the fused kernel cannot run a decoder of these sizes there, divided among so many ranks, or None."""
+    sizes = config.hidden_size, len(Part.of(config, 0, ranks).width)
     kinds = [tma_moe.FP8] * bool(config.fp8_experts) + [dtype] * (len(config.fp8_experts) < config.num_layers)
     problems = (tma_moe.unavailable(device, dtype, sizes, weights) for weights in kinds)
     return next((problem for problem in problems if problem is not None), None)
+
+
+def require_division(config: TextConfig, ranks: int) -> None:
+    """Refuse a number of ranks among which a decoder cannot be divided.
+
+    Raises:
+        OptionError: naming the size at fault.
+    """
+    problem = why_not(config, ranks)
+    if problem is not None:
+        fitting = [size for size in range(1, config.num_heads + 1) if why_not(config, size) is None]
+        choice = ", ".join(map(str, fitting))
+        raise OptionError(f"tensor_parallel_size={ranks} cannot divide this model: {problem}; choose from {choice}")
 
 
 def require_memory(device: torch.device, model_bytes: int, name: str | Path, dtype: torch.dtype) -> None:

@@ -7,6 +7,8 @@ the published ``gate_up_proj`` could be read either way up to a few blocks, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,16 @@ def scale_name(weight: str) -> str:
     return f"{weight}_scale_inv"
 
 
-def fill_scales(destination: Tensor, stored: StoredTensor, name: str, *, rows: int, shared: int, turned: bool) -> None:
+def fill_scales(
+    destination: Tensor,
+    stored: StoredTensor,
+    name: str,
+    *,
+    rows: int,
+    shared: int,
+    turned: bool,
+    held: tuple[int, Sequence[range]] | None = None,
+) -> None:
     """Fill a layer's scales, or those of one of its parts.
 
     Args:
@@ -31,6 +42,7 @@ def fill_scales(destination: Tensor, stored: StoredTensor, name: str, *, rows: i
         name: what an error calls it.
         rows: of the weights.
         shared: how many of them have a scale in common in the model: 128, or a part of it.
+        held: which ranges of the weights are wanted, and along which of their dimensions in the model; None: all.
 
     Raises:
         CheckpointError: a scale is negative or not finite.
@@ -44,4 +56,8 @@ def fill_scales(destination: Tensor, stored: StoredTensor, name: str, *, rows: i
         scale = scale.transpose(-1, -2)
     if shared != BLOCK:
         scale = scale.repeat_interleave(BLOCK // shared, -2).narrow(-2, 0, rows // shared)
+    if held is not None:
+        axis, ranges = held
+        unit = {scale.dim() - 1: BLOCK, scale.dim() - 2: shared}.get(axis, 1)
+        scale = torch.cat([scale.narrow(axis, each.start // unit, -(-len(each) // unit)) for each in ranges], axis)
     destination.copy_(scale)

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -210,6 +210,31 @@ def _pieces(stored: StoredTensor, destination: torch.Tensor) -> list[_Piece]:
     ]
 
 
+def part_of(
+    stored: StoredTensor, destination: torch.Tensor, axis: int, ranges: Sequence[range]
+) -> list[tuple[StoredTensor, torch.Tensor]]:
+    """What to copy of a tensor of which only ranges along ``axis`` are wanted: tensors whose bytes lie together.
+
+    Args:
+        destination: of the ranges, one after the other.
+        axis: not the last dimension, of which no more than a row's part would lie together.
+    """
+    copies, begin = [], 0
+    outer, row_bytes = math.prod(stored.shape[:axis]), stored.nbytes // math.prod(stored.shape[: axis + 1])
+    if axis:
+        destination = destination.flatten(0, axis - 1)
+    for wanted in ranges:
+        nbytes = len(wanted) * row_bytes
+        for number in range(outer):
+            offset = stored.offset + (number * stored.shape[axis] + wanted.start) * row_bytes
+            shape = (*(1 for _ in range(axis > 0)), len(wanted), *stored.shape[axis + 1 :])
+            there = destination[number : number + 1] if axis else destination
+            there = there.narrow(1 if axis else 0, begin, len(wanted))
+            copies.append((StoredTensor(stored.file, stored.dtype, shape, offset, nbytes), there))
+        begin += len(wanted)
+    return copies
+
+
 def stream(
     copies: list[tuple[StoredTensor, torch.Tensor]], device: torch.device, on_read: Callable[[int], None]
 ) -> None:
@@ -284,6 +309,11 @@ def _copy_piece(piece: _Piece, buffer: torch.Tensor) -> None:
     else:
         # First over the bus as it is, then cast or transposed by the device: copy_ alone would do that on the host.
         destination.copy_(staged.to(destination.device, non_blocking=True))
+
+
+def staging(like: StoredTensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Memory on a device for a tensor as it is stored."""
+    return torch.empty(shape, dtype=_STORED[like.dtype], device=device)
 
 
 def read_whole(stored: StoredTensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
-from qwen3vl_moe.weights.checkpoint import expand_table
+from qwen3vl_moe.weights.table import expand_table
 
 
 def transformers_config(config: Qwen3VLMoeConfig) -> Any:

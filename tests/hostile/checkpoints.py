@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarking.tiny import write_processor_dir
 from qwen3vl_moe.config import Qwen3VLMoeConfig
-from qwen3vl_moe.weights.checkpoint import expand_table
+from qwen3vl_moe.weights.table import expand_table
 from tests.hostile.mutations import RAW_TEXTS, file_mutations, json_mutations
 
 SHARD, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"

@@ -19,7 +19,8 @@ from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.weights import checkpoint, shards
-from qwen3vl_moe.weights.checkpoint import LAYOUTS, expand_table, load_model
+from qwen3vl_moe.weights.checkpoint import load_model
+from qwen3vl_moe.weights.table import LAYOUTS, expand_table
 
 RENAMED = [
     ("model.visual.", "vision."),

@@ -19,9 +19,10 @@ from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.ops import block_linear
 from qwen3vl_moe.quantization import Fp8Config
 from qwen3vl_moe.weights import load_model
-from qwen3vl_moe.weights.checkpoint import LAYOUTS, check_tensors, expand_table, find_expert_layout
+from qwen3vl_moe.weights.checkpoint import check_tensors, find_expert_layout
 from qwen3vl_moe.weights.scales import scale_name
 from qwen3vl_moe.weights.shards import StoredTensor
+from qwen3vl_moe.weights.table import LAYOUTS, expand_table
 from tests.fp8 import CONFIG, write_fp8
 from tests.model.prompts import assert_close_to_scale, make_prompt, oracle_logits
 from tests.weights.conftest import message
