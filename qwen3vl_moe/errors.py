@@ -48,5 +48,9 @@ class OptionError(UserError):
     """A sampling parameter or an engine option outside of what is possible."""
 
 
+class RankError(UserError):
+    """One of the processes that compute a model together has ended."""
+
+
 class NumbersError(UserError):
     """A model whose numbers are not finite: its weights or settings are damaged, or its dtype is too narrow."""

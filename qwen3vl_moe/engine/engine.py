@@ -21,16 +21,16 @@ from qwen3vl_moe.engine.chunks import Chunk, Decoding, Step
 from qwen3vl_moe.engine.constraints import Constraints, tokens_of_bad_words
 from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.detokenizer import TextStream, TokenBytes
-from qwen3vl_moe.engine.kv_cache import KVCache, plan_cache
-from qwen3vl_moe.engine.memory import free_cache_bytes
+from qwen3vl_moe.engine.executor import Executor
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.outputs import Logprob, RequestMetrics
 from qwen3vl_moe.engine.params import SamplingParams, check_vocabulary
+from qwen3vl_moe.engine.prepare import prepare
 from qwen3vl_moe.engine.runner import ChunkResult, Launched, Runner, StepResult
 from qwen3vl_moe.engine.sampler import TokenLogprob
 from qwen3vl_moe.engine.scheduler import Scheduler
 from qwen3vl_moe.engine.sequence import Sequence
-from qwen3vl_moe.engine.warm_up import compile_kernels
+from qwen3vl_moe.engine.workers import Workers
 from qwen3vl_moe.errors import NumbersError, OptionError, PromptError, UserError
 from qwen3vl_moe.inputs.processor import Prompt
 from qwen3vl_moe.model import Qwen3VLMoe
@@ -47,6 +47,7 @@ class Engine:
         defaults: the checkpoint's sampling defaults.
         options: sizes.
         progress: show how far the warm-up is.
+        workers: the processes of the model's other ranks, if it has any.
     """
 
     def __init__(
@@ -56,16 +57,11 @@ class Engine:
         defaults: GenerationDefaults,
         options: EngineOptions,
         progress: bool = False,
+        workers: Workers | None = None,
     ):
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
         on_gpu = model.device.type == "cuda"
-        most = options.with_seats(None, on_gpu)
-        compile_kernels(model, most, progress)
-        free_bytes = None if options.num_blocks else free_cache_bytes(model, most)
-        cache_dtype = options.cache_dtype(model.dtype)
-        num_blocks, self.max_model_len = plan_cache(model.config.text, cache_dtype, most, free_bytes)
-        options = options.with_seats(num_blocks, on_gpu)
-        self.cache = KVCache(model.config.text, num_blocks, options.block_size, cache_dtype, model.device)
+        self.cache, options, self.max_model_len = prepare(model, options, progress)
         self.scheduler = Scheduler(
             self.cache,
             options.seats,
@@ -73,8 +69,9 @@ class Engine:
             options.max_encoder_tokens,
             options.enable_prefix_caching,
         )
-        self.runner = Runner(model, self.cache, options, self.max_model_len)
-        self.runner.warm_up(progress)
+        executor = Executor(model, self.cache.tensor, options, self.max_model_len, workers)
+        executor.warm_up(progress)
+        self.runner = Runner(executor, self.cache.block_size, options.seed)
         self._runs_ahead = on_gpu if options.async_scheduling is None else options.async_scheduling
         # Steps whose tokens have not been read: at most two inside of step(), one outside.
         self._launched: deque[Launched] = deque()

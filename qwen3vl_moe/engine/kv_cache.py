@@ -13,6 +13,7 @@ import os
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from qwen3vl_moe.config import TextConfig
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.ops.fp8_cache import FP8_CACHE, SCALE_BYTES
 
 _CPU_BYTES = 4 << 30  # on a CPU, or a quarter of its memory if that is less
@@ -47,6 +49,11 @@ def cache_shape(config: TextConfig, num_blocks: int, block_size: int, dtype: tor
     """[L, 2, num_blocks, block_size, G, D]: keys and values of all layers; D + 4 bytes of an FP8 cache."""
     width = config.head_dim + (SCALE_BYTES if dtype == FP8_CACHE else 0)
     return config.num_layers, 2, num_blocks, block_size, config.num_kv_heads, width
+
+
+def cached_sizes(model: Qwen3VLMoe) -> TextConfig:
+    """Sizes of a decoder with the key/value heads that this rank holds."""
+    return replace(model.config.text, num_kv_heads=len(model.part.kv_heads))
 
 
 class KVCache:

@@ -17,36 +17,32 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.engine.arguments import (
+    is_conversation,
+    is_prompt,
+    listed,
+    only_given,
+    params_per_item,
+    parse_options,
+    refuse_arguments,
+)
 from qwen3vl_moe.engine.cuda_graphs import uses_graphs
 from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.engine import Engine
-from qwen3vl_moe.engine.options import EngineOptions
+from qwen3vl_moe.engine.follower import start_ranks
 from qwen3vl_moe.engine.outputs import RequestOutput
 from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.engine.service import Prepare, Service
-from qwen3vl_moe.errors import OptionError, PromptError, UserError
+from qwen3vl_moe.engine.workers import Workers
+from qwen3vl_moe.errors import UserError
 from qwen3vl_moe.inputs.access import media_access
 from qwen3vl_moe.inputs.processor import Processor, Prompt
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.ops.dispatch import kernels_in_use
 from qwen3vl_moe.weights import load_model, resolve
-from qwen3vl_moe.weights.placement import parse_device, tma_problem
+from qwen3vl_moe.weights.placement import parse_device, require_division, tma_problem
 
 Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
-
-# vLLM's arguments of chat and generate that are not built, with the way out.
-_NOT_BUILT = {
-    "lora_request": "merge the adapter into the checkpoint",
-    "prompt_adapter_request": "merge the adapter into the checkpoint",
-    "priority": "requests begin in their order",
-    "guided_options_request": "check the answer, or allow tokens by allowed_token_ids",
-    "tokenization_kwargs": "truncate_prompt_tokens is a sampling parameter, or give token ids",
-    "mm_processor_kwargs": "a prompt's dict may hold it; in a message min_pixels and max_pixels stand beside the image",
-    "chat_template": "chat_template.jinja lies in the checkpoint's directory",
-    "chat_template_content_format": "messages are given to the template as it is written for them",
-    "request_id": "outputs come in the order of the requests",
-    "prompt_token_ids": "give them as prompts",
-}
 
 
 class LLM:
@@ -73,6 +69,8 @@ class LLM:
         allow_hosts: the hosts that images are downloaded from, ".example.org" for all below it; None: any.
         allow_private_hosts: whether images may be downloaded from this machine and from private networks.
         expert_layout: "published" or "transformers5", for checkpoints that do not tell.
+        tensor_parallel_size: among how many GPUs (processes, on a CPU) every layer is divided: from ``device`` on. The
+            other processes are started by this one and end with it (:meth:`close`).
         progress: show the bars of loading and warming up.
         engine_options: fields of :class:`EngineOptions`: ``max_model_len``, ``max_num_seqs``, ``max_prefill_tokens``,
             ``max_encoder_tokens``, ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``,
@@ -96,10 +94,11 @@ class LLM:
         allow_hosts: Iterable[str] | str | None = None,
         allow_private_hosts: bool = True,
         expert_layout: str | None = None,
+        tensor_parallel_size: int = 1,
         progress: bool = True,
         **engine_options: Any,
     ):
-        options = _engine_options(engine_options)
+        options = parse_options(engine_options)
         self.name, self.options, self.random_weights = str(model), options, False
         self.moe_fallback: str | None = None
         directory = resolve(model)
@@ -120,33 +119,54 @@ class LLM:
         )
         tokenizer = self.processor.tokenizer
         defaults = GenerationDefaults.from_pretrained(directory, self.processor.eos_token_id, config.text.vocab_size)
-        weights = load_model(directory, device, dtype, moe, expert_layout=expert_layout, progress=progress)
-        if moe == "auto" and weights.moe == "reference":
-            self.moe_fallback = tma_problem(weights.device, weights.dtype, config.text)
-            if weights.device.type == "cuda":  # on a CPU nobody expects the kernel
-                warnings.warn(f"moe='auto' runs the experts in plain torch: {self.moe_fallback}", stacklevel=2)
-        self.engine = Engine(weights, tokenizer, defaults, options, progress)
+        require_division(config.text, tensor_parallel_size)
+        arguments: dict[str, Any] = {"path_or_id": str(directory), "moe": moe, "expert_layout": expert_layout}
+        arguments |= {"dtype": str(dtype).removeprefix("torch."), "progress": False}
+        self._workers = start_ranks(tensor_parallel_size, device, arguments, options)
+        arguments |= {"device": device, "progress": progress}
+        with nullcontext() if self._workers is None else self._workers.together(hold=False):
+            if self._workers is not None:
+                arguments["ranks"] = self._workers.ranks
+            weights = load_model(**arguments)
+            if moe == "auto" and weights.moe == "reference":
+                self.moe_fallback = tma_problem(weights.device, weights.dtype, config.text, tensor_parallel_size)
+                if weights.device.type == "cuda":  # on a CPU nobody expects the kernel
+                    warnings.warn(f"moe='auto' runs the experts in plain torch: {self.moe_fallback}", stacklevel=2)
+            self.engine = Engine(weights, tokenizer, defaults, options, progress, self._workers)
         self._service = Service(self.engine)
 
     @classmethod
     def from_parts(
-        cls, model: Qwen3VLMoe, processor: Processor, defaults: GenerationDefaults | None = None, **engine_options: Any
+        cls,
+        model: Qwen3VLMoe,
+        processor: Processor,
+        defaults: GenerationDefaults | None = None,
+        workers: Workers | None = None,
+        **engine_options: Any,
     ) -> LLM:
         """An LLM around a model that is in memory already.
 
         Args:
             processor: with ``resize_on_device`` for a model on a GPU, which spares the host the resize of images.
             defaults: the checkpoint's sampling; None: greedy, until the tokenizer's end-of-text token.
+            workers: the processes of the model's other ranks, which were told the same options.
         """
         self = cls.__new__(cls)
         if defaults is None:
             eos = processor.eos_token_id
             defaults = GenerationDefaults(frozenset() if eos is None else frozenset({eos}))
         self.name, self.random_weights, self.moe_fallback = "a model in memory", False, None
-        self.processor, self.options = processor, _engine_options(engine_options)
-        self.engine = Engine(model, processor.tokenizer, defaults, self.options)
+        self.processor, self.options = processor, parse_options(engine_options)
+        self._workers = workers
+        with nullcontext() if workers is None else workers.together(hold=False):
+            self.engine = Engine(model, processor.tokenizer, defaults, self.options, workers=workers)
         self._service = Service(self.engine)
         return self
+
+    def close(self) -> None:
+        """End the processes of other ranks, if there are any; this LLM cannot be used afterwards."""
+        if self._workers is not None:
+            self._workers.close()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -165,6 +185,7 @@ class LLM:
             "moe": model.moe,
             **fallback,
             **kernels_in_use(model.device, model.dtype, head_dims, engine.cache.tensor[0]),
+            "tensor_parallel_size": model.ranks.size,
             "cuda_graphs": uses_graphs(model, self.options),
             "max_model_len": engine.max_model_len,
             "max_num_seqs": engine.scheduler.max_num_seqs,
@@ -208,14 +229,14 @@ class LLM:
             tools, chat_template_kwargs, add_generation_prompt, continue_final_message: of all conversations; see
                 :meth:`.Processor.chat`.
         """
-        _refuse_arguments(not_built)
+        refuse_arguments(not_built)
         asked = {
             "tools": tools,
             "chat_template_kwargs": chat_template_kwargs,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
-        many = [messages] if _is_conversation(messages) else messages
+        many = [messages] if is_conversation(messages) else messages
         prepare = partial(self._prepare_chat, **asked)
         return self._complete(many, prepare, "conversation", sampling_params, use_tqdm)
 
@@ -243,8 +264,8 @@ class LLM:
             OptionError: sampling parameters that the model cannot serve, or not as many as prompts.
             NumbersError: the model's logits are not finite.
         """
-        _refuse_arguments(not_built)
-        many = [prompts] if _is_prompt(prompts) else prompts
+        refuse_arguments(not_built)
+        many = [prompts] if is_prompt(prompts) else prompts
         return self._complete(many, self._prepare_prompt, "prompt", sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerFast:
@@ -280,7 +301,7 @@ class LLM:
                 requests, and for a wrong number of sampling parameters.
         """
         given = conversations_or_prompts
-        many = [given] if _is_conversation(given) or _is_prompt(given) else given
+        many = [given] if is_conversation(given) or is_prompt(given) else given
         return self._as_completed(many, self._prepare, "request", sampling_params, return_exceptions)
 
     def stream(
@@ -300,7 +321,7 @@ class LLM:
     def _complete(
         self, items: Any, prepare: Prepare, kind: str, params: Any, use_tqdm: bool = False
     ) -> list[RequestOutput]:
-        items = _listed(items, kind)
+        items = listed(items, kind)
         done = self._as_completed(items, prepare, kind, params)
         # No bar rather than one that shows nothing: making one takes a lock that all threads share, and an interrupt in
         # the middle of that would leave it taken.
@@ -316,68 +337,19 @@ class LLM:
     def _as_completed(
         self, items: Any, prepare: Prepare, kind: str, params: Any, return_exceptions: bool = False
     ) -> Generator[tuple[int, RequestOutput | UserError], None, None]:
-        items = _listed(items, kind)
-        params = _params_per_item(params, len(items), kind)
+        items = listed(items, kind)
+        params = params_per_item(params, len(items), kind)
         if not return_exceptions:
             for each in {id(each): each for each in params}.values():
                 self.engine.check(each)
         return self._service.answers(items, prepare, kind, params, return_exceptions)
 
     def _prepare(self, conversation_or_prompt: Any, keep: int | None) -> Prompt:
-        is_chat = _is_conversation(conversation_or_prompt)
+        is_chat = is_conversation(conversation_or_prompt)
         return (self._prepare_chat if is_chat else self._prepare_prompt)(conversation_or_prompt, keep)
 
     def _prepare_chat(self, conversation: Any, keep: int | None, **asked: Any) -> Prompt:
-        return self.processor.chat(conversation, **asked, **_only_given(keep_last=keep))
+        return self.processor.chat(conversation, **asked, **only_given(keep_last=keep))
 
     def _prepare_prompt(self, prompt: Any, keep: int | None) -> Prompt:
-        return self.processor.prompt(prompt, **_only_given(keep_last=keep))
-
-
-def _only_given(**arguments: Any) -> dict[str, Any]:
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _refuse_arguments(given: dict[str, Any]) -> None:
-    for name in _only_given(**given):
-        reason = _NOT_BUILT.get(name)
-        raise OptionError(f"unknown argument {name!r}" if reason is None else f"{name} is not supported: {reason}")
-
-
-def _listed(items: Any, kind: str) -> list:
-    try:
-        if not isinstance(items, str | bytes | Mapping):
-            return list(items)
-    except TypeError:  # nothing that can be gone through
-        pass
-    raise PromptError(f"a {kind} or a list of them is needed, got {type(items).__name__}")
-
-
-def _engine_options(given: dict[str, Any]) -> EngineOptions:
-    unknown = sorted(set(given) - set(EngineOptions.__dataclass_fields__))
-    if unknown:
-        raise OptionError(
-            f"unknown option {unknown[0]!r}; the engine has {', '.join(sorted(EngineOptions.__dataclass_fields__))}"
-        )
-    return EngineOptions(**given)
-
-
-def _params_per_item(params: Any, count: int, kind: str) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    params = list(params)
-    if len(params) != count:
-        raise OptionError(f"{len(params)} sampling_params for {count} {kind}s: give one for all, or one for each")
-    return params
-
-
-def _is_conversation(value: Any) -> bool:
-    return _is_list_of(value, Mapping) and all("role" in message for message in value)
-
-
-def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str | Mapping) or _is_list_of(value, int)
-
-
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, kind) for item in value)
+        return self.processor.prompt(prompt, **only_given(keep_last=keep))

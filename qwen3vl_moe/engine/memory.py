@@ -7,7 +7,7 @@ import math
 import torch
 
 from qwen3vl_moe.engine.cuda_graphs import StepGraphs, VisionGraphs, uses_graphs
-from qwen3vl_moe.engine.kv_cache import cache_shape
+from qwen3vl_moe.engine.kv_cache import cache_shape, cached_sizes
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.model import Batch, Qwen3VLMoe
 from qwen3vl_moe.ops import Segments
@@ -61,7 +61,7 @@ def _graph_bytes(model: Qwen3VLMoe, options: EngineOptions) -> int:
     """What all graphs take. They are made for this, over a cache of one block, and made again over the real one."""
     text, device = model.config.text, model.device
     dtype = options.cache_dtype(model.dtype)
-    cache = torch.zeros(cache_shape(text, 1, options.block_size, dtype), dtype=dtype, device=device)
+    cache = torch.zeros(cache_shape(cached_sizes(model), 1, options.block_size, dtype), dtype=dtype, device=device)
     torch.cuda.synchronize(device)
     before, _ = torch.cuda.mem_get_info(device)
     graphs = StepGraphs(model, cache, options.seats, options.model_len(text.max_positions)), VisionGraphs(model)

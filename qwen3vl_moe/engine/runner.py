@@ -9,17 +9,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from qwen3vl_moe.engine.chunks import Chunk, Decoding, Step
-from qwen3vl_moe.engine.cuda_graphs import StepGraphs, VisionGraphs, uses_graphs
-from qwen3vl_moe.engine.kv_cache import KVCache
-from qwen3vl_moe.engine.options import EngineOptions
+from qwen3vl_moe.engine.executor import Executor
 from qwen3vl_moe.engine.packing import Packer
 from qwen3vl_moe.engine.sampler import SamplingPlan, TokenLogprob, readable, sample, token_logprobs
 from qwen3vl_moe.engine.sequence import Sequence
 from qwen3vl_moe.inputs.images import Picture, copy_pixels, cut_patches
-from qwen3vl_moe.model import Qwen3VLMoe, VisionFeatures
+from qwen3vl_moe.model import VisionFeatures
 from qwen3vl_moe.ops.transfer import to_device
 
 Mark = torch.cuda.Event | float
@@ -108,35 +105,21 @@ class StepResult:
 
 
 class Runner:
-    """Runs steps of a model over one cache.
+    """Runs steps, and chooses tokens.
 
     Args:
-        model: any device and dtype.
-        cache: the cache whose blocks the sequences' block tables name.
-        options: of the engine.
-        max_model_len: most tokens of a sequence.
+        executor: what computes.
+        block_size: of the cache whose blocks the sequences' block tables name.
+        seed: of tokens whose request has none.
 
     Attributes:
         replays: set to False to launch every kernel of the steps that follow, as a debugger or a hook needs.
     """
 
-    def __init__(self, model: Qwen3VLMoe, cache: KVCache, options: EngineOptions, max_model_len: int):
-        self.model, self.cache, self.replays = model, cache, True
-        self._packer, self._plan = Packer(cache.block_size), SamplingPlan.of([], model.device)
-        self._generator = torch.Generator(model.device).manual_seed(options.seed)
-        self._steps: StepGraphs | None = None
-        self._images: VisionGraphs | None = None
-        if uses_graphs(model, options):
-            self._steps = StepGraphs(model, cache.tensor, options.seats, max_model_len)
-            self._images = VisionGraphs(model)
-
-    @torch.inference_mode()
-    def warm_up(self, progress: bool) -> None:
-        """Capture what a step of any small shape will replay."""
-        if self._steps is not None and self._images is not None:
-            kinds = [*self._steps.makers(), *self._images.makers()]
-            for make in tqdm([make for kind in kinds for make in kind], desc="CUDA graphs", disable=not progress):
-                make()
+    def __init__(self, executor: Executor, block_size: int, seed: int):
+        self.executor, self.model, self.replays = executor, executor.model, True
+        self._packer, self._plan = Packer(block_size), SamplingPlan.of([], self.model.device)
+        self._generator = torch.Generator(self.model.device).manual_seed(seed)
 
     @torch.inference_mode()
     def launch(self, chunks: Step, after: Launched | None = None) -> Launched:
@@ -160,12 +143,7 @@ class Runner:
             prompt_rows = [begins[i] + place - chunks[i].start for i, span in spans.items() for place in span]
         sampled_T = None if after is None else _sampled_for(sequences, after)
         batch = self._packer.pack(chunks, sample_rows + prompt_rows, sampled_T)
-        graphs = self._steps if self.replays and not prompt_rows else None
-        logits_RV = None if graphs is None else graphs.run(batch)
-        hidden_RH = None
-        if logits_RV is None:
-            hidden_RH = self.model.text(batch.to(self.model.device), self.cache.tensor)
-            logits_RV = self.model.compute_logits(hidden_RH[: len(sequences)])
+        logits_RV = self.executor.compute(batch, len(sequences), replay=self.replays and not prompt_rows)
         tokens_R = host_tokens_R = torch.empty(0, dtype=torch.int64)
         host_highest_R = torch.empty(0)
         asked: list[tuple[int, int]] = []
@@ -183,7 +161,7 @@ class Runner:
             marks["sampled"] = _now(self.model.device)
         prompt_logprobs, row = {}, len(sequences)
         for number, span in spans.items() if prompt_rows else ():
-            prompt_logprobs[number] = self._prompt_logprobs(hidden_RH, row, chunks[number].sequence, span)
+            prompt_logprobs[number] = self._prompt_logprobs(row, chunks[number].sequence, span)
             row += len(span)
         return Launched(
             chunks, tokens_R, host_tokens_R, host_highest_R, asked, logprobs, prompt_logprobs, encoded, marks, started
@@ -194,7 +172,8 @@ class Runner:
         """Wait for a step's tokens, if it gives any, and for nothing that was launched after it."""
         last = list(step.marks.values())[-1:]
         if last and isinstance(last[0], torch.cuda.Event):
-            last[0].synchronize()
+            with self.executor.together():
+                last[0].synchronize()
         logprobs = {
             row: entry if count == -1 else entry[: 1 + count]
             for (row, count), entry in zip(step.asked, readable(step.logprobs), strict=True)
@@ -239,24 +218,18 @@ class Runner:
         grids = [picture.grid for picture in pictures]
         pixel_values_PC = cut_patches(pixels, pictures, self.model.dtype)
         del pixels  # before the tower needs the memory
-        graphs = self._images if self.replays else None
-        features = None if graphs is None else graphs.run(pixel_values_PC, grids)
-        if features is None:
-            features = self.model.encode_images(pixel_values_PC, grids)
+        features = self.executor.encode(pixel_values_PC, grids, self.replays)
         marks["encoded"] = _now(device)
         return features, marks
 
-    def _prompt_logprobs(
-        self, hidden_RH: Tensor | None, first_row: int, sequence: Sequence, span: range
-    ) -> list[list[TokenLogprob]]:
-        """Log-probabilities of the tokens after each position of a span, whose hidden states begin at a row."""
+    def _prompt_logprobs(self, first_row: int, sequence: Sequence, span: range) -> list[list[TokenLogprob]]:
+        """Log-probabilities of the tokens after each position of a span, which begins at a row of the step."""
         entries: list[list[TokenLogprob]] = []
         for start in range(0, len(span), _PROMPT_LOGIT_ROWS):
-            assert hidden_RH is not None  # a step with such positions is not replayed
             places = span[start : start + _PROMPT_LOGIT_ROWS]
-            targets = torch.tensor([sequence.token_ids[place + 1] for place in places], device=hidden_RH.device)
+            targets = torch.tensor([sequence.token_ids[place + 1] for place in places], device=self.model.device)
             row = first_row + start
-            logits_RV = self.model.compute_logits(hidden_RH[row : row + len(places)])
+            logits_RV = self.executor.logits(slice(row, row + len(places)))
             most = _num_top(sequence.params.prompt_logprobs, logits_RV)
             entries += readable(token_logprobs(logits_RV, targets, most))
         return entries

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qwen3vl_moe.engine.kv_cache import cache_shape
+from qwen3vl_moe.engine.kv_cache import cache_shape, cached_sizes
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.model import Batch, Qwen3VLMoe
 from qwen3vl_moe.model.text import DecoderLayer
@@ -63,7 +63,7 @@ def compile_kernels(model: Qwen3VLMoe, options: EngineOptions, progress: bool) -
 
         with compile_ahead(report):
             dtype = options.cache_dtype(model.dtype)
-            shape = cache_shape(model.config.text, 1, options.block_size, dtype)
+            shape = cache_shape(cached_sizes(model), 1, options.block_size, dtype)
             cache = torch.empty(shape, dtype=dtype, device=model.device)
             walk(model, cache, options)
 

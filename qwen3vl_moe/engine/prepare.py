@@ -1,0 +1,29 @@
+"""What an engine needs before its first step: compiled kernels, and a cache of the size that the memory allows."""
+
+from __future__ import annotations
+
+from qwen3vl_moe.engine.kv_cache import KVCache, cached_sizes, plan_cache
+from qwen3vl_moe.engine.memory import free_cache_bytes
+from qwen3vl_moe.engine.options import EngineOptions
+from qwen3vl_moe.engine.warm_up import compile_kernels
+from qwen3vl_moe.model import Qwen3VLMoe
+
+
+def prepare(model: Qwen3VLMoe, options: EngineOptions, progress: bool) -> tuple[KVCache, EngineOptions, int]:
+    """The cache, the options with the number of seats settled, and the longest sequence. All ranks have to call it.
+
+    Raises:
+        OptionError: there is no memory for what was asked for.
+    """
+    on_gpu, ranks = model.device.type == "cuda", model.ranks
+    most = options.with_seats(None, on_gpu)
+    compile_kernels(model, most, progress)
+    free_bytes = None if options.num_blocks else free_cache_bytes(model, most)
+    if free_bytes is not None:
+        free_bytes = ranks.least(free_bytes)
+    dtype = options.cache_dtype(model.dtype)
+    num_blocks, max_model_len = plan_cache(cached_sizes(model), dtype, most, free_bytes)
+    num_blocks = ranks.least(num_blocks)
+    options = options.with_seats(num_blocks, on_gpu)
+    cache = KVCache(cached_sizes(model), num_blocks, options.block_size, dtype, model.device)
+    return cache, options, max_model_len
