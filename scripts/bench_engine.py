@@ -285,6 +285,7 @@ def main(
     device: str = typer.Option("auto", help="auto, cuda, cuda:1, cpu."),
     moe: str = typer.Option("auto", help="tma, reference, auto."),
     kv_cache_dtype: str = typer.Option("auto", help="auto or fp8."),
+    tensor_parallel_size: int = typer.Option(1, help="Divide every layer among so many GPUs."),
     eager: bool = typer.Option(False, help="Launch every kernel instead of replaying CUDA graphs."),
     quick: bool = typer.Option(False, help="Small sizes and few repetitions."),
     profile: bool = typer.Option(False, help="Show where the time of a step goes, too: needs a GPU."),
@@ -298,7 +299,7 @@ def main(
         length = LONGEST if model is None else None
         drawn = routing if load_format != "auto" else None
         options = {"device": device, "moe": moe, "enforce_eager": eager, "max_model_len": length}
-        options["kv_cache_dtype"] = kv_cache_dtype
+        options |= {"kv_cache_dtype": kv_cache_dtype, "tensor_parallel_size": tensor_parallel_size}
         llm = load_llm(model, load_format=load_format, routing=drawn, **options)
         console.print(f"ready after {time.perf_counter() - started:.1f} s: {llm.settings}", markup=False)
     except UserError as error:

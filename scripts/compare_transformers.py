@@ -19,7 +19,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarking.loading import LOAD_FORMATS, in_fp8, random_model
+from benchmarking.loading import LOAD_FORMATS
+from benchmarking.random_weights import in_fp8, random_model
 from benchmarking.transformers_twin import in_float32, require_16_bits, transformers_twin
 from program import any_text
 from qwen3vl_moe.config import Qwen3VLMoeConfig

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarking.loading import random_model
+from benchmarking.random_weights import random_model
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine.cuda_graphs import StepGraphs, VisionGraphs, bucket_of, can_capture
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, VisionFeatures

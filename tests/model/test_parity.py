@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarking.loading import random_model
+from benchmarking.random_weights import random_model
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, VisionFeatures
 from qwen3vl_moe.model.rope import mrope_positions
 from qwen3vl_moe.ops import Segments

@@ -6,10 +6,14 @@ import shutil
 import pytest
 import torch
 
-from benchmarking.loading import in_fp8, load_llm, random_model
+from benchmarking.loading import load_llm
+from benchmarking.random_weights import in_fp8, random_model
 from qwen3vl_moe import SamplingParams
 from qwen3vl_moe.config import Qwen3VLMoeConfig
+from qwen3vl_moe.ops import ALONE
 from tests.fp8 import CONFIG
+from tests.model.prompts import CASES, make_prompt
+from tests.ranks import on_ranks
 from tma_moe.block_fp8 import FP8
 
 
@@ -54,3 +58,20 @@ def test_an_engine_of_them_answers(blocks, tmp_path, load_format, declared):
     assert bool(fp8) == (declared or load_format == "dummy-fp8")
     [answer] = llm.generate("A b c", SamplingParams(max_tokens=4, ignore_eos=True))
     assert len(answer.outputs[0].token_ids) == 4
+
+
+@pytest.mark.parametrize(("name", "fp8"), [("wide", False), ("ranks, width", True), ("ranks, experts", True)])
+def test_weights_do_not_depend_on_the_number_of_ranks(make_tiny, name, fp8):
+    """Ranks that hold parts of the drawn model give its logits, but for the order of sums."""
+    tiny = make_tiny(name)
+    config = Qwen3VLMoeConfig.from_pretrained(tiny.path)
+    config = in_fp8(config) if fp8 else config
+    prompt = make_prompt(tiny.oracle.config, CASES["text"])
+
+    def logits(ranks):
+        return random_model(config, dtype=torch.float32, moe="reference", ranks=ranks).logits(*prompt.our_inputs())
+
+    alone, several = logits(ALONE), on_ranks(2, logits)[0]
+    # FP8: an activation beside a rounding step, which is 1/16 of itself, may fall to its other side.
+    tolerance = 0.02 if fp8 else 64 * torch.finfo(torch.float32).eps
+    assert (several - alone).abs().max() <= tolerance * alone.abs().max()

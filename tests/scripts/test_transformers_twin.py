@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarking.loading import in_fp8
+from benchmarking.random_weights import in_fp8
 from benchmarking.transformers_twin import in_float32, transformers_twin
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import OptionError

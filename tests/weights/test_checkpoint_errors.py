@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarking.loading import random_model
+from benchmarking.random_weights import random_model
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import CheckpointError, ConfigError, OptionError
 from qwen3vl_moe.weights import placement, shards
