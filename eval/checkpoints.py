@@ -1,7 +1,8 @@
-"""Do two checkpoints answer alike? A quantised one beside its original, for example.
+"""Do two checkpoints answer alike? A quantised one beside its original, for example, or one on one card and on two.
 
     python eval/checkpoints.py DIR DIR_FP8 --data FOLDER
     python eval/checkpoints.py DIR DIR_FP8 --limit 64 --output RESULTS
+    python eval/checkpoints.py DIR DIR --tensor-parallel-size 1,2
 
 The same gsm8k problems go to the first checkpoint and then to the second (one after the other, so a card need hold only
 one of them). Shown are their accuracies; how many answers changed from right to wrong and from wrong to right, with an
@@ -46,6 +47,10 @@ def main(
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
     max_num_seqs: Annotated[int | None, typer.Option(help="Most problems in a step; unset: by the cache.")] = None,
+    tensor_parallel_size: Annotated[
+        str, typer.Option(help="GPUs that every layer is divided among: one number, or one for each checkpoint (1,2).")
+    ] = "1",
+    load_format: Annotated[str, typer.Option(help="auto, or dummy, dummy-fp8: random weights.")] = "auto",
 ) -> None:
     """Compare accuracy and log-probabilities of two checkpoints."""
     try:
@@ -58,8 +63,9 @@ def main(
         if logprob_problems < 1:
             raise OptionError(f"--logprob-problems {logprob_problems}: 1 or more is needed")
         options = {"device": device, "dtype": dtype, "moe": moe, "max_num_seqs": max_num_seqs}
-        options |= {"max_model_len": max_model_len, "kv_cache_dtype": kv_cache_dtype}
-        report = compare((first, second), options, asked, max_gen_toks, logprob_problems, output)
+        options |= {"max_model_len": max_model_len, "kv_cache_dtype": kv_cache_dtype, "load_format": load_format}
+        sizes = _sizes(tensor_parallel_size)
+        report = compare((first, second), sizes, options, asked, max_gen_toks, logprob_problems, output)
         show_accuracy(report)
         show_distances([report["distance"]], f"log-probabilities of {second} beside {first}, on the latter's answers")
         if output is not None:
@@ -71,6 +77,13 @@ def main(
     except KeyboardInterrupt:
         stderr.print()
         raise typer.Exit(130) from None
+
+
+def _sizes(text: str) -> tuple[int, int]:
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise OptionError(f"--tensor-parallel-size {text}: a number is needed, or two with a comma between them")
+    return int(parts[0]), int(parts[-1])
 
 
 @dataclass(frozen=True)
@@ -90,39 +103,50 @@ class Text:
 
 
 def compare(
-    names: tuple[str, str], options: dict[str, Any], asked: Any, max_gen_toks: int, count: int, output: Path | None
+    names: tuple[str, str],
+    sizes: tuple[int, int],
+    options: dict[str, Any],
+    asked: Any,
+    max_gen_toks: int,
+    count: int,
+    output: Path | None,
 ) -> dict[str, Any]:
-    """The report: settings, accuracies, flips, and the distance of log-probabilities."""
+    """The report: settings, accuracies, flips, and the distance of log-probabilities.
+
+    Args:
+        names, sizes: of each checkpoint, and of how many ranks it gets.
+        options: of ``load_llm``.
+    """
     import statistics
 
     import torch
 
+    import beside_scripts  # noqa: F401
+    from benchmarking.loading import load_llm
     from lm import EngineLM
     from logprobs import Distance
-    from peers import release, text_logits
-    from qwen3vl_moe import LLM
+    from peers import engine_logits, release
 
     runs, settings, texts, distance = [], [], [], Distance()
-    for number, name in enumerate(names):
+    for number, (name, size) in enumerate(zip(names, sizes, strict=True)):
         stderr.print(f"{name}:", style="bold")
-        llm = LLM(name, **options)
+        llm = load_llm(name, tensor_parallel_size=size, **options)
         settings.append(llm.settings)
         runs.append(run_problems(EngineLM(llm), asked, f"{llm.name}-{number + 1}", max_gen_toks, output))
-        model = llm.engine.model
-        release(llm)  # its cache leaves no room for whole sequences of logits
         if number == 0:
             answers = (answer for answer in runs[0].answers[:count] if answer.token_ids)
             for answer in answers:
                 new = answer.token_ids[:ANSWER_TOKENS]
                 ids = answer.prompt_ids + new
-                texts.append(Text(ids, len(new), text_logits(model, ids)[-1 - len(new) : -1].cpu()))
+                texts.append(Text(ids, len(new), engine_logits(llm.engine, ids, len(answer.prompt_ids) - 1)[:-1]))
         for text in texts if number else ():
-            rows_RV = text_logits(model, text.ids)[-1 - text.answer : -1]
+            rows_RV = engine_logits(llm.engine, text.ids, len(text.ids) - text.answer - 1)[:-1]
             if rows_RV.shape != text.logits_RV.shape:
                 raise OptionError(f"{names[0]} and {names[1]} have vocabularies of different sizes")
-            targets_R = torch.tensor(text.ids[-text.answer :], device=rows_RV.device)
-            distance.add_logits(text.logits_RV.to(rows_RV.device), rows_RV, targets_R)
-        del llm, model
+            device = llm.engine.model.device  # in fp64, on 150,000 columns
+            targets_R = torch.tensor(text.ids[-text.answer :], device=device)
+            distance.add_logits(text.logits_RV.to(device), rows_RV.to(device), targets_R)
+        release(llm)
     if not texts:
         raise OptionError("no answer has a token: there is nothing to compare")
     labels = [f"{number}: {name}" for number, name in enumerate(names, 1)]

@@ -3,8 +3,10 @@
     python eval/parity.py --model DIR --variants tma,reference
     python eval/parity.py --model demo --variants reference,transformers --data FOLDER --limit 20
     python eval/parity.py --model DIR --load-format dummy --limit 64 --max-gen-toks 32
+    python eval/parity.py --model DIR --variants tma,tma@2
 
-The same gsm8k problems go through each variant, over one copy of the weights. Parity holds if
+The same gsm8k problems go through each variant, over one copy of the weights (but ``tma@2``, which is ``tma`` with
+every layer divided among two GPUs: it is loaded before the others and given up). Parity holds if
 
 1. no difference of accuracy between the first variant and another is more than chance (exact McNemar test over the
    problems that only one of them solves, two-sided, 5 %: it takes at least 6 such problems to reject), and
@@ -49,7 +51,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = "demo",
-    variants: Annotated[str, typer.Option(help="Of tma, reference, transformers; the first is on trial.")] = (
+    variants: Annotated[str, typer.Option(help="Of tma, reference, transformers, tma@2...; the first is on trial.")] = (
         "tma,reference"
     ),
     limit: Annotated[int | None, typer.Option(help="Only the first so many problems.")] = None,
@@ -77,17 +79,29 @@ def main(
         task_check(asked, output, max_gen_toks)
         import beside_scripts  # noqa: F401
         from benchmarking.loading import load_llm
-        from peers import VARIANTS
+        from peers import OURS, RANKED, VARIANTS, EngineLM, release
 
-        if not names or len(set(names)) < len(names) or set(names) - set(VARIANTS) or names[0] == "transformers":
-            raise OptionError(f"--variants {variants}: choose from {', '.join(VARIANTS)}, each once, one of ours first")
+        ranked = {name: match for name in names if (match := RANKED.fullmatch(name))}
+        if not names or len(set(names)) < len(names) or {*names} - {*VARIANTS, *ranked} or names[0] not in OURS:
+            raise OptionError(
+                f"--variants {variants}: choose from {', '.join(VARIANTS)} and tma@2 for two GPUs, each once, tma or "
+                "reference first"
+            )
         if logprob_problems < 1:
             raise OptionError(f"--logprob-problems {logprob_problems}: 1 or more is needed")
-        sizes = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
-        llm = load_llm(model, load_format=load_format, device=device, dtype=dtype, moe=names[0], **sizes)
+        options: dict[str, Any] = {"load_format": load_format, "device": device, "dtype": dtype}
+        options |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
+        runs: dict[str, Run] = {}
+        for name, match in ranked.items():
+            llm = load_llm(model, moe=match[1], tensor_parallel_size=int(match[2]), **options)
+            stderr.print(f"{name}:", style="bold")
+            lm = EngineLM(llm, answer_logprobs=True)
+            runs[name] = run_problems(lm, asked, f"{llm.name}-{name}", max_gen_toks, output)
+            release(llm)
+        llm = load_llm(model, moe=names[0], **options)
         report: dict[str, Any] = {"parity": None}  # undecided, should it end early
         try:
-            for part in compare(llm, names, asked, max_gen_toks, logprob_problems, output):
+            for part in compare(llm, names, asked, max_gen_toks, logprob_problems, output, runs):
                 report |= part
                 show(part)
         finally:  # what has been measured is kept, whatever became of the rest
@@ -113,9 +127,18 @@ class Run:
 
 
 def compare(
-    llm: Any, names: list[str], asked: Any, max_gen_toks: int, count: int, output: Path | None
+    llm: Any,
+    names: list[str],
+    asked: Any,
+    max_gen_toks: int,
+    count: int,
+    output: Path | None,
+    runs: dict[str, Run],
 ) -> Iterator[dict[str, Any]]:
     """The report in parts, each as soon as it has been measured. The engine of ``llm`` is given up.
+
+    Args:
+        runs: of variants that have been through the problems already; takes the others.
 
     Raises:
         OptionError: the working dtype is fp32, a variant cannot run here, or weights are in FP8.
@@ -130,21 +153,21 @@ def compare(
     if model.dtype not in (torch.bfloat16, torch.float16):
         raise OptionError("--dtype must be bfloat16 or float16: the yardstick is an fp32 evaluation")
     require_16_bits(model.config)  # before hours of answers, not after them
-    ours = [name for name in names if name in OURS]
-    for name in ours:
+    ours = [name for name in names if name in OURS or name in runs]
+    for name in set(ours) - set(runs):
         resolve_moe(name, model.device, model.dtype, model.config.text)
     settings = llm.settings
     counts = not settings["random_weights"]
-    runs: dict[str, Run] = {}
     accuracy: dict[str, dict[str, float]] = {}
     for name in names if counts else ours:
-        runs[name] = run(llm, name, asked, max_gen_toks, output)
+        if name not in runs:
+            runs[name] = run(llm, name, asked, max_gen_toks, output)
         accuracy[name] = {key: statistics.mean(right) for key, right in runs[name].right.items()}
         stdout.print(f"{name}: " + ", ".join(f"{key} {share:.2%}" for key, share in accuracy[name].items()))
-    pairs = {other: accuracy_pair(runs[names[0]], runs[other]) for other in list(runs)[1:]}
+    pairs = {other: accuracy_pair(runs[names[0]], runs[other]) for other in list(accuracy)[1:]}
     yield {
         "settings": {key: value for key, value in settings.items() if key != "moe"},
-        "variants": list(runs),
+        "variants": list(accuracy),
         "problems": len(runs[names[0]].answers),
         "accuracy": accuracy,
         "pairs": pairs,
@@ -219,13 +242,13 @@ def token_report(model: Any, answers: dict[str, list[Any]]) -> dict[str, Any]:
     import torch
 
     from logprobs import Distance, of_tokens
-    from peers import PEERS, Evaluations
+    from peers import OURS, Evaluations, peers_of
 
-    evaluations, (first, *others) = Evaluations(model), answers
-    everybody = list(dict.fromkeys([*answers, *(peer for name in answers for peer in PEERS[name])]))
+    evaluations, (first, *others) = Evaluations(model), [name for name in answers if name in OURS]
+    everybody = list(dict.fromkeys([first, *others, *(peer for name in answers for peer in peers_of(name))]))
     logits = {name: Distance() for name in everybody}
     between = {name: Distance() for name in others}
-    engine = {name: {who: Distance() for who in ("engine", *PEERS[name])} for name in answers}
+    engine = {name: {who: Distance() for who in ("engine", *peers_of(name))} for name in answers}
     todo: dict[tuple[int, ...], list] = {}  # sequences, and whose engine wrote them
     for name, each in answers.items():
         for answer in each:
@@ -235,7 +258,7 @@ def token_report(model: Any, answers: dict[str, list[Any]]) -> dict[str, Any]:
         exact_TV = evaluations.logits("fp32", ids)
         compared = writers[0][0] == first
         # A text of another variant's serves to judge what its own engine reported, and is computed by its peers only.
-        needed = everybody if compared else dict.fromkeys(peer for name, _ in writers for peer in PEERS[name])
+        needed = everybody if compared else dict.fromkeys(peer for name, _ in writers for peer in peers_of(name))
         found = {name: evaluations.logits(name, ids) for name in needed}
         if compared:
             for name, distance in logits.items():
@@ -251,12 +274,12 @@ def token_report(model: Any, answers: dict[str, list[Any]]) -> dict[str, Any]:
                 distance.add(own_T - exact_T)
     reports = []
     for name, distances in engine.items():
-        own, peers = distances["engine"], [distances[peer] for peer in PEERS[name]]
+        own, peers = distances["engine"], [distances[peer] for peer in peers_of(name)]
         reports.append({"variant": name, **own.figures(), "verdict": verdict_of(own, peers)})
-        reports += [{"variant": f"- {p}", **distances[p].figures(), "verdict": "a peer"} for p in PEERS[name]]
+        reports += [{"variant": f"- {p}", **distances[p].figures(), "verdict": "a peer"} for p in peers_of(name)]
     rows = []
     for name, distance in logits.items():
-        peers = [logits[peer] for peer in PEERS.get(name, ())]
+        peers = [logits[peer] for peer in (peers_of(name) if name in OURS else ())]
         rows.append({"variant": name, **distance.figures(), "verdict": verdict_of(distance, peers)})
     return {
         "logits": rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
@@ -14,14 +15,23 @@ import beside_scripts  # noqa: F401
 from benchmarking.transformers_twin import in_float32, transformers_twin
 from lm import Answer, EngineLM
 from qwen3vl_moe import LLM, Qwen3VLMoe, SamplingParams
+from qwen3vl_moe.engine.engine import Engine
+from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.model.batch import Batch
 from qwen3vl_moe.ops.segments import Segments
 
+_ROWS = 256  # whose logits are on the device at once: 80 MB in bf16 at the published vocabulary
 OURS = ("tma", "reference")
 VARIANTS = (*OURS, "transformers")
+RANKED = re.compile(rf"({'|'.join(OURS)})@([1-9][0-9]*)")  # one of ours, divided among so many ranks
 # What each of ours is measured by: independent implementations in the same dtype. A peer with a fault is a loose
 # measure, so the kernel has to be as good as both of its peers.
 PEERS = {"tma": ("transformers", "reference"), "reference": ("transformers",)}
+
+
+def peers_of(variant: str) -> tuple[str, ...]:
+    """Of one of ours, on however many ranks."""
+    return PEERS[variant.partition("@")[0]]
 
 
 def variant_lm(llm: LLM, variant: str) -> EngineLM:
@@ -42,7 +52,8 @@ def variant_lm(llm: LLM, variant: str) -> EngineLM:
 
 
 def release(llm: LLM) -> None:
-    """Give up an LLM's engine, and the memory of its cache."""
+    """Give up an LLM's engine, the memory of its cache, and the processes of other ranks."""
+    llm.close()
     del llm.engine
     gc.collect()
     torch.cuda.empty_cache()
@@ -144,3 +155,34 @@ def text_logits(model: Qwen3VLMoe, ids: Sequence[int]) -> Tensor:
             visual=None,
         )
     )
+
+
+@torch.inference_mode()
+def engine_logits(engine: Engine, ids: Sequence[int], first: int) -> Tensor:
+    """The same from token ``first`` on, [T - first, V] on the host, as an idle engine computes them on all its ranks.
+
+    Raises:
+        OptionError: the cache has no room for so many tokens.
+    """
+    cache, executor, table = engine.cache, engine.runner.executor, []
+    size, step, pieces = cache.block_size, engine.scheduler.max_prefill_tokens, []
+    if not cache.grow(table, len(ids)):
+        raise OptionError(f"{len(ids)} tokens do not fit into the cache: lower --max-gen-toks or --num-fewshot")
+    try:
+        blocks_B = torch.tensor(table)
+        for start in range(0, len(ids), step):
+            place_T = torch.arange(start, min(start + step, len(ids)))
+            stop = start + len(place_T)
+            tables = blocks_B[None].int()
+            batch = Batch(
+                input_ids_T=torch.tensor(list(ids[start:stop])),
+                positions_3T=place_T.expand(3, -1),
+                segments=Segments.build([stop - start], [stop], block_tables=tables, block_size=size),
+                slots_T=blocks_B[place_T // size] * size + place_T % size,
+            )
+            executor.compute(batch, 1, replay=False)
+            for row in range(max(start, first), stop, _ROWS):
+                pieces.append(executor.logits(slice(row - start, min(row + _ROWS, stop) - start)).cpu())
+    finally:
+        cache.release(table)
+    return torch.cat(pieces)

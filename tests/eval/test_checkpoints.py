@@ -74,3 +74,16 @@ def test_errors_are_one_line(run, plain, arguments, text):
     assert done.code == 2
     [line] = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert text in line
+
+
+def test_one_checkpoint_on_one_rank_and_on_two(run, make_tiny, tmp_path):
+    wide = make_tiny("wide").published
+    done = run(wide, wide, "--tensor-parallel-size", "1,2", "--dtype", "float32", "--output", tmp_path)
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "checkpoints.json").read_text())
+    assert [settings["tensor_parallel_size"] for settings in found["settings"].values()] == [1, 2]
+    assert found["distance"]["largest"] < 1e-4
+
+
+def test_a_number_of_ranks_that_is_none(run, plain):
+    assert "--tensor-parallel-size 1,2,3" in run(plain.path, plain.path, "--tensor-parallel-size", "1,2,3").err

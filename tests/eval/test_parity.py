@@ -35,11 +35,11 @@ def plant(monkeypatch, fault, backend=None):
     monkeypatch.setattr(tma_moe, "unavailable", lambda device, dtype, sizes=None, weights=None: None)
     route, fused_moe = tma_moe.route, tma_moe.fused_moe
 
-    def faulty_route(logits_TE, k, *, skip_T=None, backend="tma"):
+    def faulty_route(logits_TE, k, *, skip_T=None, backend="tma", **rest):
         if fault == "not renormalised" and backend in sick:
             weights_TK, ids_TK = logits_TE.float().softmax(-1).topk(k)
             return ids_TK.int(), weights_TK
-        return route(logits_TE, k, skip_T=skip_T, backend="reference")
+        return route(logits_TE, k, skip_T=skip_T, backend="reference", **rest)
 
     def faulty_moe(x_TH, ids_TK, weights_TK, experts, *, backend="tma", combine=True):
         if fault == "experts swapped" and backend in sick:
@@ -285,7 +285,7 @@ def test_transformers_variant_answers_as_the_engine_does(demo):
     ("arguments", "message"),
     [
         (("--variants", "fast"), f"--variants fast: choose from {', '.join(VARIANTS)}"),
-        (("--variants", "transformers,reference"), "one of ours first"),
+        (("--variants", "transformers,reference"), "tma or reference first"),
         (("--variants", "reference,reference"), "each once"),
         (("--variants", "tma,reference"), "moe='tma' cannot run here"),
         (("--dtype", "float32"), "--dtype must be bfloat16 or float16"),
@@ -311,3 +311,17 @@ def test_the_published_problems_through_the_demo(shared_dir, tmp_path):
     (samples,) = tmp_path.rglob("samples_gsm8k_*.jsonl")
     (first,) = problems.read_problems(shared_dir / "gsm8k" / "test.jsonl")[:1]
     assert json.loads(samples.read_text().splitlines()[0])["doc"] == first
+
+
+def test_a_variant_on_two_ranks(run, tmp_path):
+    done = run("--variants", "reference,reference@2", "--limit", 1, "--max-gen-toks", 24, "--output", tmp_path)
+    assert done.code == 0, done.out + done.err
+    report = json.loads((tmp_path / "parity.json").read_text())
+    assert report["variants"] == ["reference", "reference@2"]
+    assert [row["variant"] for row in report["logits"]] == ["reference", "transformers"]
+    assert [row["variant"] for row in report["engine"]] == [
+        "reference",
+        "- transformers",
+        "reference@2",
+        "- transformers",
+    ]
