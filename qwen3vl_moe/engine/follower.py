@@ -17,7 +17,7 @@ from qwen3vl_moe.engine.executor import Executor
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.prepare import prepare
 from qwen3vl_moe.engine.workers import LOADER, Workers, devices_of, join, started_by_torchrun
-from qwen3vl_moe.errors import OptionError, UserError
+from qwen3vl_moe.errors import UserError
 from qwen3vl_moe.model import Qwen3VLMoe
 
 
@@ -58,10 +58,8 @@ def start_ranks(
     Where torchrun has started all of them, only the first one returns: the others follow it here, and end.
 
     Raises:
-        OptionError: see there; or the size is no number of ranks.
+        OptionError: see there.
     """
-    if type(size) is not int or size < 1:
-        raise OptionError(f"tensor_parallel_size={size!r}: a whole number from 1 on is needed")
     if size == 1:
         return None
     if not started_by_torchrun(size) or int(os.environ["RANK"]) == 0:

@@ -80,8 +80,10 @@ def require_division(config: TextConfig, ranks: int) -> None:
     """Refuse a number of ranks among which a decoder cannot be divided.
 
     Raises:
-        OptionError: naming the size at fault.
+        OptionError: naming the size at fault; or it is no number of ranks.
     """
+    if type(ranks) is not int or ranks < 1:
+        raise OptionError(f"tensor_parallel_size={ranks!r}: a whole number from 1 on is needed")
     problem = why_not(config, ranks)
     if problem is not None:
         fitting = [size for size in range(1, config.num_heads + 1) if why_not(config, size) is None]
