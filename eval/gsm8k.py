@@ -56,6 +56,9 @@ def main(
     moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")] = 1,
+    data_parallel_size: Annotated[
+        int, typer.Option(help="Answer requests by so many engines, on GPUs of their own.")
+    ] = 1,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
     max_num_seqs: Annotated[int | None, typer.Option(help="Most problems in a step; unset: by the cache.")] = None,
     gpu_memory_utilization: Annotated[
@@ -87,6 +90,7 @@ def main(
             "max_model_len": max_model_len,
             "kv_cache_dtype": kv_cache_dtype,
             "tensor_parallel_size": tensor_parallel_size,
+            "data_parallel_size": data_parallel_size,
             "max_num_seqs": max_num_seqs,
             "gpu_memory_utilization": gpu_memory_utilization,
         }

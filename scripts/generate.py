@@ -74,6 +74,9 @@ def main(
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")] = 1,
+    data_parallel_size: Annotated[
+        int, typer.Option(help="Answer requests by so many engines, on GPUs of their own.")
+    ] = 1,
     max_pixels: Annotated[int | None, typer.Option(help="Resize larger images to this many pixels.")] = None,
     media_root: Annotated[
         Path | None, typer.Option(help="Read image files from this directory and those in it alone.")
@@ -131,6 +134,7 @@ def main(
                 max_model_len=max_model_len,
                 kv_cache_dtype=kv_cache_dtype,
                 tensor_parallel_size=tensor_parallel_size,
+                data_parallel_size=data_parallel_size,
                 max_pixels=max_pixels,
                 expert_layout=expert_layout,
                 **limits,

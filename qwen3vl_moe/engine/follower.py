@@ -29,7 +29,7 @@ def main(spec: Mapping[str, Any]) -> None:
             ``arguments``, the device and the ranks; ``options``, fields of :class:`.EngineOptions`; ``threads``.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the first rank decides
-    threading.Thread(target=_end_with_the_first, daemon=True).start()
+    threading.Thread(target=end_with_the_first, daemon=True).start()
     # Standard output is for the one line of an error; what libraries print there goes to stderr.
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -79,13 +79,14 @@ def follow(model: Qwen3VLMoe, options: EngineOptions) -> None:
     executor.follow()
 
 
-def loader_of(loader: str = LOADER) -> Callable[..., Qwen3VLMoe]:
+def loader_of(loader: str = LOADER) -> Callable[..., Any]:
     """The function that a "module:function" names."""
     module, _, function = loader.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
-def _end_with_the_first() -> None:
+def end_with_the_first() -> None:
+    """Wait in a thread until the process that started this one ends, or says so; end then."""
     while sys.stdin.buffer.read(1):
         pass
     os._exit(0)

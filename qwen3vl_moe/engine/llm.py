@@ -27,11 +27,13 @@ from qwen3vl_moe.engine.arguments import (
     refuse_arguments,
 )
 from qwen3vl_moe.engine.cuda_graphs import uses_graphs
+from qwen3vl_moe.engine.dealer import answers_of_all
 from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.engine import Engine
 from qwen3vl_moe.engine.follower import start_ranks
 from qwen3vl_moe.engine.outputs import RequestOutput
 from qwen3vl_moe.engine.params import SamplingParams
+from qwen3vl_moe.engine.replicas import Replicas, start_replicas
 from qwen3vl_moe.engine.service import Prepare, Service
 from qwen3vl_moe.engine.workers import Workers
 from qwen3vl_moe.errors import UserError
@@ -42,6 +44,7 @@ from qwen3vl_moe.ops.dispatch import kernels_in_use
 from qwen3vl_moe.weights import load_model, resolve
 from qwen3vl_moe.weights.placement import parse_device, require_division, tma_problem
 
+How = tuple[str, dict[str, Any]]  # see LLM.preparing
 Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
 
 
@@ -71,6 +74,8 @@ class LLM:
         expert_layout: "published" or "transformers5", for checkpoints that do not tell.
         tensor_parallel_size: among how many GPUs (processes, on a CPU) every layer is divided: from ``device`` on. The
             other processes are started by this one and end with it (:meth:`close`).
+        data_parallel_size: how many engines, each with the whole model on GPUs of its own, share the requests of
+            :meth:`chat`, :meth:`generate` and :meth:`as_completed`. A :meth:`stream` is the first one's.
         progress: show the bars of loading and warming up.
         engine_options: fields of :class:`EngineOptions`: ``max_model_len``, ``max_num_seqs``, ``max_prefill_tokens``,
             ``max_encoder_tokens``, ``block_size``, ``num_blocks``, ``gpu_memory_utilization``, ``seed``,
@@ -95,9 +100,11 @@ class LLM:
         allow_private_hosts: bool = True,
         expert_layout: str | None = None,
         tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
         progress: bool = True,
         **engine_options: Any,
     ):
+        asked = {name: value for name, value in locals().items() if name not in ("self", "engine_options", "__class__")}
         options = parse_options(engine_options)
         self.name, self.options, self.random_weights = str(model), options, False
         self.moe_fallback: str | None = None
@@ -120,6 +127,7 @@ class LLM:
         tokenizer = self.processor.tokenizer
         defaults = GenerationDefaults.from_pretrained(directory, self.processor.eos_token_id, config.text.vocab_size)
         require_division(config.text, tensor_parallel_size)
+        self._replicas = start_replicas(f"{__name__}:LLM", asked | engine_options | {"device": device})
         arguments: dict[str, Any] = {"path_or_id": str(directory), "moe": moe, "expert_layout": expert_layout}
         arguments |= {"dtype": str(dtype).removeprefix("torch."), "progress": False}
         self._workers = start_ranks(tensor_parallel_size, device, arguments, options)
@@ -133,7 +141,9 @@ class LLM:
                 if weights.device.type == "cuda":  # on a CPU nobody expects the kernel
                     warnings.warn(f"moe='auto' runs the experts in plain torch: {self.moe_fallback}", stacklevel=2)
             self.engine = Engine(weights, tokenizer, defaults, options, progress, self._workers)
-        self._service = Service(self.engine)
+        self.service = Service(self.engine)
+        if self._replicas is not None:
+            self._replicas.wait()
 
     @classmethod
     def from_parts(
@@ -142,6 +152,7 @@ class LLM:
         processor: Processor,
         defaults: GenerationDefaults | None = None,
         workers: Workers | None = None,
+        replicas: Replicas | None = None,
         **engine_options: Any,
     ) -> LLM:
         """An LLM around a model that is in memory already.
@@ -150,6 +161,7 @@ class LLM:
             processor: with ``resize_on_device`` for a model on a GPU, which spares the host the resize of images.
             defaults: the checkpoint's sampling; None: greedy, until the tokenizer's end-of-text token.
             workers: the processes of the model's other ranks, which were told the same options.
+            replicas: other engines of the same model.
         """
         self = cls.__new__(cls)
         if defaults is None:
@@ -157,16 +169,19 @@ class LLM:
             defaults = GenerationDefaults(frozenset() if eos is None else frozenset({eos}))
         self.name, self.random_weights, self.moe_fallback = "a model in memory", False, None
         self.processor, self.options = processor, parse_options(engine_options)
-        self._workers = workers
+        self._workers, self._replicas = workers, replicas
         with nullcontext() if workers is None else workers.together(hold=False):
             self.engine = Engine(model, processor.tokenizer, defaults, self.options, workers=workers)
-        self._service = Service(self.engine)
+        self.service = Service(self.engine)
+        if replicas is not None:
+            replicas.wait()
         return self
 
     def close(self) -> None:
-        """End the processes of other ranks, if there are any; this LLM cannot be used afterwards."""
-        if self._workers is not None:
-            self._workers.close()
+        """End the processes of other ranks and engines, if there are any; this LLM cannot be used afterwards."""
+        for others in (self._workers, self._replicas):
+            if others is not None:
+                others.close()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -186,6 +201,7 @@ class LLM:
             **fallback,
             **kernels_in_use(model.device, model.dtype, head_dims, engine.cache.tensor[0]),
             "tensor_parallel_size": model.ranks.size,
+            "data_parallel_size": 1 if self._replicas is None else self._replicas.size,
             "cuda_graphs": uses_graphs(model, self.options),
             "max_model_len": engine.max_model_len,
             "max_num_seqs": engine.scheduler.max_num_seqs,
@@ -203,9 +219,10 @@ class LLM:
         A preempted request counts again. The names are those of vLLM's metrics.
         """
         scheduler = self.engine.scheduler
+        others = {} if self._replicas is None else self._replicas.stats
         return {
-            "prefix_cache_queries": scheduler.num_queried_tokens,
-            "prefix_cache_hits": scheduler.num_cached_tokens,
+            "prefix_cache_queries": scheduler.num_queried_tokens + others.get("prefix_cache_queries", 0),
+            "prefix_cache_hits": scheduler.num_cached_tokens + others.get("prefix_cache_hits", 0),
         }
 
     def chat(
@@ -237,8 +254,7 @@ class LLM:
             "continue_final_message": continue_final_message,
         }
         many = [messages] if is_conversation(messages) else messages
-        prepare = partial(self._prepare_chat, **asked)
-        return self._complete(many, prepare, "conversation", sampling_params, use_tqdm)
+        return self._complete(many, ("chat", asked), "conversation", sampling_params, use_tqdm)
 
     def generate(
         self,
@@ -266,7 +282,7 @@ class LLM:
         """
         refuse_arguments(not_built)
         many = [prompts] if is_prompt(prompts) else prompts
-        return self._complete(many, self._prepare_prompt, "prompt", sampling_params, use_tqdm)
+        return self._complete(many, ("prompt", {}), "prompt", sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> PreTrainedTokenizerFast:
         """The checkpoint's tokenizer, shared: other threads may be at work with it."""
@@ -302,7 +318,7 @@ class LLM:
         """
         given = conversations_or_prompts
         many = [given] if is_conversation(given) or is_prompt(given) else given
-        return self._as_completed(many, self._prepare, "request", sampling_params, return_exceptions)
+        return self._as_completed(many, ("any", {}), "request", sampling_params, return_exceptions)
 
     def stream(
         self, conversation_or_prompt: Any, sampling_params: SamplingParams | None = None
@@ -316,13 +332,11 @@ class LLM:
         Raises:
             PromptError, OptionError: at the call, before the first output.
         """
-        return self._service.stream(conversation_or_prompt, self._prepare, sampling_params or SamplingParams())
+        return self.service.stream(conversation_or_prompt, self._prepare_any, sampling_params or SamplingParams())
 
-    def _complete(
-        self, items: Any, prepare: Prepare, kind: str, params: Any, use_tqdm: bool = False
-    ) -> list[RequestOutput]:
+    def _complete(self, items: Any, how: How, kind: str, params: Any, use_tqdm: bool = False) -> list[RequestOutput]:
         items = listed(items, kind)
-        done = self._as_completed(items, prepare, kind, params)
+        done = self._as_completed(items, how, kind, params)
         # No bar rather than one that shows nothing: making one takes a lock that all threads share, and an interrupt in
         # the middle of that would leave it taken.
         bar = tqdm(total=len(items), desc="Processed prompts") if use_tqdm else None
@@ -335,16 +349,29 @@ class LLM:
         return [outputs[number] for number in range(len(outputs))]
 
     def _as_completed(
-        self, items: Any, prepare: Prepare, kind: str, params: Any, return_exceptions: bool = False
+        self, items: Any, how: How, kind: str, params: Any, return_exceptions: bool = False
     ) -> Generator[tuple[int, RequestOutput | UserError], None, None]:
         items = listed(items, kind)
         params = params_per_item(params, len(items), kind)
         if not return_exceptions:
             for each in {id(each): each for each in params}.values():
                 self.engine.check(each)
-        return self._service.answers(items, prepare, kind, params, return_exceptions)
+        prepare = self.preparing(*how)
+        if self._replicas is None or len(items) < 2:
+            return self.service.answers(items, prepare, kind, params, return_exceptions)
+        return answers_of_all(self._replicas, self.service, prepare, how, items, kind, params, return_exceptions)
 
-    def _prepare(self, conversation_or_prompt: Any, keep: int | None) -> Prompt:
+    def preparing(self, how: str, asked: Mapping[str, Any]) -> Prepare:
+        """What makes prompts of requests, named so that other processes find it, too.
+
+        Args:
+            how: "chat", "prompt", or "any" of these.
+            asked: arguments of :meth:`.Processor.chat`.
+        """
+        known = {"chat": self._prepare_chat, "prompt": self._prepare_prompt, "any": self._prepare_any}
+        return partial(known[how], **asked)
+
+    def _prepare_any(self, conversation_or_prompt: Any, keep: int | None) -> Prompt:
         is_chat = is_conversation(conversation_or_prompt)
         return (self._prepare_chat if is_chat else self._prepare_prompt)(conversation_or_prompt, keep)
 

@@ -7,12 +7,13 @@ step, and looks which of its requests have ended. A step serves the requests of 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from typing import Any
 
 from qwen3vl_moe.engine.calls import Call, Turns
 from qwen3vl_moe.engine.engine import Engine
+from qwen3vl_moe.engine.feed import Feed
 from qwen3vl_moe.engine.intake import Intake
 from qwen3vl_moe.engine.outputs import RequestOutput, joined
 from qwen3vl_moe.engine.params import SamplingParams
@@ -25,8 +26,11 @@ Timed = tuple[
     Prompt, float, float
 ]  # a prompt, when work on it began (since the epoch) and how long it took, in seconds
 
+Answer = tuple[Any, RequestOutput | UserError]  # with the number, or another key, of its request
+Answers = Generator[Answer, None, None]
+Going = dict[Any, list[Sequence]]  # the answers of requests that are under way
 
-_AHEAD = 128  # requests that are prepared and wait for the engine
+MOST_AHEAD = 128  # requests that are prepared and wait for the engine
 
 
 class Service:
@@ -41,15 +45,19 @@ class Service:
 
     def answers(
         self, items: list, prepare: Prepare, kind: str, params: list[SamplingParams], return_exceptions: bool
-    ) -> Generator[tuple[int, RequestOutput | UserError], None, None]:
+    ) -> Answers:
         """See :meth:`.LLM.as_completed`. Requests begin when the first answer is asked for."""
-        call = self._turns.joined_by(Call())
-        return call.runs(self._answers(call, items, prepare, kind, params, return_exceptions))
+        # Images take far more memory as pixels than as files: only so many requests are prepared ahead.
+        ahead = min(self.engine.scheduler.max_num_seqs, MOST_AHEAD)
+        pairs = list(zip(items, params, strict=True))
+        intake = Intake(lambda pair: self.prepared(prepare, pair), pairs, ahead)
+        answers = self.serve(intake, params.__getitem__)
+        return answers if return_exceptions else first_error_raised(answers, kind, len(items))
 
     def stream(self, item: Any, prepare: Prepare, params: SamplingParams) -> Generator[RequestOutput, None, None]:
         """See :meth:`.LLM.stream`. The prompt is made and checked at once, the request begins with the first output."""
         call = self._turns.joined_by(Call())
-        prompt, arrival, seconds = self._prepared(prepare, (item, params))
+        prompt, arrival, seconds = self.prepared(prepare, (item, params))
         return call.runs(self._stream(self.engine.requests(prompt, params, arrival, seconds, call)))
 
     def _stream(self, sequences: list[Sequence]) -> Generator[RequestOutput, None, None]:
@@ -71,55 +79,60 @@ class Service:
                     shown = written
                     yield joined(outputs)
         finally:
-            self._give_up([sequences])
+            self.give_up([sequences])
 
-    def _answers(
+    def serve(
+        self,
+        source: Intake | Feed,
+        params_of: Callable[[Any], SamplingParams],
+        between: Callable[[Going], Iterable[Answer]] = lambda going: (),
+    ) -> Answers:
+        """Answer what a source has; yields its keys with outputs, or with what is wrong with a request.
+
+        Args:
+            source: of results of :meth:`prepared`; closed at the end.
+            params_of: of a key.
+            between: called before each step with the requests that are under way. It may add to the source, take some
+                of them out (:meth:`give_up`), and has answers of others.
+        """
+        call = self._turns.joined_by(Call())
+        return call.runs(self._serve(call, source, params_of, between))
+
+    def _serve(
         self,
         call: Call,
-        items: list,
-        prepare: Prepare,
-        kind: str,
-        params: list[SamplingParams],
-        return_exceptions: bool,
-    ) -> Generator[tuple[int, RequestOutput | UserError], None, None]:
-        going: dict[int, list[Sequence]] = {}
-
-        def result(number: int, error_or_output: RequestOutput | UserError) -> tuple[int, RequestOutput | UserError]:
-            if isinstance(error_or_output, UserError) and not return_exceptions:
-                where = f"{kind} {number}: " if len(items) > 1 else ""
-                raise type(error_or_output)(f"{where}{error_or_output}") from error_or_output.__cause__
-            return number, error_or_output
-
-        # Images take far more memory as pixels than as files: only so many requests are prepared ahead.
-        ahead = min(self.engine.scheduler.max_num_seqs, _AHEAD)
-        pairs = list(zip(items, params, strict=True))
-        intake = Intake(lambda pair: self._prepared(prepare, pair), pairs, ahead)
-        with closing(intake):
+        source: Intake | Feed,
+        params_of: Callable[[Any], SamplingParams],
+        between: Callable[[Going], Iterable[Answer]],
+    ) -> Answers:
+        going: Going = {}
+        with closing(source):
             try:
                 self._begin([])
-                while intake.left or going:
-                    while intake.left and self.engine.has_room:
-                        taken = intake.take(may_wait=not going)
+                while source.left or going:
+                    yield from between(going)
+                    while source.left and self.engine.has_room:
+                        taken = source.take(may_wait=not going)
                         if taken is None:
                             break
-                        number, get = taken
+                        key, get = taken
                         try:
                             prompt, arrival, seconds = get()
-                            sequences = self.engine.requests(prompt, params[number], arrival, seconds, call)
+                            sequences = self.engine.requests(prompt, params_of(key), arrival, seconds, call)
                         except UserError as error:
-                            yield result(number, error)
+                            yield key, error
                         else:
-                            going[number] = sequences
+                            going[key] = sequences
                             self._begin(sequences)
                     self._advance(going.values())
-                    for number in [number for number, sequences in going.items() if _ended(sequences)]:
-                        sequences = going.pop(number)
-                        self._give_up([sequences])  # of a failed request's other answers
+                    for key in [key for key, sequences in going.items() if _ended(sequences)]:
+                        sequences = going.pop(key)
+                        self.give_up([sequences])  # of a failed request's other answers
                         error = _error_of(sequences)
-                        yield result(number, error or joined([sequence.output() for sequence in sequences]))
+                        yield key, error or joined([sequence.output() for sequence in sequences])
             finally:
                 # After an error or Ctrl-C nothing of this call stays behind, and the engine can go on.
-                self._give_up(going.values())
+                self.give_up(going.values())
 
     def _begin(self, sequences: list[Sequence]) -> None:
         with self._turns.lock:
@@ -138,14 +151,15 @@ class Service:
         if not any(_ended(sequences) for sequences in requests):
             self.engine.step()
 
-    def _give_up(self, requests: Any) -> None:
+    def give_up(self, requests: Iterable[list[Sequence]]) -> None:
+        """End requests before their time."""
         with self._turns.lock:
             for sequences in requests:
                 for sequence in sequences:
                     self.engine.abort(sequence)
             self.engine.settle()
 
-    def _prepared(self, prepare: Prepare, pair: tuple[Any, SamplingParams]) -> Timed:
+    def prepared(self, prepare: Prepare, pair: tuple[Any, SamplingParams]) -> Timed:
         """Make a prompt.
 
         Raises:
@@ -176,3 +190,13 @@ def _ended(sequences: list[Sequence]) -> bool:
 
 def _error_of(sequences: list[Sequence]) -> UserError | None:
     return next((sequence.error for sequence in sequences if sequence.error is not None), None)
+
+
+def first_error_raised(answers: Answers, kind: str, count: int) -> Answers:
+    """Answers up to the first error, which is raised and says which of ``count`` requests it is about."""
+    with closing(answers):
+        for number, answer in answers:
+            if isinstance(answer, UserError):
+                where = f"{kind} {number}: " if count > 1 else ""
+                raise type(answer)(f"{where}{answer}") from answer.__cause__
+            yield number, answer

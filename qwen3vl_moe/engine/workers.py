@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -125,7 +125,7 @@ class Workers:
         state = self._state
         if state.failure is not None:
             raise RankError(f"{state.failure}; this LLM cannot go on, load it again")
-        with _interrupts_held() if hold else nullcontext():
+        with interrupts_held() if hold else nullcontext():
             state.inside = True
             try:
                 yield
@@ -209,8 +209,17 @@ def _started(spec: Mapping[str, Any]) -> subprocess.Popen:
 
 
 def _end(processes: list[subprocess.Popen], state: _State) -> None:
-    """Close their standard inputs, at which they end; kill what does not. Leave the process group."""
+    """End the processes, and leave the process group."""
     state.ending = True
+    end(processes)
+    if dist.is_initialized():
+        if not processes and state.failure is None:  # torchrun started them
+            announced.tell(announced.END)
+        dist.destroy_process_group()
+
+
+def end(processes: Sequence[subprocess.Popen]) -> None:
+    """Close their standard inputs, at which they end; kill what does not."""
     for process in processes:
         if process.stdin is not None:
             process.stdin.close()
@@ -221,14 +230,10 @@ def _end(processes: list[subprocess.Popen], state: _State) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    if dist.is_initialized():
-        if not processes and state.failure is None:  # torchrun started them
-            announced.tell(announced.END)
-        dist.destroy_process_group()
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Hold Ctrl-C back until the end; a second one strikes at once. Only the main thread is ever struck."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):

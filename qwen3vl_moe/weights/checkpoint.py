@@ -15,6 +15,7 @@ import resource
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -189,15 +190,15 @@ def load_model(
     scales = [stored[scale_name(entry.source)] for entry in entries if entry.fp8]
     total = sum(tensor.nbytes for tensor, _ in copies) + sum(tensor.nbytes for tensor in scales)
     total += sum(own_rows(tensor, ranks).nbytes for tensor, _, _ in columns)
-    meter = _Meter(device, total, progress)
-    stream(copies, device, meter.add)
-    for tensor, destination, ranges in columns:
-        read_columns(tensor, destination, ranges, ranks, meter.add)
-    for entry in entries:
-        if entry.fp8:
-            _fill_scales_of(entry, model, stored, layout)
-            meter.add(stored[scale_name(entry.source)].nbytes)
-    line = meter.finish(time.perf_counter() - started, model_bytes)
+    with closing(_Meter(device, total, progress)) as meter:
+        stream(copies, device, meter.add)
+        for tensor, destination, ranges in columns:
+            read_columns(tensor, destination, ranges, ranks, meter.add)
+        for entry in entries:
+            if entry.fp8:
+                _fill_scales_of(entry, model, stored, layout)
+                meter.add(stored[scale_name(entry.source)].nbytes)
+    line = meter.line(time.perf_counter() - started, model_bytes)
     if not ranks.alone:
         line += f"; read by each rank: {', '.join(map(_size, ranks.of_all(total)))}"
     if progress:
@@ -240,9 +241,12 @@ class _Meter:
                 self._peak_rss = max(self._peak_rss, _resident_bytes())
                 self._sampled = time.perf_counter()
 
-    def finish(self, seconds: float, model_bytes: int) -> str:
-        """Close the bar; the line to print."""
+    def close(self) -> None:
+        """End the bar's line: an error may follow."""
         self._bar.close()
+
+    def line(self, seconds: float, model_bytes: int) -> str:
+        """What to print at the end."""
         growth = max(self._peak_rss, _resident_bytes()) - self._first_rss
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)

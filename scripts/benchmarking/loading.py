@@ -17,6 +17,7 @@ from qwen3vl_moe import LLM, Qwen3VLMoeConfig
 from qwen3vl_moe.engine.arguments import parse_options
 from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.follower import start_ranks
+from qwen3vl_moe.engine.replicas import start_replicas
 from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.inputs.processor import Processor
 from qwen3vl_moe.weights import resolve
@@ -34,6 +35,7 @@ def load_llm(
     moe: str = "auto",
     routing: str | None = None,
     tensor_parallel_size: int = 1,
+    data_parallel_size: int = 1,
     **engine_options: Any,
 ) -> LLM:
     """Load a checkpoint, or make one of its sizes with random weights.
@@ -43,7 +45,8 @@ def load_llm(
             needs no weights; None then means the sizes of the 30B model and a small tokenizer made on the spot.
         load_format: ``"auto"``, or ``"dummy"`` as in vLLM: N(0, 0.02) weights. ``"dummy-fp8"``: experts and attention
             in block-scaled FP8, whatever the config says.
-        device, dtype, moe, tensor_parallel_size: see :class:`LLM`. The number of ranks does not change the weights.
+        device, dtype, moe, tensor_parallel_size, data_parallel_size: see :class:`LLM`. The number of ranks does not
+            change the weights.
         routing: with ``dummy``, ``"balanced"``: a token's experts are drawn uniformly; ``"skewed"``: by Zipf's law;
             None: as the random router has it. Random towers make tokens alike, so left alone they crowd onto a few
             experts, which flatters every figure.
@@ -52,13 +55,14 @@ def load_llm(
     Raises:
         UserError: one of them cannot be used.
     """
+    asked = {name: value for name, value in locals().items() if name != "engine_options"} | engine_options
     if load_format not in LOAD_FORMATS:
         raise OptionError(f"--load-format {load_format!r} is unknown; choose from {', '.join(LOAD_FORMATS)}")
     if load_format == "auto":
         if model is None:
             raise OptionError("give --model a checkpoint, or take random weights: --load-format dummy")
-        engine_options["tensor_parallel_size"] = tensor_parallel_size
-        return LLM(model, device=device, dtype=dtype, moe=moe, **engine_options)
+        sizes = {"tensor_parallel_size": tensor_parallel_size, "data_parallel_size": data_parallel_size}
+        return LLM(model, device=device, dtype=dtype, moe=moe, **sizes, **engine_options)
     if routing is not None and routing not in ROUTINGS:
         raise OptionError(f"--routing {routing!r} is unknown; choose from {', '.join(ROUTINGS)}")
     place = parse_device(device)
@@ -75,6 +79,7 @@ def load_llm(
         defaults = GenerationDefaults.from_pretrained(directory, processor.eos_token_id)
     require_division(config.text, tensor_parallel_size)
     options = parse_options(engine_options)
+    replicas = start_replicas(f"{__name__}:load_llm", asked | {"device": place})
     arguments: dict[str, Any] = {
         "directory": None if model is None else str(directory),
         "fp8": load_format == "dummy-fp8",
@@ -89,7 +94,7 @@ def load_llm(
     arguments |= {"device": place, "config": config}
     with contextlib.nullcontext() if workers is None else workers.together(hold=False):
         weights = dummy_model(**arguments, **({} if workers is None else {"ranks": workers.ranks}))
-    llm = LLM.from_parts(weights, processor, defaults, workers, **engine_options)
+    llm = LLM.from_parts(weights, processor, defaults, workers, replicas, **engine_options)
     llm.name = f"{Path(model).name}-dummy" if model else "Qwen3-VL-30B-A3B sizes"
     llm.random_weights = True
     return llm
