@@ -13,7 +13,7 @@ from qwen3vl_moe.errors import OptionError
 
 # Whatever they say, the same is done: the engine batches by itself, and nothing of a checkpoint is ever run as code.
 WITHOUT_EFFECT = {"batch_size", "max_batch_size", "trust_remote_code", "logits_cache", "offload_folder"}
-_ONE_GPU = "the model runs on one device"
+_SEVERAL_GPUS = "tensor_parallel_size divides the layers, data_parallel_size the requests"
 _OWN_TOKENIZER = "the checkpoint's own tokenizer is read, from its tokenizer.json"
 _PLAIN_WEIGHTS = "only plain weights of bf16, fp16, fp32 are read; merge or convert them first"
 # What values change nothing, and why there are no others.
@@ -21,7 +21,6 @@ NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "add_bos_token": ((None, False), "texts of this model begin with no special token"),
     "autogptq": ((None, False), _PLAIN_WEIGHTS),
     "backend": (("default", "causal"), "the model is a decoder"),
-    "data_parallel_size": ((None, 1), _ONE_GPU),
     "delta": ((None,), _PLAIN_WEIGHTS),
     "gguf_file": ((None,), _PLAIN_WEIGHTS),
     "gptqmodel": ((None, False), _PLAIN_WEIGHTS),
@@ -30,17 +29,16 @@ NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "max_cpu_memory": ((None,), "all weights are on the device"),
     "max_memory_per_gpu": ((None,), "gpu_memory_utilization bounds the memory"),
     "mixed_precision_dtype": ((None,), "dtype is that of the whole model"),
-    "parallelize": ((None, False), _ONE_GPU),
+    "parallelize": ((None, False), _SEVERAL_GPUS),
     "peft": ((None,), _PLAIN_WEIGHTS),
     "quantization": ((None,), _PLAIN_WEIGHTS),
     "revision": ((None, "main"), "download that revision (hf download ... --revision) and give its directory"),
     "softmax_dtype": ((None, "float32"), "log-probabilities are fp32"),
     "subfolder": ((None, ""), "give the directory itself"),
-    "tensor_parallel_size": ((None, 1), _ONE_GPU),
     "tokenizer": ((None,), _OWN_TOKENIZER),
     "tokenizer_mode": ((None, "auto"), _OWN_TOKENIZER),
     "tokenizer_revision": ((None, "main"), _OWN_TOKENIZER),
-    "tp_plan": ((None,), _ONE_GPU),
+    "tp_plan": ((None,), _SEVERAL_GPUS),
     "truncation": ((None, False), "what is too long loses its beginning, and is counted"),
     "truncation_side": ((None, "left"), "what is too long loses its beginning"),
     "use_fast_tokenizer": ((None, True), _OWN_TOKENIZER),

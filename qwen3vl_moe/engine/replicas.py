@@ -7,8 +7,8 @@ has had one of the same beginning and has hardly less: what they have in common 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import json
 import os
 import queue
 import signal
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from qwen3vl_moe.engine.service import MOST_AHEAD
-from qwen3vl_moe.engine.workers import end, interrupts_held
+from qwen3vl_moe.engine.workers import end, interrupts_held, write_line
 from qwen3vl_moe.errors import OptionError, RankError
 
 _MAIN = "import json, sys; spec = json.loads(sys.stdin.readline()); sys.path[:] = spec['sys_path']; "
@@ -94,7 +94,8 @@ class Replicas:
                 process, pipe = _started(self.size)
                 self._processes.append(process)
                 self._pipes.append((pipe, threading.Lock()))
-                pipe.send((maker, dict(each)))
+                with contextlib.suppress(OSError):  # it has ended: the thread will say so
+                    pipe.send((maker, dict(each)))
                 of = engine, process, pipe, self._state, self._ready
                 threading.Thread(target=_read, args=of, name=f"replica {engine}", daemon=True).start()
         except BaseException:
@@ -221,9 +222,7 @@ def _started(size: int) -> tuple[subprocess.Popen, Connection]:
         pass_fds=[theirs.fileno()],
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
     )
-    assert process.stdin is not None
-    process.stdin.write(json.dumps({"sys_path": sys.path, "descriptor": theirs.fileno()}).encode() + b"\n")
-    process.stdin.flush()
+    write_line(process, {"sys_path": sys.path, "descriptor": theirs.fileno()})
     theirs.close()
     return process, Connection(ours.detach())
 

@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from types import FrameType
@@ -202,10 +202,16 @@ def _started(spec: Mapping[str, Any]) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": str(spec["threads"])},
     )
-    assert process.stdin is not None
-    process.stdin.write(json.dumps(spec).encode() + b"\n")
-    process.stdin.flush()
+    write_line(process, spec)
     return process
+
+
+def write_line(process: subprocess.Popen, spec: Mapping[str, Any]) -> None:
+    """Tell a process what to do, on its standard input. If it has ended already, whoever waits for it says so."""
+    assert process.stdin is not None
+    with suppress(OSError):
+        process.stdin.write(json.dumps(spec).encode() + b"\n")
+        process.stdin.flush()
 
 
 def _end(processes: list[subprocess.Popen], state: _State) -> None:
@@ -222,7 +228,8 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
     """Close their standard inputs, at which they end; kill what does not."""
     for process in processes:
         if process.stdin is not None:
-            process.stdin.close()
+            with suppress(OSError):  # it has ended before it had read all
+                process.stdin.close()
     deadline = time.monotonic() + 2
     for process in processes:
         try:

@@ -10,10 +10,11 @@ import pytest
 import lm
 from lm import EngineLM
 from model_args import NOT_HERE, WITHOUT_EFFECT, engine_options, template_variables, think_end
-from qwen3vl_moe.engine.llm import EngineOptions
+from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.errors import OptionError
 
 OURS = inspect.signature(EngineLM.__init__).parameters.keys() | {"dtype", "max_length"}
+OURS |= {"tensor_parallel_size", "data_parallel_size"}
 OURS |= EngineOptions.__dataclass_fields__.keys()
 
 
@@ -47,8 +48,8 @@ def test_what_is_not_here_is_refused_by_name(name):
 
 
 def test_one_is_not_true():
-    assert engine_options({"tensor_parallel_size": 1, "parallelize": False}) == {}
-    for name, value in (("tensor_parallel_size", True), ("parallelize", 0), ("tensor_parallel_size", 2)):
+    assert engine_options({"max_lora_rank": 16, "parallelize": False}) == {}
+    for name, value in (("max_lora_rank", True), ("parallelize", 0), ("max_lora_rank", 2)):
         with pytest.raises(OptionError, match=name):
             engine_options({name: value})
 
