@@ -45,9 +45,6 @@ def main(
     moe: Annotated[str, typer.Option(help="tma, reference, auto.")] = "auto",
     kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8.")] = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")] = 1,
-    data_parallel_size: Annotated[
-        int, typer.Option(help="Answer requests by so many engines, on GPUs of their own.")
-    ] = 1,
     eager: Annotated[bool, typer.Option(help="Make no CUDA graphs.")] = False,
     workload: Annotated[str, typer.Option(help="single, closed-loop, both.")] = "both",
     sizes: Annotated[str, typer.Option(help="Single stream: image sizes, HEIGHTxWIDTH.")] = (
@@ -169,7 +166,7 @@ def load_llm(options: dict[str, Any]) -> Any:
 
     # Every prompt is computed whole, also where the files of --images come round again.
     engine = {"enforce_eager": options["eager"], "enable_prefix_caching": False}
-    engine |= {name: options[name] for name in ("kv_cache_dtype", "tensor_parallel_size", "data_parallel_size")}
+    engine |= {name: options[name] for name in ("kv_cache_dtype", "tensor_parallel_size")}
     if options["model"] is None:
         engine["max_model_len"] = 16384  # beside weights of the 30B sizes, memory is for requests, not for length
     same = {name: options[name] for name in ("load_format", "device", "moe")}
