@@ -64,6 +64,8 @@ def divides_width(config: TextConfig, size: int) -> bool:
 
 def why_not(config: TextConfig, size: int) -> str | None:
     """Why a decoder cannot be divided among so many ranks, naming the size at fault; None if it can."""
+    if size == 1:
+        return None
     heads, kv_heads = config.num_heads, config.num_kv_heads
     if heads % size:
         return f"num_attention_heads={heads} is no multiple of it"
