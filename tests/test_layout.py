@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import qwen3vl_moe
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -58,7 +60,7 @@ _READERS = {"qwen3vl_moe.config", "qwen3vl_moe.errors", "qwen3vl_moe.json_files"
 MAY_IMPORT["qwen3vl_moe.weights"] = {*_READERS, "qwen3vl_moe.ops", "tma_moe"}
 MAY_IMPORT["qwen3vl_moe.inputs"] = {*_READERS, "qwen3vl_moe.ops"}
 MAY_IMPORT["qwen3vl_moe.engine"] = {*_READERS, "qwen3vl_moe.ops", "qwen3vl_moe.inputs", "qwen3vl_moe.weights"}
-MAY_IMPORT["qwen3vl_moe"] = {"qwen3vl_moe.config", "qwen3vl_moe.engine", "qwen3vl_moe.model"}  # the face
+MAY_IMPORT["qwen3vl_moe"] = {"qwen3vl_moe.config", "qwen3vl_moe.engine", "qwen3vl_moe.weights"}  # the face
 
 
 def room_of(module: str) -> str:
@@ -123,6 +125,23 @@ def test_importing_the_package_imports_no_transformers_models():
         "print([m for m in sys.modules if m.startswith('transformers.models.qwen3_vl')])"
     )
     assert python(code) == "[]"
+
+
+def test_importing_the_package_imports_nothing_slow():
+    """Programs import it before they answer --help."""
+    code = "import sys, qwen3vl_moe; print(qwen3vl_moe.__version__, [m for m in sys.modules if m in %r])"
+    version = re.search(r'__version__ = "(.*)"', (ROOT / "qwen3vl_moe/__init__.py").read_text(encoding="utf-8"))[1]
+    assert python(code % ["torch", "transformers", "numpy", "PIL"]) == f"{version} []"
+
+
+def test_public_names_are_imported_when_used():
+    code = (
+        "import qwen3vl_moe as q; print(callable(q.Qwen3VLMoe.from_pretrained), "
+        "[getattr(q, name) is vars(q)[name] for name in q.__all__])"
+    )
+    assert python(code) == f"True {[True] * len(qwen3vl_moe.__all__)}"
+    with pytest.raises(AttributeError, match="no attribute 'Lmm'"):
+        _ = qwen3vl_moe.Lmm
 
 
 def test_no_file_is_too_long_to_read():
