@@ -92,7 +92,7 @@ def main(
     try:
         from qwen3vl_moe.engine import LLM  # slow to import: not before --help has been answered
 
-        limits, params = cli.media_limits(given), cli.sampling_params(given)
+        limits, params = cli.media_limits(given), cli.sampling_params(given, one_answer=True)
         pictures = check_pictures(image or [], limits)
         llm = LLM(model, **cli.engine_options(given), **limits)
         say_settings(llm)

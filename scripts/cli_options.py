@@ -63,16 +63,23 @@ _ENGINE = (
 )
 
 
-def sampling_params(given: dict[str, Any]) -> Any:
+def sampling_params(given: dict[str, Any], *, one_answer: bool = False) -> Any:
     """The :class:`SamplingParams` of a program's options; ``given`` is the ``locals()`` of its main.
 
+    Args:
+        one_answer: the program shows one answer a question.
+
     Raises:
-        OptionError: a value is outside of what is possible, or --sampling is no JSON object or names an option again.
+        OptionError: a value is outside of what is possible, --sampling is no JSON object or names an option again, or
+            several answers are asked for where one is shown.
     """
     from qwen3vl_moe.engine import SamplingParams  # slow to import: not before --help has been answered
 
     named = {name: given[name] for name in _SAMPLING if given[name] is not None and given[name] != []}
-    return SamplingParams(**named, **_more("--sampling", given["sampling"], named))
+    params = SamplingParams(**named, **_more("--sampling", given["sampling"], named))
+    if one_answer and params.n > 1:
+        raise OptionError(f"n={params.n}: one answer is shown here; a file of requests takes several (--input)")
+    return params
 
 
 def engine_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def main(
 
         if allow_private_hosts is None:  # a file of requests, and a pipe, may come from anyone
             given["allow_private_hosts"] = requests is None and (prompt is not None or sys.stdin.isatty())
-        limits, params = cli.media_limits(given), cli.sampling_params(given)
+        limits, params = cli.media_limits(given), cli.sampling_params(given, one_answer=requests is None)
         images = check_pictures(image or [], limits)  # a bad file should show before the weights are loaded
 
         def load() -> LLM:

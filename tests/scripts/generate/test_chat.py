@@ -121,7 +121,7 @@ def test_a_command_that_cannot_be_used(said, line, message):
     turns, stderr = said(line, "Hello", "/home/me is a path", " /me is said")
     assert [contents(turn)[-1][2] for turn in turns] == ["Hello", "/home/me is a path", " /me is said"]
     assert f"error: {message}" in stderr or message in stderr
-    with pytest.raises(PromptError, match="image|command"):
+    with pytest.raises(PromptError, match=r"image|command"):
         said(line, stdin=io.StringIO)
 
 
@@ -173,8 +173,9 @@ def test_every_option_reaches_its_place():
         ({"sampling": "[1]"}, "a JSON object such as"),
         ({"sampling": '{"top_k": 2}', "top_k": 3}, "--sampling says top_k, for which there is --top-k: name one"),
         ({"sampling": '{"best": 1}'}, "unknown sampling parameter 'best'"),
+        ({"sampling": '{"n": 2}'}, "n=2: one answer is shown here"),
     ],
 )
 def test_sampling_that_cannot_be_used(given, message):
     with pytest.raises(OptionError, match=message):
-        cli_options.sampling_params(GIVEN | given)
+        cli_options.sampling_params(GIVEN | given, one_answer=True)
