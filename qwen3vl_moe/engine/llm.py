@@ -63,8 +63,8 @@ class LLM:
 
     Args:
         model: a checkpoint directory, a hub id, or "demo": the small trained checkpoint of this package.
-        device: "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu". On a CPU, a narrow model such as the demo sets
-            torch to one thread, unless the environment has OMP_NUM_THREADS or MKL_NUM_THREADS.
+        device: "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu". On a CPU, a narrow model such as the demo
+            sets torch to one thread, unless the environment has OMP_NUM_THREADS or MKL_NUM_THREADS.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
         moe: "tma" (Hopper), "reference" (plain torch), "auto".
         min_pixels, max_pixels: area to which images are resized, in pixels; None: the checkpoint's.
