@@ -16,6 +16,7 @@ TORCH := $(TORCH_VERSIONS) $(CPU_BUILD)
 TORCH_SIZE := torch for CPUs, as there is no NVIDIA GPU here: some 200 MB to download
 endif
 
+# --no-compile: python compiles what it imports, and most of these packages is never imported.
 # One stamp per torch requirement and set of packages: asking for another torch installs it.
 NAME := $(shell printf '%s' "$(TORCH)" | tr -c 'A-Za-z0-9.' '_')
 DEMO := .venv/demo-$(NAME)
@@ -46,11 +47,11 @@ $(DEMO): pyproject.toml
 	@echo 'Setting up .venv with $(TORCH_SIZE); then some 60 MB of other packages.'
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --upgrade pip setuptools
-	.venv/bin/pip install $(TORCH)
-	.venv/bin/pip install --no-build-isolation -e .
+	.venv/bin/pip install --no-compile $(TORCH)
+	.venv/bin/pip install --no-compile --no-build-isolation -e .
 	@touch $@
 
 $(TEST): $(DEMO)
 	@echo 'Adding what the tests, the linters and lm-eval need to .venv: some 650 MB to download.'
-	.venv/bin/pip install --no-build-isolation -e '.[test,eval]'
+	.venv/bin/pip install --no-compile --no-build-isolation -e '.[test,eval]'
 	@touch $@

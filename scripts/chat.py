@@ -67,7 +67,7 @@ def main(
     max_prefill_tokens: cli.MaxPrefillTokens = None,
     gpu_memory_utilization: cli.GpuMemoryUtilization = None,
     kv_cache_dtype: cli.KvCacheDtype = "auto",
-    tensor_parallel_size: cli.TensorParallelSize = None,
+    tensor_parallel_size: cli.TensorParallelSize = 1,
     eager: cli.Eager = False,
     min_pixels: cli.MinPixels = None,
     max_pixels: cli.MaxPixels = None,

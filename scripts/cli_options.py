@@ -37,7 +37,7 @@ MaxNumSeqs = Annotated[int | None, typer.Option(help="Most requests in a step. [
 MaxPrefillTokens = Annotated[int | None, typer.Option(help="Most prompt tokens in a step. [default: 8192]")]
 GpuMemoryUtilization = Annotated[float | None, typer.Option(help="Part of the GPU's memory to use. [default: 0.9]")]
 KvCacheDtype = Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")]
-TensorParallelSize = Annotated[int | None, typer.Option(help="GPUs that share every layer. [default: 1]")]
+TensorParallelSize = Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")]
 MinPixels = Annotated[int | None, typer.Option(help="Enlarge smaller images to this many pixels.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Resize larger images to this many pixels.")]
 Eager = Annotated[bool, typer.Option(help="Make no CUDA graphs: ready sooner, slower afterwards.")]

@@ -134,6 +134,16 @@ def test_importing_the_package_imports_nothing_slow():
     assert python(code % ["torch", "transformers", "numpy", "PIL"]) == f"{version} []"
 
 
+def test_the_demo_answers_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"  # as if it were not installed
+        "from qwen3vl_moe import LLM, SamplingParams\n"
+        "chat = [{'role': 'user', 'content': 'Hello'}]\n"
+        "print(LLM(device='cpu', progress=False).chat(chat, SamplingParams(temperature=0))[0].outputs[0].text)"
+    )
+    assert python(code) == "Hello! Ask me about a picture."
+
+
 def test_public_names_are_imported_when_used():
     code = (
         "import qwen3vl_moe as q; print(callable(q.Qwen3VLMoe.from_pretrained), "
