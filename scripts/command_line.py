@@ -8,10 +8,11 @@ What pip installs are copies of these folders, side by side as they are here, so
 
 from __future__ import annotations
 
-import runpy
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 DISTRIBUTION, COMMAND = "qwen3vl-moe", "qwen3vl-moe"
 # The file of each word, the extra that it needs, and what it is for; words whose file is not there are not offered.
@@ -54,16 +55,17 @@ def main(arguments: list[str] | None = None) -> None:
             f"pip install '.[{extra}]'"
         )
     path = _root() / file
-    # As python does for a script: its folder comes first, and its name is what --help shows.
+    # As python does for a script; but --help shows the command (runpy would put the path into sys.argv).
     sys.path.insert(0, str(path.parent))
     sys.argv = [f"{COMMAND} {word}", *given[1:]]
-    runpy.run_path(str(path), run_name="__main__")
+    sys.modules["__main__"] = program = ModuleType("__main__")
+    program.__file__ = str(path)
+    exec(compile(path.read_bytes(), path, "exec"), vars(program))
 
 
 def _root() -> Path:
     """The folder that holds scripts/ and eval/: of a clone, or that of the installed package of programs."""
-    here = Path(__file__).resolve().parent
-    return here.parent
+    return Path(__file__).resolve().parents[1]
 
 
 def _offered() -> dict[str, str]:
@@ -98,10 +100,9 @@ def _missing(extra: str) -> list[str]:
     return [each.name for each in wanted if not _installed(each)]
 
 
-def _installed(requirement: object) -> bool:
-    name, versions = requirement.name, requirement.specifier  # type: ignore[attr-defined]
+def _installed(requirement: Any) -> bool:
     try:
-        return versions.contains(metadata.version(name), prereleases=True)
+        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
     except metadata.PackageNotFoundError:
         return False
 

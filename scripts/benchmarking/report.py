@@ -32,33 +32,37 @@ def environment(llm: LLM) -> dict[str, Any]:
 
         versions |= {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(sys.argv if sys.argv[0].startswith("qwen3vl-moe ") else ["python", *sys.argv]),
         "card": card(llm.engine.model.device),
         "versions": versions,
         "commit": _commit(),
-        "weights": "random" if llm.random_weights else "real",
+        "weights": "random" if llm.random_weights else "of the checkpoint",
         "settings": llm.settings,
     }
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """Of this repository; None where the programs lie elsewhere, such as among the packages of an environment."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=here, timeout=20).stdout.strip()
+
+    here = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent, timeout=20
-        )
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parents[1]:
+            return None  # some other repository, in whose folder an environment lies
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def heading(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     model = found["settings"]["model"]
-    return (
-        f"{found['card']['name']}; {versions}; commit {found['commit']}; model {model}\n"
-        f"weights: {found['weights'].upper()}" + ("; the answers are noise" if found["weights"] == "random" else "")
-    )
+    weights = "RANDOM WEIGHTS: the answers are noise" if found["weights"] == "random" else "the checkpoint's weights"
+    commit = "" if found["commit"] is None else f"; commit {found['commit']}"
+    return f"{found['card']['name']}; {versions}{commit}; model {model}\n{weights}"
 
 
 def single_table(cells: list[dict[str, Any]]) -> Table:
