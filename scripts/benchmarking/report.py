@@ -1,4 +1,4 @@
-"""What a measurement says about itself, and how it is shown: tables, plots, the machine and the versions."""
+"""What a measurement says about itself, and how it is shown: tables, the machine and the versions."""
 
 from __future__ import annotations
 
@@ -109,56 +109,6 @@ def comparison_table(workload: str, comparison: dict[str, Any]) -> Table:
             "" if not host else f"{statistics.median(host):.1f} ({min(host):.1f}-{max(host):.1f})",
         )
     return table
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Distributions of the time to first token (by variant where variants were compared), and stages as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
-    for name, samples in _distributions(results).items():
-        ordered = sorted(1e3 * value for value in samples)
-        left.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], where="post", label=name)
-    left.set(xlabel="time to first token, ms", ylabel="share of requests", title="TTFT distribution")
-    left.legend(fontsize=7)
-    bars = _stage_bars(results)
-    bottom = [0.0] * len(bars)
-    for stage in STAGE_COLUMNS:
-        heights = [1e3 * stages.get(stage, 0.0) for stages in bars.values()]
-        right.bar(range(len(bars)), heights, bottom=bottom, label=stage.replace("_", " "))
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    right.set_xticks(range(len(bars)), list(bars), rotation=30, ha="right", fontsize=7)
-    right.set(ylabel="ms", title="stages, medians")
-    right.legend(fontsize=7)
-    environment = results["environment"]
-    figure.suptitle(f"{environment['card']['name']}, {environment['weights']} weights", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _distributions(results: dict[str, Any]) -> dict[str, list[float]]:
-    found = {}
-    for workload, comparison in results.get("comparison", {}).items():
-        for name, row in comparison.items():
-            found[f"{workload}: {name}"] = [record["ttft"] for record in row["samples"]]
-    for cell in results.get("single", []):
-        found[f"single: {cell['image']}, {cell['text_len']} text"] = [record["ttft"] for record in cell["samples"]]
-    if "closed_loop" in results:
-        found["closed loop"] = [record["ttft"] for record in results["closed_loop"]["samples"]]
-    return found
-
-
-def _stage_bars(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    bars = {f"{cell['image']}, {cell['text_len']}": cell["stages"] for cell in results.get("single", [])}
-    for workload, comparison in results.get("comparison", {}).items():
-        bars |= {f"{workload}: {name}": median_stages(row["samples"]) for name, row in comparison.items()}
-    if "closed_loop" in results and not bars:
-        bars["closed loop"] = median_stages(results["closed_loop"]["samples"])
-    return bars
 
 
 def median_stages(samples: list[dict[str, Any]]) -> dict[str, float]:
