@@ -227,17 +227,17 @@ def show(results: dict[str, Any]) -> None:
     from benchmarking import report
     from benchmarking.statistics import serving_table
 
-    wide = None if sys.stdout.isatty() else 170  # tables whole in a log file
+    wide = None if sys.stdout.isatty() else report.TABLE_WIDTH
     out = Console(highlight=False, markup=False, soft_wrap=True, width=wide)
     out.print(results["environment"]["command"])
     out.print(report.heading(results["environment"]))
     out.print(report.cold_line(results["cold"]))
     if results.get("single"):
-        out.print(report.single_table(results["single"]))
+        out.print(report.single_table(results["single"], results["environment"]["max_pixels"]), soft_wrap=False)
     if "closed_loop" in results:
         out.print(serving_table(results["closed_loop"]["metrics"], results["options"]["max_concurrency"]))
     for kind, comparison in results.get("comparison", {}).items():
-        out.print(report.comparison_table(kind, comparison))
+        out.print(report.comparison_table(kind, comparison), soft_wrap=False)
     for line in results.get("watched", ()):
         out.print(line)
     if "profiler" in results:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def plot_report(results: dict[str, Any], path: Path) -> None:
         left.xaxis.set_major_formatter("{x:g}")
         left.xaxis.set_minor_formatter("{x:g}")
         left.tick_params(axis="x", which="both", labelsize=7, rotation=45)
+        left.title.set_fontsize(9)
         left.set_ylim(0, 1.01)
         left.grid(alpha=0.3)
         left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=2, frameon=False)
@@ -163,7 +165,7 @@ def _loop_bars(results: dict[str, Any]) -> dict[str, dict[str, float]]:
 def decode_speeds(steps: Sequence[dict[str, Any]]) -> dict[int, list[float]]:
     """Tokens per second of steps that only decode, by how many sequences they had; of the log of timeline.py."""
     found: dict[int, list[float]] = {}
-    for before, step in zip(steps, steps[1:], strict=False):
+    for before, step in pairwise(steps):
         # A step that was launched ahead waits for the one before it.
         seconds = step["read"] - max(step["launched"], before["read"])
         if not step["prefill_tokens"] and step["decoding"] and seconds > 0:
@@ -206,12 +208,13 @@ def plot_timeline(timeline: dict[str, Any], path: Path, environment: dict[str, A
         one, requests, decoding, prefill = (row[0] for row in axes)
         _draw_request(one, timeline["request"])
         for row, (begin, first, end) in zip(seats(loop["requests"]), loop["requests"], strict=True):
-            requests.barh(row, first - begin, 0.8, begin, color=COLOURS[1])
+            requests.barh(row, first - begin, 0.8, begin, color=COLOURS[1], edgecolor="white", linewidth=0.3)
             requests.barh(row, end - first, 0.8, first, color=COLOURS[0])
         for colour, label in ((COLOURS[1], "to the first token"), (COLOURS[0], "the rest of the answer")):
             requests.barh(0, 0, color=colour, label=label)
-        count = len(loop["requests"])
-        requests.set(ylabel="seats", title=f"closed loop: {count} requests, {loop['max_concurrency']} at a time")
+        title = f"closed loop: {len(loop['requests'])} requests, {loop['max_concurrency']} at a time"
+        requests.set_yticks([])
+        requests.set(ylabel="requests, by seat", title=title)
         edges, held = _steps(loop["steps"])
         for key, axis, label, colour in (
             ("decoding", decoding, "sequences that decode", COLOURS[0]),
@@ -219,7 +222,8 @@ def plot_timeline(timeline: dict[str, Any], path: Path, environment: dict[str, A
             ("prefill_tokens", prefill, "prompt tokens", COLOURS[2]),
         ):
             style = {"color": colour, "linewidth": 0.8, "linestyle": "--" if key == "waiting" else "-"}
-            axis.stairs(held[key], edges, fill=key == "prefill_tokens", label=label, **style)
+            axis.stairs(held[key], edges, label=label, **style)
+            axis.stairs(held[key], edges, fill=True, color=colour, alpha=0.35)
             axis.set_ylim(0, 1.1 * max([1, *held[key], *(held["decoding"] if axis is decoding else [])]))
         decoding.set(ylabel="sequences", title="what each step held")
         prefill.set(ylabel="tokens", xlabel="s")
@@ -242,6 +246,7 @@ def _draw_request(axis: Any, request: dict[str, Any]) -> None:
         axis.barh(0, 1e3 * seconds, 0.7, 1e3 * begin, color=_KIND_COLOURS[kind], label=label)
     rows = ["device", "stages"] if request["kernels"] else ["stages"]
     axis.set_yticks([0, 1] if request["kernels"] else [1], rows)
+    axis.set_ylim(-0.6 if request["kernels"] else 0.2, 1.8)
     title = f"one request: {1e3 * request['ttft']:.1f} ms to its first token"
     axis.set(xlabel="ms", title=title, xlim=(0, None))
 

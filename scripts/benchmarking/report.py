@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich import box
 from rich.table import Table
 
 from benchmarking.card import card
@@ -38,6 +39,7 @@ def environment(llm: LLM) -> dict[str, Any]:
         "commit": _commit(),
         "weights": "random" if llm.random_weights else "of the checkpoint",
         "settings": llm.settings,
+        "max_pixels": llm.processor.image_settings.max_pixels,
     }
 
 
@@ -65,18 +67,37 @@ def heading(found: dict[str, Any]) -> str:
     return f"{found['card']['name']}; {versions}{commit}; model {model}\n{weights}"
 
 
-def single_table(cells: list[dict[str, Any]]) -> Table:
-    """Time to first token by image and text length; stages are medians of the warm requests."""
-    table = Table(title="Time to first token, one request at a time, ms")
-    for name in ("image", "text", "image tokens", "count", "median", "p90", "p99", *STAGE_COLUMNS, "stages / total"):
-        table.add_column(name.replace("_", " "), justify="left" if name == "image" else "right")
+TABLE_WIDTH = 100  # columns that every table fits, whatever the terminal's width
+
+
+def single_table(cells: list[dict[str, Any]], max_pixels: int | None = None) -> Table:
+    """Time to first token by image and text length; stages are medians of the warm requests.
+
+    ``max_pixels`` is what images are shrunk to: said where one of the cells is larger.
+    """
+    title = f"Time to first token of a request that is alone, ms; of {cells[0]['ttft']['count']} warm requests each"
+    least = min(cell["stages_over_total"] for cell in cells)
+    caption = f"The stages make up {least:.1%} of the total or more."
+    if max_pixels is not None and any(_pixels(cell["image"]) > max_pixels for cell in cells):
+        caption += f" Images are shrunk to {max_pixels} pixels at most, this model's limit."
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0)
+    for name in ("image", "text", "image tokens", "median", "p90", "p99", *STAGE_COLUMNS):
+        words = name.replace("_", " ").split()
+        side = "left" if name == "image" else "right"
+        longest = max(map(len, [*words, *(cell["image"] for cell in cells if name == "image")]))
+        table.add_column(" ".join(words), justify=side, min_width=min(longest, 20), overflow="fold")
     for cell in cells:
         stages = [f"{1e3 * cell['stages'][name]:.1f}" for name in STAGE_COLUMNS]
-        ttft = cell["ttft"]
-        numbers = [f"{ttft[name]:.1f}" for name in ("median", "p90", "p99")]
-        counts = [str(value) for value in (cell["text_tokens"], cell["vision_tokens"], ttft["count"])]
-        table.add_row(cell["image"], *counts, *numbers, *stages, f"{cell['stages_over_total']:.1%}")
+        numbers = [f"{cell['ttft'][name]:.1f}" for name in ("median", "p90", "p99")]
+        counts = [str(value) for value in (cell["text_tokens"], cell["vision_tokens"])]
+        table.add_row(cell["image"], *counts, *numbers, *stages)
     return table
+
+
+def _pixels(size: str) -> int:
+    """Of ``HEIGHTxWIDTH``; 0 for the name of a file."""
+    sides = size.split("x")
+    return int(sides[0]) * int(sides[1]) if len(sides) == 2 and all(side.isdigit() for side in sides) else 0
 
 
 def cold_line(cold: dict[str, Any]) -> str:
@@ -94,7 +115,8 @@ def comparison_table(workload: str, comparison: dict[str, Any]) -> Table:
     """Variants of one workload beside the first of them."""
     first = next(iter(comparison))
     rounds = comparison[first]["rounds"]
-    table = Table(title=f"{workload}: mean time to first token by variant, {rounds} rounds in turns")
+    title = f"{workload}: mean time to first token by variant, {rounds} rounds in turns"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for name in ("variant", "TTFT ms", "rounds", f"speed-up over {first}", "spread", "req/s", "host us / MoE layer"):
         table.add_column(name, justify="left" if name == "variant" else "right")
     for name, row in comparison.items():

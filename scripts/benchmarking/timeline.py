@@ -141,13 +141,14 @@ def chrome_trace(timeline: dict[str, Any], environment: dict[str, Any]) -> dict[
     # Two threads: a step may be launched while the tokens of the one before are waited for.
     name("thread", "engine: launching steps (host)", 2, 1)
     name("thread", "engine: steps until their tokens are read", 2, 2)
-    name("thread", "engine: steps launched ahead", 2, 3)
     last_read = 0.0
     for number, step in enumerate(loop["steps"]):
         held = {key: step[key] for key in ("prefill_tokens", "decoding", "images", "waiting", "tokens")}
         span(f"launch {number}", 2, 1, step["launched"], step["handed"] - step["launched"], **held)
         row = 2 if step["launched"] >= last_read else 3
         last_read = step["read"] if row == 2 else last_read
+        if row == 3 and not any(event.get("tid") == 3 for event in events):
+            name("thread", "engine: steps launched ahead", 2, 3)
         span(_title(step), 2, row, step["launched"], step["read"] - step["launched"], step=number, **held)
         for counter in ("decoding", "prefill_tokens", "waiting"):
             place = {"name": counter.replace("_", " "), "pid": 2, "ts": 1e6 * step["launched"]}
