@@ -334,7 +334,7 @@ def test_the_program_compares(app, tmp_path):
     arguments += ["--rounds", "2", "--repeats", "2", "--json", str(json_file), "--plot", str(plot_file)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert "speed-up over reference" in done.output
+    assert "speed-up over" in done.output
     assert plot_file.stat().st_size > 1000
     rows = json.loads(json_file.read_text())["comparison"]["single"]
     assert list(rows) == ["reference", "eager", "transformers"]
