@@ -38,6 +38,7 @@ MaxPrefillTokens = Annotated[int | None, typer.Option(help="Most prompt tokens i
 GpuMemoryUtilization = Annotated[float | None, typer.Option(help="Part of the GPU's memory to use. [default: 0.9]")]
 KvCacheDtype = Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")]
 TensorParallelSize = Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")]
+DataParallelSize = Annotated[int, typer.Option(help="Answer requests by so many engines, on GPUs of their own.")]
 MinPixels = Annotated[int | None, typer.Option(help="Enlarge smaller images to this many pixels.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Resize larger images to this many pixels.")]
 Eager = Annotated[bool, typer.Option(help="Make no CUDA graphs: ready sooner, slower afterwards.")]
@@ -59,7 +60,7 @@ _SAMPLING = (
 )
 _ENGINE = (
     *("device", "dtype", "moe", "max_model_len", "max_num_seqs", "max_prefill_tokens", "gpu_memory_utilization"),
-    *("kv_cache_dtype", "tensor_parallel_size", "min_pixels", "max_pixels", "expert_layout"),
+    *("kv_cache_dtype", "tensor_parallel_size", "data_parallel_size", "min_pixels", "max_pixels", "expert_layout"),
 )
 
 
@@ -88,7 +89,7 @@ def engine_options(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         OptionError: --engine is no JSON object, or names an option again.
     """
-    named = {name: given[name] for name in _ENGINE if given[name] is not None}
+    named = {name: given[name] for name in _ENGINE if given.get(name) is not None}
     if given["eager"]:
         named["enforce_eager"] = True
     return named | _more("--engine", given["engine"], named)

@@ -87,6 +87,7 @@ def main(
     gpu_memory_utilization: cli.GpuMemoryUtilization = None,
     kv_cache_dtype: cli.KvCacheDtype = "auto",
     tensor_parallel_size: cli.TensorParallelSize = 1,
+    data_parallel_size: cli.DataParallelSize = 1,
     eager: cli.Eager = False,
     min_pixels: cli.MinPixels = None,
     max_pixels: cli.MaxPixels = None,
