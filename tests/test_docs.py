@@ -17,12 +17,8 @@ import command_line
 from qwen3vl_moe import LLM, SamplingParams
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "examples/README.md",
-]
+FIRST = [ROOT / "README.md", ROOT / "examples/README.md"]
+PAGES = [*FIRST, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 _COMMAND = re.compile(r"(?:python (?:scripts|eval)/\w+\.py|qwen3vl-moe [a-z]\w*(?:-\w+)?)(?: .*)?")
 OF_LM_EVAL = "eval/lm.py"  # whose options are lm-eval's own
 
