@@ -346,6 +346,7 @@ class LLM:
         bar = tqdm(total=len(items), desc="Processed prompts") if use_tqdm else None
         with closing(done), nullcontext() if bar is None else bar:
             outputs: dict[int, Any] = {}
+            output: Any
             tokens = {"prompt": 0, "answer": 0}
             for number, output in done:  # an error was raised
                 outputs[number] = output
