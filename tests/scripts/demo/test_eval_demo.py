@@ -47,6 +47,6 @@ def test_wrong_calls_are_one_line(tmp_path):
 
 
 def test_the_demo_by_its_name():
-    done = run("--model", "demo", "--questions", 3, "--json")
+    done = invoke("--model", "demo", "--questions", 3, "--json")
     assert done.exit_code == 0
     assert sum(kind["of"] for kind in json.loads(done.stdout)["pictures"].values() if "of" in kind) >= 3
