@@ -163,15 +163,13 @@ def test_no_file_is_too_long_to_read():
 
 def test_every_package_is_installed():
     """An editable install would find one that the list leaves out; a wheel would not."""
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
-    folders = [("qwen3vl_moe", ROOT), ("kernels/tma_moe", ROOT / "kernels")]
-    found = [
-        ".".join(path.parent.relative_to(base).parts)
-        for folder, base in folders
-        for path in (ROOT / folder).rglob("__init__.py")
-    ]
-    assert set(found) <= set(listed)
-    assert all((ROOT / name.replace(".", "/")).is_dir() or name.startswith("tma_moe") for name in listed)
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    listed, moved = setuptools["packages"], setuptools["package-dir"]
+    folders = {ROOT / moved.get(name, name.replace(".", "/")) for name in listed}
+    roots = ("qwen3vl_moe", "kernels/tma_moe", "scripts", "eval")
+    found = {path.parent for root in roots for path in (ROOT / root).rglob("*.py")}
+    assert found <= folders
+    assert all(folder.is_dir() for folder in folders)
 
 
 def test_every_file_of_the_demo_is_installed():
