@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +69,9 @@ def main(
     routing: Annotated[
         str | None, typer.Option(help="With dummy: balanced or skewed choice of experts. [the random router's]")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="A picture of answer tokens/s over running problems; .png, .pdf or .svg.")
+    ] = None,
     through: Annotated[
         str, typer.Option(help="engine, or transformers: its generate, --max-num-seqs problems at a time, to compare.")
     ] = "engine",
@@ -82,10 +86,16 @@ def main(
         problems.require_lm_eval()
         task_check(asked, output, max_gen_toks, temperature, cache)
         import beside_scripts  # noqa: F401
+        from benchmarking.figures import check_figure, decode_speeds, plot_scaling
         from benchmarking.loading import load_llm
+        from benchmarking.report import environment
+        from benchmarking.timeline import step_log
         from benchmarking.watch import Watch
         from lm import EngineLM
 
+        check_figure("--plot", plot)
+        if plot is not None and through != "engine":
+            raise OptionError("--plot shows the engine's steps: leave out --through")
         sizes = {
             "max_model_len": max_model_len,
             "kv_cache_dtype": kv_cache_dtype,
@@ -108,7 +118,7 @@ def main(
             lm = EngineLM(llm)
         stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")
         kwargs = generation(max_gen_toks, temperature, ignore_eos)
-        with Watch(llm) as watch:
+        with Watch(llm) as watch, step_log(llm) if plot else nullcontext([]) as steps:
             results, tracker = problems.evaluate(
                 lm,
                 asked,
@@ -124,6 +134,9 @@ def main(
             **speed(lm, len(results["samples"]["gsm8k"]) // len(problems.FILTERS)),
         }
         report(results, figures, asked)
+        if plot is not None:
+            plot_scaling({"steps of decoding": decode_speeds(steps)}, plot, environment(llm), "gsm8k")
+            stdout.print(f"written: {plot}")
         for line in watch.lines():
             stderr.print(line, style="dim")
         try:

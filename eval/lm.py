@@ -1,11 +1,10 @@
 """lm-eval's ``LM`` over our engine, so that every task of lm-eval runs on it.
 
-lm-eval's own command finds a model class only after somebody has imported it. This file is that command with the class
-imported; every option of ``lm_eval run`` works:
+lm-eval's own command finds a model class only where somebody has told it of one, and it takes no plug-ins for models.
+This file is that command with ours in it; every option of ``lm_eval run`` works, with a GPU and without:
 
     python eval/lm.py run --model qwen3vl_moe --model_args pretrained=DIR,moe=tma --tasks arc_easy --apply_chat_template
-
-(lm-eval asks for the device cuda:0 unless told otherwise: add ``--device cpu`` where there is no GPU.)
+    qwen3vl-moe lm-eval run --model qwen3vl_moe ...                      # the same where the package is installed
 
 Model arguments of lm-eval's ``hf`` and ``vllm`` work here too, or are refused by name (model_args.py).
 
@@ -19,6 +18,15 @@ All requests of a task go to the engine at once: it does the batching. Checked w
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # the command, which imports what follows when it needs the class: not for --help
+    import beside_scripts  # noqa: F401
+    from command import main
+    from program import any_text
+
+    any_text()
+    main()
+    raise SystemExit
+
 import logging
 import time
 from collections import Counter
@@ -26,6 +34,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
@@ -79,7 +88,8 @@ class EngineLM(TemplateLM):
 
     Args:
         pretrained: a checkpoint directory, a hub id, "demo", or an :class:`LLM`.
-        device: as in :class:`LLM`.
+        device: as in :class:`LLM`; "cuda:0", which is what lm-eval says where nobody has said anything, is "auto" where
+            there is no GPU.
         max_gen_toks: longest answer in tokens where a task sets none.
         prefix_token_id: the context of a text that has none; None: the tokenizer's end-of-text token.
         think_end_token: text or id of the token that ends what the model thinks. Only what follows its last place in
@@ -121,6 +131,9 @@ class EngineLM(TemplateLM):
         self._variables = template_variables(enable_thinking, chat_template_args)
         if type(max_gen_toks) is not int or max_gen_toks < 1:
             raise OptionError(f"max_gen_toks={max_gen_toks!r}: an integer of at least 1 is needed")
+        if device == "cuda:0" and not torch.cuda.is_available():
+            _log.warning("there is no GPU for --device cuda:0, lm-eval's default: the model runs on the CPU")
+            device = "auto"
         if not isinstance(pretrained, LLM):
             self.llm = LLM(pretrained, device=device or "auto", progress=progress, **options)
         elif options:
@@ -379,12 +392,3 @@ def _name(request: Any, number: int) -> str:
     """How a document is found again: by its task and its number there."""
     task, document = (getattr(request, name, None) for name in ("task_name", "doc_id"))
     return f"request {number}" if document is None else f"task {task}, document {document}"
-
-
-if __name__ == "__main__":
-    import beside_scripts  # noqa: F401
-    from command import main
-    from program import any_text
-
-    any_text()
-    main()

@@ -57,7 +57,7 @@ class Gsm8k:
             UserError: the hub cannot be reached, or a data file is missing or damaged.
         """
         names = [self.split] + (["train"] if self.num_fewshot and self.split != "train" else [])
-        rows = _from_hub(names) if self.data is None else {n: read_problems(self.data / f"{n}.jsonl") for n in names}
+        rows = from_hub(names) if self.data is None else {n: read_problems(self.data / f"{n}.jsonl") for n in names}
         # An example is never the problem itself, so the training split has to hold one more.
         if self.num_fewshot and len(rows["train"]) <= self.num_fewshot:
             raise OptionError(
@@ -115,7 +115,13 @@ def read_problems(path: Path) -> list[dict[str, str]]:
     return problems
 
 
-def _from_hub(names: list[str]) -> dict[str, list[dict[str, str]]]:
+def from_hub(names: list[str]) -> dict[str, list[dict[str, str]]]:
+    """Splits of gsm8k from the Hugging Face hub.
+
+    Raises:
+        UserError: lm-eval's package of data sets is not there, or the hub cannot be reached.
+    """
+    require_lm_eval()
     import datasets
 
     try:
@@ -123,7 +129,8 @@ def _from_hub(names: list[str]) -> dict[str, list[dict[str, str]]]:
     except Exception as error:  # of a dozen kinds, from four libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"gsm8k cannot be had from the hub ({reason}); give --data DIR, a folder with train.jsonl and test.jsonl"
+            f"gsm8k cannot be had from the hub ({reason}); give programs --data DIR, a folder with train.jsonl and "
+            "test.jsonl"
         ) from error
     return {name: found[name].to_list() for name in names}
 

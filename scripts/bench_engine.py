@@ -23,6 +23,7 @@ import io
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -32,13 +33,16 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarking.card import card, ceilings
 from benchmarking.experts_read import experts_in_next_step
+from benchmarking.figures import check_figure, plot_scaling
 from benchmarking.inputs import plain_token_ids
 from benchmarking.loading import load_llm
+from benchmarking.report import TABLE_WIDTH, environment
 from benchmarking.step_profile import KINDS, StepProfile, profile_steps
 from program import any_text
 from qwen3vl_moe import LLM, SamplingParams
@@ -103,11 +107,24 @@ def decode_step(llm: LLM, S: int, context: int, bandwidth: float, rng: np.random
             seconds.append(time.perf_counter() - started)
     return {
         "what": f"decode step, batch {S}, context {context}",
+        "sequences": S,
+        "context": context,
         "ms": 1e3 * statistics.median(seconds),
         "p20_ms": 1e3 * float(np.percentile(seconds, 20)),
         "p80_ms": 1e3 * float(np.percentile(seconds, 80)),
         "floor_ms": 1e3 * bytes_of_step(llm, experts, context * S) / bandwidth,
         "note": f"{experts:.0f} of {engine.model.config.text.num_experts} experts a layer",
+    }
+
+
+def scaling(rows: list[dict]) -> dict[str, dict[int, list[float]]]:
+    """Tokens per second by the number of sequences, measured and by the floor, of the rows of decoding."""
+    decoding = [row for row in rows if "sequences" in row and row["context"] <= 1024]
+    return {
+        "measured": {row["sequences"]: [1e3 * row["sequences"] / row["ms"]] for row in decoding},
+        "floor: weights and cache read once a step": {
+            row["sequences"]: [1e3 * row["sequences"] / row["floor_ms"]] for row in decoding
+        },
     }
 
 
@@ -270,9 +287,16 @@ def profiles(llm: LLM, rng: np.random.Generator) -> dict[str, StepProfile]:
 
 
 def profile_table(found: dict[str, StepProfile]) -> Table:
-    table = Table("step", "host, total", "before the device", *KINDS, "gaps", title="milliseconds, by torch's profiler")
-    for name, step in found.items():
-        table.add_row(name, *(f"{ms:.2f}" for ms in (step.total, step.before, *step.kinds.values(), step.gaps)))
+    """A column for each step, as there are fewer of them than kinds of work."""
+    table = Table(box=box.SIMPLE_HEAD, title="milliseconds, by torch's profiler")
+    table.add_column(no_wrap=True)
+    for name in found:
+        table.add_column(name, justify="right")
+    rows = {"host, total": "total", "before the device": "before", "gaps": "gaps"}
+    for name, attribute in rows.items():
+        table.add_row(name, *(f"{getattr(step, attribute):.2f}" for step in found.values()))
+    for kind in KINDS:
+        table.add_row(kind, *(f"{step.kinds[kind]:.2f}" for step in found.values()))
     return table
 
 
@@ -290,11 +314,13 @@ def main(
     quick: bool = typer.Option(False, help="Small sizes and few repetitions."),
     profile: bool = typer.Option(False, help="Show where the time of a step goes, too: needs a GPU."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the figures here."),
+    plot_file: Path | None = typer.Option(None, "--plot", help="A picture of tokens/s over running sequences."),
 ) -> None:
     """Measure the engine on this machine."""
     try:
         if profile and parse_device(device).type != "cuda":
             raise OptionError(f"--profile looks at a GPU's kernels; --device {device} has none")
+        check_figure("--plot", plot_file)
         started = time.perf_counter()
         length = LONGEST if model is None else None
         drawn = routing if load_format != "auto" else None
@@ -316,10 +342,11 @@ def main(
             for row in results["rows"]:
                 floor = f"{row['floor_ms']:.2f}" if "floor_ms" in row else ""
                 table.add_row(row["what"], f"{row['ms']:.2f}", floor, row["note"])
-            Console().print(table)
+            out = Console(width=None if sys.stdout.isatty() else TABLE_WIDTH)
+            out.print(table)
         if profile:
             found = profiles(llm, np.random.default_rng(1))
-            Console().print(profile_table(found))
+            out.print(profile_table(found))
             results["profiles"] = {what: asdict(step) for what, step in found.items()}
     except UserError as error:
         console.print(f"error: {error}", markup=False)
@@ -327,6 +354,8 @@ def main(
     finally:  # what has been measured is kept, whatever became of the rest
         if json_file:
             json_file.write_text(json.dumps(results, indent=2))
+    if plot_file:
+        plot_scaling(scaling(results["rows"]), plot_file, environment(llm), "Decoding: tokens per second")
 
 
 def measure(llm: LLM, quick: bool) -> Iterator[dict]:

@@ -268,7 +268,9 @@ def summary(rows: list[dict]) -> Table:
 
 def main(
     directory: Path = typer.Option(..., "--dir", help="A checkpoint, or where to write a synthetic one."),
-    gb: float = typer.Option(12.0, help="Least size of the synthetic checkpoint, in GB (6 or more: whole layers)."),
+    gb: float | None = typer.Option(
+        None, help="Least size of the synthetic checkpoint, in GB; 6 or more unless tiny. [default: 12, tiny 0.05]"
+    ),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu", help="Where to load to."),
     rounds: int = typer.Option(3, min=1, help="Runs of each loader, cold and warm each; the order alternates."),
     budget: float = typer.Option(200.0, help="Seconds after which no further run starts (each has run once by then)."),
@@ -280,6 +282,7 @@ def main(
     try:
         if json_file is not None and not json_file.absolute().parent.is_dir():
             raise OptionError(f"--json {json_file}: there is no directory {json_file.parent}")
+        gb = (0.05 if tiny else 12.0) if gb is None else gb
         if not 0 < gb < math.inf:
             raise OptionError(f"--gb {gb}: a positive number is needed")
         report: dict = {"runs": []}

@@ -1,7 +1,7 @@
 """Accuracy of a demo checkpoint on held-out pictures, by question kind, through this package's LLM.
 
-    python scripts/eval_demo.py --model qwen3vl_moe/demo
-    python scripts/eval_demo.py --model qwen3vl_moe/demo --against-transformers
+    python scripts/eval_demo.py --model demo
+    python scripts/eval_demo.py --model demo --against-transformers
     python scripts/eval_demo.py --sample picture.png     # draw one of them, and print its question and answer
 
 The pictures and phrasings are never used in training. The table goes to stderr; stdout holds nothing but JSON with
@@ -28,7 +28,7 @@ SAMPLE_KIND = "describe"
 
 @app.command()
 def main(
-    model: Annotated[str | None, typer.Option(help="Checkpoint directory.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint directory, or 'demo'.")] = None,
     questions: Annotated[int, typer.Option(help="Held-out picture questions.")] = 1400,
     data: Annotated[Path | None, typer.Option(help="gsm8k's train.jsonl: score training problems too.")] = None,
     problems: Annotated[int, typer.Option(help="Training problems, the first of the file.")] = 200,
@@ -50,6 +50,10 @@ def main(
             return
         if model is None:
             raise OptionError("name a checkpoint directory with --model, or a picture to draw with --sample")
+        if model == "demo":
+            from qwen3vl_moe.weights import resolve  # slow to import
+
+            model = str(resolve(model))
         if not Path(model).is_dir():
             raise OptionError(f"--model {model} is no directory; scripts/train_demo.py makes one")
         options = {"device": device, "dtype": dtype, "moe": moe}

@@ -1,7 +1,7 @@
 """Ask the model a question, with or without pictures, or chat with it, or answer a file of requests.
 
-    python scripts/generate.py --model demo --image cat.jpg --prompt "What is this?"
-    python scripts/generate.py --model demo --input requests.jsonl --output answers.jsonl
+    python scripts/generate.py --model demo --image examples/shapes.png --prompt "What do you see in this picture?"
+    python scripts/generate.py --model demo --input examples/requests.jsonl --output answers.jsonl
 
 The answer goes to stdout while it is being written, and nothing else does; settings, progress and errors go to stderr.
 
@@ -16,7 +16,6 @@ mended, 130 interrupted, 143 terminated.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -29,8 +28,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import cli_options as cli
+from chat import check_pictures, opening, say_settings, stream, talk, user_message, write
 from program import any_text, json_line
-from qwen3vl_moe.errors import PromptError, UserError, one_line
+from qwen3vl_moe.errors import UserError, one_line
 
 SECONDS_BETWEEN_LINES = 30.0  # of progress, where stderr is no terminal
 
@@ -40,11 +41,12 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = "demo",
-    image: Annotated[list[str] | None, typer.Option(help="Image file or URL, before the text; repeatable.")] = None,
+    model: cli.Model = "demo",
+    image: cli.Images = None,
     prompt: Annotated[
-        str | None, typer.Option(help="The question. Without it: a chat, one line of stdin a turn.")
+        str | None, typer.Option(help="The question. Without it: a chat, one line of stdin a turn, as chat.py.")
     ] = None,
+    system: cli.System = None,
     requests: Annotated[
         Path | None,
         typer.Option(
@@ -65,38 +67,41 @@ def main(
             '"error". The same command goes on where an interrupted one was.',
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy. [default: the checkpoint's]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
-    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
-    tensor_parallel_size: Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")] = 1,
-    data_parallel_size: Annotated[
-        int, typer.Option(help="Answer requests by so many engines, on GPUs of their own.")
-    ] = 1,
-    max_pixels: Annotated[int | None, typer.Option(help="Resize larger images to this many pixels.")] = None,
-    media_root: Annotated[
-        Path | None, typer.Option(help="Read image files from this directory and those in it alone.")
-    ] = None,
-    allow_hosts: Annotated[
-        str | None,
-        typer.Option(
-            help="Download images from these hosts alone: names with commas between them, .example.org for all below "
-            "it; '' for none."
-        ),
-    ] = None,
+    max_tokens: cli.MaxTokens = 512,
+    temperature: cli.Temperature = None,
+    top_p: cli.TopP = None,
+    top_k: cli.TopK = None,
+    min_p: cli.MinP = None,
+    repetition_penalty: cli.RepetitionPenalty = None,
+    presence_penalty: cli.PresencePenalty = None,
+    frequency_penalty: cli.FrequencyPenalty = None,
+    stop: cli.Stop = None,
+    seed: cli.Seed = None,
+    sampling: cli.Sampling = None,
+    device: cli.Device = "auto",
+    dtype: cli.Dtype = "auto",
+    moe: cli.Moe = "auto",
+    max_model_len: cli.MaxModelLen = None,
+    max_num_seqs: cli.MaxNumSeqs = None,
+    max_prefill_tokens: cli.MaxPrefillTokens = None,
+    gpu_memory_utilization: cli.GpuMemoryUtilization = None,
+    kv_cache_dtype: cli.KvCacheDtype = "auto",
+    tensor_parallel_size: cli.TensorParallelSize = 1,
+    data_parallel_size: cli.DataParallelSize = 1,
+    eager: cli.Eager = False,
+    min_pixels: cli.MinPixels = None,
+    max_pixels: cli.MaxPixels = None,
+    expert_layout: cli.ExpertLayout = None,
+    engine: cli.Engine = None,
+    media_root: cli.MediaRoot = None,
+    allow_hosts: cli.AllowHosts = None,
     allow_private_hosts: Annotated[
         bool | None,
         typer.Option(
             "--allow-private-hosts/--no-private-hosts",
-            help="Download images from this machine and from private networks too. [default: not for --input]",
+            help="Download images from this machine and from private networks too. [default: neither for --input nor "
+            "for a chat from a pipe]",
         ),
-    ] = None,
-    expert_layout: Annotated[
-        str | None, typer.Option(help="published or transformers5, if the checkpoint asks.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,
 ) -> None:
@@ -104,54 +109,41 @@ def main(
 
     Exit status: 0 done, 1 some requests of --input could not be answered, 2 an error in the call, 130 interrupted.
     """
+    given = dict(locals())
     try:
         if (requests is None) != (answers is None):
             raise UserError("--input and --output go together: a file of requests, and one for their answers")
-        if requests is not None and (image or prompt is not None or as_json):
-            raise UserError("--input brings prompts and images of its own: leave out --prompt, --image and --json")
+        if requests is not None and (image or prompt is not None or system is not None or as_json):
+            raise UserError(
+                "--input brings prompts and images of its own: leave out --prompt, --system, --image and --json"
+            )
         if as_json and prompt is None:
             raise UserError("--json needs --prompt: a chat is not one JSON object")
-        from qwen3vl_moe.engine import LLM, SamplingParams  # slow to import: not before --help has been answered
-        from qwen3vl_moe.inputs.access import media_access
-        from qwen3vl_moe.inputs.image_source import decode_rgb, open_image
+        from qwen3vl_moe.engine import LLM  # slow to import: not before --help has been answered
 
-        if allow_private_hosts is None:  # a file of requests may come from anyone
-            allow_private_hosts = requests is None
-        hosts = None if allow_hosts is None else [name for name in allow_hosts.split(",") if name.strip()]
-        limits = {"media_root": media_root, "allow_hosts": hosts, "allow_private_hosts": allow_private_hosts}
-        access = media_access(**limits)
-        for number, source in enumerate(image or []):
-            if "://" not in source:
-                decode_rgb(open_image(source, number, access))  # a bad file should show before the weights are loaded
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        if allow_private_hosts is None:  # a file of requests, and a pipe, may come from anyone
+            given["allow_private_hosts"] = requests is None and (prompt is not None or sys.stdin.isatty())
+        limits, params = cli.media_limits(given), cli.sampling_params(given, one_answer=requests is None)
+        images = check_pictures(image or [], limits)  # a bad file should show before the weights are loaded
 
         def load() -> LLM:
-            llm = LLM(
-                model,
-                device=device,
-                dtype=dtype,
-                moe=moe,
-                max_model_len=max_model_len,
-                kv_cache_dtype=kv_cache_dtype,
-                tensor_parallel_size=tensor_parallel_size,
-                data_parallel_size=data_parallel_size,
-                max_pixels=max_pixels,
-                expert_layout=expert_layout,
-                **limits,
-            )
-            stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")
+            llm = LLM(model, **cli.engine_options(given), **limits)
+            say_settings(llm)
             return llm
 
         if requests is not None:
-            raise typer.Exit(_answer_file(load, requests, answers, params, {"model": model, "max_pixels": max_pixels}))
+            settings = {"model": model, "max_pixels": max_pixels}  # what an answer depends on
+            settings |= {name: given[name] for name in ("min_pixels", "engine") if given[name] is not None}
+            raise typer.Exit(_answer_file(load, requests, answers, params, settings))
         llm = load()
-        images = [{"type": "image", "image": path} for path in image or []]
-        if as_json:
-            _write(json_line(_answer(llm, images, prompt, params)))
-        elif prompt is not None:
-            _stream(llm, [_user_message(images, prompt)], params)
+        if prompt is None:
+            talk(llm, images, params, system)
         else:
-            _chat(llm, images, params)
+            conversation = [*opening(system), user_message(images, prompt)]
+            if as_json:
+                write(json_line(_answer(llm, conversation, params)))
+            else:
+                stream(llm, conversation, params)
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None
@@ -160,66 +152,8 @@ def main(
         raise typer.Exit(0 if prompt is None and requests is None else 130) from None
 
 
-def _chat(llm: Any, images: list[dict], params: Any) -> None:
-    """One turn per line of stdin until it ends; the images belong to the first turn.
-
-    A line that cannot be used ends a chat from a pipe. At a terminal it can be said otherwise: the chat goes on.
-    """
-    conversation: list[dict] = []
-    if sys.stdin.isatty():
-        stderr.print("Type a message and press Enter; Ctrl-D ends the chat.", style="dim")
-    for line in _lines():
-        turn = _user_message(images if not conversation else [], line)
-        try:
-            answer = _stream(llm, [*conversation, turn], params)
-        except PromptError as error:
-            if not sys.stdin.isatty():
-                raise
-            stderr.print(f"error: {error}")
-        else:
-            conversation += [turn, {"role": "assistant", "content": answer}]
-
-
-def _lines() -> Iterator[str]:
-    interactive = sys.stdin.isatty()
-    while True:
-        if interactive:
-            stderr.print("> ", end="", style="bold")
-        try:
-            line = input()
-        except EOFError:
-            if interactive:
-                stderr.print()
-            return
-        except UnicodeDecodeError as error:
-            raise UserError(f"stdin is no {error.encoding} text ({error.reason})") from None
-        if line.strip():
-            yield line
-
-
-def _user_message(images: list[dict], text: str) -> dict:
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
-
-
-def _stream(llm: Any, conversation: list[dict], params: Any) -> str:
-    """Write the answer while it comes; return it whole."""
-    for output in llm.stream(conversation, params):
-        _write(output.outputs[0].new_text)
-    _write("\n")
-    answer, metrics = output.outputs[0], output.metrics
-    seconds = metrics.finished_time - metrics.arrival_time
-    first = metrics.first_token_time - metrics.arrival_time
-    stderr.print(
-        f"{len(output.prompt_token_ids)} prompt tokens ({output.num_image_tokens} of images), "
-        f"{len(answer.token_ids)} answer tokens in {seconds:.2f} s, the first after {first:.2f} s; "
-        f"ended by {answer.finish_reason}",
-        style="dim",
-    )
-    return answer.text
-
-
-def _answer(llm: Any, images: list[dict], prompt: str, params: Any) -> dict:
-    (output,) = llm.chat([_user_message(images, prompt)], params)
+def _answer(llm: Any, conversation: list[dict], params: Any) -> dict:
+    (output,) = llm.chat(conversation, params)
     answer, metrics = output.outputs[0], output.metrics
     return {
         "text": answer.text,
@@ -315,18 +249,6 @@ def _answer_requests(llm: Any, todo: list, answers: Any) -> str:
                 said = time.monotonic()
                 stderr.print(f"{requests} of {len(valid)}, {speed()}")
     return speed()
-
-
-def _write(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as error:
-        # Python flushes stdout once more at exit, which would fail again and print a traceback.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader has seen enough: no error
-            raise typer.Exit(0) from None
-        raise UserError(f"the answer cannot be written to stdout: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python scripts/ttft.py --model Qwen/Qwen3-VL-30B-A3B-Instruct
     python scripts/ttft.py --load-format dummy --workload single --compare per_call,lru,owned --against transformers
     python scripts/ttft.py --model demo --sizes 224x224 --num-prompts 8 --max-concurrency 3   # anywhere: a try-out
+    python scripts/ttft.py --model demo --timeline timeline.png --trace trace.json            # what happened when
 
 The single stream covers a grid of image sizes and text lengths, from encoded bytes and text to the first token on the
 host, split by stage. The first request of the process is reported apart, with the time from the start of the process
@@ -71,6 +72,15 @@ def main(
     profile: Annotated[bool, typer.Option(help="Check one request against a profiler trace.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Everything, samples included.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="A picture of distributions and stages.")] = None,
+    timeline_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--timeline", help="A picture of one request (stages, kernels) and of every step of a closed loop."
+        ),
+    ] = None,
+    trace_file: Annotated[
+        Path | None, typer.Option("--trace", help="The same as a Chrome trace, .json: open it in ui.perfetto.dev.")
+    ] = None,
 ) -> None:
     """Measure the time to first token, and serving under load, on this machine."""
     options = dict(locals())
@@ -93,15 +103,12 @@ def main(
             "it, or lower --max-concurrency, --image-resolution or --sizes"
         )
         raise typer.Exit(2) from None
-    if plot_file is not None:
-        from benchmarking.report import plot
-
-        plot(results, plot_file)
+    draw(results, plot_file, timeline_file)
 
 
 def run(options: dict[str, Any], results: dict[str, Any]) -> None:
     """Check the options, load, measure; see the module for what is measured. ``results`` takes each part at once."""
-    from benchmarking import report, workloads
+    from benchmarking import report, timeline, workloads
     from benchmarking.card import card
     from benchmarking.inputs import Images, parse_resolution
     from benchmarking.variants import TRANSFORMERS, check_names, check_variants, has_graphs
@@ -158,6 +165,8 @@ def run(options: dict[str, Any], results: dict[str, Any]) -> None:
     results["environment"]["card_after"] = card(llm.engine.model.device)
     if options["profile"]:
         results["profiler"] = workloads.profiler_check(llm, sources, load)
+    if options["timeline_file"] or options["trace_file"]:
+        results["timeline"] = timeline.record(llm, sources, load)
 
 
 def load_llm(options: dict[str, Any]) -> Any:
@@ -190,18 +199,12 @@ def _kinds(options: dict[str, Any]) -> tuple[str, ...]:
     for name in ("temperature", "warmup_requests"):
         if not options[name] >= 0:
             raise OptionError(f"--{name.replace('_', '-')} {options[name]}: 0 or more is needed")
-    for name in ("json_file", "plot_file"):
-        if options[name] is not None and not options[name].absolute().parent.is_dir():
-            raise OptionError(f"{options[name]} cannot be written: there is no directory {options[name].parent}")
-        if options[name] is not None and options[name].is_dir():
-            raise OptionError(f"{options[name]} cannot be written: it is a directory")
-    if options["plot_file"] is not None:
-        if options["plot_file"].suffix.lower() not in (".png", ".pdf", ".svg"):
-            raise OptionError(f"--plot {options['plot_file']}: a name ending in .png, .pdf or .svg is needed")
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise OptionError("--plot needs matplotlib: pip install matplotlib") from None
+    from benchmarking.figures import check_figure, check_file
+
+    for name in ("json_file", "trace_file"):
+        check_file(options[name])
+    for name in ("plot_file", "timeline_file"):
+        check_figure(f"--{name.removesuffix('_file')}", options[name])
     return WORKLOADS[options["workload"]]
 
 
@@ -221,17 +224,17 @@ def show(results: dict[str, Any]) -> None:
     from benchmarking import report
     from benchmarking.statistics import serving_table
 
-    wide = None if sys.stdout.isatty() else 170  # tables whole in a log file
+    wide = None if sys.stdout.isatty() else report.TABLE_WIDTH
     out = Console(highlight=False, markup=False, soft_wrap=True, width=wide)
     out.print(results["environment"]["command"])
     out.print(report.heading(results["environment"]))
     out.print(report.cold_line(results["cold"]))
     if results.get("single"):
-        out.print(report.single_table(results["single"]))
+        out.print(report.single_table(results["single"], results["environment"]["max_pixels"]), soft_wrap=False)
     if "closed_loop" in results:
         out.print(serving_table(results["closed_loop"]["metrics"], results["options"]["max_concurrency"]))
     for kind, comparison in results.get("comparison", {}).items():
-        out.print(report.comparison_table(kind, comparison))
+        out.print(report.comparison_table(kind, comparison), soft_wrap=False)
     for line in results.get("watched", ()):
         out.print(line)
     if "profiler" in results:
@@ -240,8 +243,23 @@ def show(results: dict[str, Any]) -> None:
 
 
 def write(results: dict[str, Any], json_file: Path | None) -> None:
+    """All that was measured, and the trace."""
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
+    if "timeline" in results and (trace_file := results["options"]["trace_file"]):
+        from benchmarking.timeline import write_trace
+
+        write_trace(Path(trace_file), results["timeline"], results["environment"])
+
+
+def draw(results: dict[str, Any], plot_file: Path | None, timeline_file: Path | None) -> None:
+    """The pictures that were asked for."""
+    from benchmarking import figures
+
+    if plot_file is not None:
+        figures.plot_report(results, plot_file)
+    if timeline_file is not None:
+        figures.plot_timeline(results["timeline"], timeline_file, results["environment"])
 
 
 if __name__ == "__main__":

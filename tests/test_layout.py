@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import qwen3vl_moe
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -58,7 +60,7 @@ _READERS = {"qwen3vl_moe.config", "qwen3vl_moe.errors", "qwen3vl_moe.json_files"
 MAY_IMPORT["qwen3vl_moe.weights"] = {*_READERS, "qwen3vl_moe.ops", "tma_moe"}
 MAY_IMPORT["qwen3vl_moe.inputs"] = {*_READERS, "qwen3vl_moe.ops"}
 MAY_IMPORT["qwen3vl_moe.engine"] = {*_READERS, "qwen3vl_moe.ops", "qwen3vl_moe.inputs", "qwen3vl_moe.weights"}
-MAY_IMPORT["qwen3vl_moe"] = {"qwen3vl_moe.config", "qwen3vl_moe.engine", "qwen3vl_moe.model"}  # the face
+MAY_IMPORT["qwen3vl_moe"] = {"qwen3vl_moe.config", "qwen3vl_moe.engine", "qwen3vl_moe.weights"}  # the face
 
 
 def room_of(module: str) -> str:
@@ -125,6 +127,33 @@ def test_importing_the_package_imports_no_transformers_models():
     assert python(code) == "[]"
 
 
+def test_importing_the_package_imports_nothing_slow():
+    """Programs import it before they answer --help."""
+    code = "import sys, qwen3vl_moe; print(qwen3vl_moe.__version__, [m for m in sys.modules if m in %r])"
+    version = re.search(r'__version__ = "(.*)"', (ROOT / "qwen3vl_moe/__init__.py").read_text(encoding="utf-8"))[1]
+    assert python(code % ["torch", "transformers", "numpy", "PIL"]) == f"{version} []"
+
+
+def test_the_demo_answers_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"  # as if it were not installed
+        "from qwen3vl_moe import LLM, SamplingParams\n"
+        "chat = [{'role': 'user', 'content': 'Hello'}]\n"
+        "print(LLM(device='cpu', progress=False).chat(chat, SamplingParams(temperature=0))[0].outputs[0].text)"
+    )
+    assert python(code) == "Hello! Ask me about a picture."
+
+
+def test_public_names_are_imported_when_used():
+    code = (
+        "import qwen3vl_moe as q; print(callable(q.Qwen3VLMoe.from_pretrained), "
+        "[getattr(q, name) is vars(q)[name] for name in q.__all__])"
+    )
+    assert python(code) == f"True {[True] * len(qwen3vl_moe.__all__)}"
+    with pytest.raises(AttributeError, match="no attribute 'Lmm'"):
+        _ = qwen3vl_moe.Lmm
+
+
 def test_no_file_is_too_long_to_read():
     for folder, most in (("qwen3vl_moe", 400), ("kernels", 400), ("scripts", 400), ("eval", 400), ("tests", 450)):
         for path in (ROOT / folder).rglob("*.py"):
@@ -134,15 +163,13 @@ def test_no_file_is_too_long_to_read():
 
 def test_every_package_is_installed():
     """An editable install would find one that the list leaves out; a wheel would not."""
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
-    folders = [("qwen3vl_moe", ROOT), ("kernels/tma_moe", ROOT / "kernels")]
-    found = [
-        ".".join(path.parent.relative_to(base).parts)
-        for folder, base in folders
-        for path in (ROOT / folder).rglob("__init__.py")
-    ]
-    assert set(found) <= set(listed)
-    assert all((ROOT / name.replace(".", "/")).is_dir() or name.startswith("tma_moe") for name in listed)
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    listed, moved = setuptools["packages"], setuptools["package-dir"]
+    folders = {ROOT / moved.get(name, name.replace(".", "/")) for name in listed}
+    roots = ("qwen3vl_moe", "kernels/tma_moe", "scripts", "eval")
+    found = {path.parent for root in roots for path in (ROOT / root).rglob("*.py")}
+    assert found <= folders
+    assert all(folder.is_dir() for folder in folders)
 
 
 def test_every_file_of_the_demo_is_installed():

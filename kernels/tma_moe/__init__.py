@@ -17,6 +17,8 @@ from tma_moe.op import fused_moe, route
 from tma_moe.support import gluon_problem, unavailable
 from tma_moe.uncombined import Uncombined
 
+__version__ = "0.1.0"
+
 __all__ = [
     "FP8",
     "ExpertWeights",

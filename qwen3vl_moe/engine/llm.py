@@ -42,7 +42,7 @@ from qwen3vl_moe.inputs.processor import Processor, Prompt
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.ops.dispatch import kernels_in_use
 from qwen3vl_moe.weights import load_model, resolve
-from qwen3vl_moe.weights.placement import parse_device, require_division, tma_problem
+from qwen3vl_moe.weights.placement import parse_device, require_division, settle_threads, tma_problem
 
 How = tuple[str, dict[str, Any]]  # see LLM.preparing
 Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
@@ -63,7 +63,8 @@ class LLM:
 
     Args:
         model: a checkpoint directory, a hub id, or "demo": the small trained checkpoint of this package.
-        device: "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu".
+        device: "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu". On a CPU, a narrow model such as the demo
+            sets torch to one thread, unless the environment has OMP_NUM_THREADS or MKL_NUM_THREADS.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
         moe: "tma" (Hopper), "reference" (plain torch), "auto".
         min_pixels, max_pixels: area to which images are resized, in pixels; None: the checkpoint's.
@@ -115,6 +116,7 @@ class LLM:
         access = media_access(media_root, allow_hosts, allow_private_hosts)
         longest = options.model_len(config.text.max_positions)
         device = parse_device(device)
+        settle_threads(device, config.text)
         self.processor = Processor.from_pretrained(
             directory,
             config,
@@ -200,6 +202,7 @@ class LLM:
             "moe": model.moe,
             **fallback,
             **kernels_in_use(model.device, model.dtype, head_dims, engine.cache.tensor[0]),
+            **({"cpu_threads": torch.get_num_threads()} if model.device.type == "cpu" else {}),
             "tensor_parallel_size": model.ranks.size,
             "data_parallel_size": 1 if self._replicas is None else self._replicas.size,
             "cuda_graphs": uses_graphs(model, self.options),
@@ -269,7 +272,8 @@ class LLM:
             prompts: a text, a list of token ids, ``{"prompt": text, "multi_modal_data": {"image": one or a list}}``
                 (or ``"prompt_token_ids"`` for ``"prompt"``; :meth:`.Processor.prompt` has the rest), or a list of such.
             sampling_params: one for all, or one per prompt; None takes everything from the checkpoint.
-            use_tqdm: show how many of the answers are there; unlike vLLM nothing is shown unasked.
+            use_tqdm: show how many of the answers are there, and the tokens per second of prompts and answers; unlike
+                vLLM nothing is shown unasked.
             not_built: vLLM's arguments that have no meaning here are refused by name.
 
         Returns:
@@ -342,9 +346,16 @@ class LLM:
         bar = tqdm(total=len(items), desc="Processed prompts") if use_tqdm else None
         with closing(done), nullcontext() if bar is None else bar:
             outputs: dict[int, Any] = {}
+            output: Any
+            tokens = {"prompt": 0, "answer": 0}
             for number, output in done:  # an error was raised
                 outputs[number] = output
                 if bar is not None:
+                    tokens["prompt"] += len(output.prompt_token_ids)
+                    tokens["answer"] += sum(len(answer.token_ids) for answer in output.outputs)
+                    seconds = max(bar.format_dict["elapsed"], 1e-9)
+                    speeds = (f"{count / seconds:.0f} {what} tokens/s" for what, count in tokens.items())
+                    bar.set_postfix_str(", ".join(speeds), refresh=False)
                     bar.update()
         return [outputs[number] for number in range(len(outputs))]
 

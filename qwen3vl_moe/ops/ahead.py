@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 from tma_moe import ExpertWeights
-from tma_moe.launcher import compile_ahead, instead_of_launching
-
-__all__ = ["allocate_only", "compile_ahead", "sizes_to_compile"]
+from tma_moe.support import triton_problem
 
 
 def allocate_only() -> AbstractContextManager[None]:
     """Within it, operations allocate their results and launch none of our kernels."""
+    if triton_problem() is not None:  # without triton there are none
+        return nullcontext()
+    from tma_moe.launcher import instead_of_launching
+
     return instead_of_launching(lambda launch, grid, args: None)
+
+
+def compile_ahead(report: Callable[[int, int], None]) -> AbstractContextManager[None]:
+    """Within it, launches only compile their kernels; ``report`` and the rest as in :mod:`tma_moe.launcher`."""
+    from tma_moe import launcher  # needs triton
+
+    return launcher.compile_ahead(report)
 
 
 def sizes_to_compile(most: int, experts: Iterable[ExpertWeights], k: int) -> list[int]:

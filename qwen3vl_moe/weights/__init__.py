@@ -6,4 +6,4 @@ from qwen3vl_moe.weights.source import resolve
 
 Qwen3VLMoe.from_pretrained = staticmethod(load_model)  # declared there, where nothing is known of files
 
-__all__ = ["load_model", "resolve"]
+__all__ = ["Qwen3VLMoe", "load_model", "resolve"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from qwen3vl_moe.model.part import Part, why_not
 from qwen3vl_moe.weights.shards import DTYPES
 
 MOE_BACKENDS = ("auto", "tma", "reference")
+_NARROW = 512  # hidden size: on a CPU, products of narrower models end before a second thread has begun
+_THREADS_CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # the user's word on threads, in the environment
 
 
 def parse_device(device: torch.device | str) -> torch.device:
@@ -34,6 +37,17 @@ def parse_device(device: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"device {str(device)!r} cannot be used here ({reason}); choose another, or cpu") from None
+
+
+def settle_threads(device: torch.device, config: TextConfig) -> None:
+    """Let torch compute narrow models in one thread on a CPU, in this whole process.
+
+    More would gain nothing on an idle machine, and wait for each other most of the time on a busy one. What the
+    environment says of threads holds.
+    """
+    chosen = any(os.environ.get(name) for name in _THREADS_CHOSEN)
+    if device.type == "cpu" and config.hidden_size <= _NARROW and not chosen:
+        torch.set_num_threads(1)
 
 
 def parse_dtype(dtype: torch.dtype | str, declared: torch.dtype) -> torch.dtype:

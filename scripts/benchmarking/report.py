@@ -1,4 +1,4 @@
-"""What a measurement says about itself, and how it is shown: tables, plots, the machine and the versions."""
+"""What a measurement says about itself, and how it is shown: tables, the machine and the versions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich import box
 from rich.table import Table
 
 from benchmarking.card import card
@@ -32,47 +33,71 @@ def environment(llm: LLM) -> dict[str, Any]:
 
         versions |= {"triton": triton.__version__, "cuda": str(torch.version.cuda)}
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(sys.argv if sys.argv[0].startswith("qwen3vl-moe ") else ["python", *sys.argv]),
         "card": card(llm.engine.model.device),
         "versions": versions,
         "commit": _commit(),
-        "weights": "random" if llm.random_weights else "real",
+        "weights": "random" if llm.random_weights else "of the checkpoint",
         "settings": llm.settings,
+        "max_pixels": llm.processor.image_settings.max_pixels,
     }
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """Of this repository; None where the programs lie elsewhere, such as among the packages of an environment."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=here, timeout=20).stdout.strip()
+
+    here = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent, timeout=20
-        )
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here.parents[1]:
+            return None  # some other repository, in whose folder an environment lies
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def heading(found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     model = found["settings"]["model"]
-    return (
-        f"{found['card']['name']}; {versions}; commit {found['commit']}; model {model}\n"
-        f"weights: {found['weights'].upper()}" + ("; the answers are noise" if found["weights"] == "random" else "")
-    )
+    weights = "RANDOM WEIGHTS: the answers are noise" if found["weights"] == "random" else "the checkpoint's weights"
+    commit = "" if found["commit"] is None else f"; commit {found['commit']}"
+    return f"{found['card']['name']}; {versions}{commit}; model {model}\n{weights}"
 
 
-def single_table(cells: list[dict[str, Any]]) -> Table:
-    """Time to first token by image and text length; stages are medians of the warm requests."""
-    table = Table(title="Time to first token, one request at a time, ms")
-    for name in ("image", "text", "image tokens", "count", "median", "p90", "p99", *STAGE_COLUMNS, "stages / total"):
-        table.add_column(name.replace("_", " "), justify="left" if name == "image" else "right")
+TABLE_WIDTH = 100  # columns that every table fits, whatever the terminal's width
+
+
+def single_table(cells: list[dict[str, Any]], max_pixels: int | None = None) -> Table:
+    """Time to first token by image and text length; stages are medians of the warm requests.
+
+    ``max_pixels`` is what images are shrunk to: said where one of the cells is larger.
+    """
+    title = f"Time to first token of a request that is alone, ms; of {cells[0]['ttft']['count']} warm requests each"
+    least = min(cell["stages_over_total"] for cell in cells)
+    caption = f"The stages make up {least:.1%} of the total or more."
+    if max_pixels is not None and any(_pixels(cell["image"]) > max_pixels for cell in cells):
+        caption += f" Images are shrunk to {max_pixels} pixels at most, this model's limit."
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, padding=0)
+    for name in ("image", "text", "image tokens", "median", "p90", "p99", *STAGE_COLUMNS):
+        words = name.replace("_", " ").split()
+        side = "left" if name == "image" else "right"
+        longest = max(map(len, [*words, *(cell["image"] for cell in cells if name == "image")]))
+        table.add_column(" ".join(words), justify=side, min_width=min(longest, 20), overflow="fold")
     for cell in cells:
         stages = [f"{1e3 * cell['stages'][name]:.1f}" for name in STAGE_COLUMNS]
-        ttft = cell["ttft"]
-        numbers = [f"{ttft[name]:.1f}" for name in ("median", "p90", "p99")]
-        counts = [str(value) for value in (cell["text_tokens"], cell["vision_tokens"], ttft["count"])]
-        table.add_row(cell["image"], *counts, *numbers, *stages, f"{cell['stages_over_total']:.1%}")
+        numbers = [f"{cell['ttft'][name]:.1f}" for name in ("median", "p90", "p99")]
+        counts = [str(value) for value in (cell["text_tokens"], cell["vision_tokens"])]
+        table.add_row(cell["image"], *counts, *numbers, *stages)
     return table
+
+
+def _pixels(size: str) -> int:
+    """Of ``HEIGHTxWIDTH``; 0 for the name of a file."""
+    sides = size.split("x")
+    return int(sides[0]) * int(sides[1]) if len(sides) == 2 and all(side.isdigit() for side in sides) else 0
 
 
 def cold_line(cold: dict[str, Any]) -> str:
@@ -90,7 +115,8 @@ def comparison_table(workload: str, comparison: dict[str, Any]) -> Table:
     """Variants of one workload beside the first of them."""
     first = next(iter(comparison))
     rounds = comparison[first]["rounds"]
-    table = Table(title=f"{workload}: mean time to first token by variant, {rounds} rounds in turns")
+    title = f"{workload}: mean time to first token by variant, {rounds} rounds in turns"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for name in ("variant", "TTFT ms", "rounds", f"speed-up over {first}", "spread", "req/s", "host us / MoE layer"):
         table.add_column(name, justify="left" if name == "variant" else "right")
     for name, row in comparison.items():
@@ -105,56 +131,6 @@ def comparison_table(workload: str, comparison: dict[str, Any]) -> Table:
             "" if not host else f"{statistics.median(host):.1f} ({min(host):.1f}-{max(host):.1f})",
         )
     return table
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Distributions of the time to first token (by variant where variants were compared), and stages as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
-    for name, samples in _distributions(results).items():
-        ordered = sorted(1e3 * value for value in samples)
-        left.step(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], where="post", label=name)
-    left.set(xlabel="time to first token, ms", ylabel="share of requests", title="TTFT distribution")
-    left.legend(fontsize=7)
-    bars = _stage_bars(results)
-    bottom = [0.0] * len(bars)
-    for stage in STAGE_COLUMNS:
-        heights = [1e3 * stages.get(stage, 0.0) for stages in bars.values()]
-        right.bar(range(len(bars)), heights, bottom=bottom, label=stage.replace("_", " "))
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    right.set_xticks(range(len(bars)), list(bars), rotation=30, ha="right", fontsize=7)
-    right.set(ylabel="ms", title="stages, medians")
-    right.legend(fontsize=7)
-    environment = results["environment"]
-    figure.suptitle(f"{environment['card']['name']}, {environment['weights']} weights", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _distributions(results: dict[str, Any]) -> dict[str, list[float]]:
-    found = {}
-    for workload, comparison in results.get("comparison", {}).items():
-        for name, row in comparison.items():
-            found[f"{workload}: {name}"] = [record["ttft"] for record in row["samples"]]
-    for cell in results.get("single", []):
-        found[f"single: {cell['image']}, {cell['text_len']} text"] = [record["ttft"] for record in cell["samples"]]
-    if "closed_loop" in results:
-        found["closed loop"] = [record["ttft"] for record in results["closed_loop"]["samples"]]
-    return found
-
-
-def _stage_bars(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    bars = {f"{cell['image']}, {cell['text_len']}": cell["stages"] for cell in results.get("single", [])}
-    for workload, comparison in results.get("comparison", {}).items():
-        bars |= {f"{workload}: {name}": median_stages(row["samples"]) for name, row in comparison.items()}
-    if "closed_loop" in results and not bars:
-        bars["closed loop"] = median_stages(results["closed_loop"]["samples"])
-    return bars
 
 
 def median_stages(samples: list[dict[str, Any]]) -> dict[str, float]:

@@ -1,12 +1,16 @@
 """Requests from the outside: how answers end, seeds, log-probabilities, streams, refusals, interruptions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine import LLM, SamplingParams
 from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.outputs import STAGES
 from qwen3vl_moe.errors import CheckpointError, OptionError, PromptError
+from qwen3vl_moe.weights.placement import settle_threads
 from tests.engine.conftest import PROMPTS, check_leaks, mixed_prompt
 
 TEXT = "Hello, how are you today?"
@@ -332,12 +336,26 @@ def test_from_a_directory(plain):
         "model": str(plain.published), "random_weights": False, "device": "cpu", "dtype": "float32", "moe": "reference",
         "moe_fallback": "a Hopper GPU is needed, the device is cpu",
         "attention": "torch", "small_ops": "torch", "cuda_graphs": False,
-        "tensor_parallel_size": 1, "data_parallel_size": 1,
+        "tensor_parallel_size": 1, "data_parallel_size": 1, "cpu_threads": torch.get_num_threads(),
         "max_model_len": 128, "max_num_seqs": 4, "max_prefill_tokens": 8192,
         "kv_cache_dtype": "float32", "kv_cache_tokens": 512,
     }  # fmt: skip
     assert answer(llm).finish_reason == "length"
     assert "moe_fallback" not in LLM(plain.published, moe="reference", progress=False).settings
+
+
+def test_threads_of_a_narrow_model_on_a_cpu(plain, monkeypatch):
+    """One, unless the environment says otherwise; wider models keep what torch has."""
+    before, config = torch.get_num_threads(), Qwen3VLMoeConfig.from_pretrained(plain.path).text
+    try:
+        for hidden, chosen, threads in ((32, "", 1), (32, "3", 3), (2048, "", 3)):
+            monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+            monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+            torch.set_num_threads(3)
+            settle_threads(torch.device("cpu"), replace(config, hidden_size=hidden))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_parts_without_defaults_end_at_the_tokenizers_end_of_text(llm):

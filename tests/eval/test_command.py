@@ -111,6 +111,21 @@ def test_errors_of_use_are_one_line(run, task, capsys, arguments, options, messa
     assert "error: " in last
 
 
+def test_missing_data_are_one_line(run, tmp_path, capsys, monkeypatch):
+    def unreachable(*arguments, **named):
+        raise ConnectionError("Couldn't reach 'someone/tasks' on the Hub\nand more of it")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.setattr(TaskManager, "__init__", partialmethod(TaskManager.__init__, include_defaults=False))
+    path = tmp_path / "far_away.yaml"
+    path.write_text(json.dumps({"task": "far_away", "dataset_path": "someone/tasks", "test_split": "test"}))
+    with pytest.raises(SystemExit) as caught:
+        run("--tasks", path)
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: the data of a task cannot be had (Couldn't reach 'someone/tasks' on the Hub): it ")
+
+
 def test_ours_are_one_line(monkeypatch, capsys):
     def fail():
         raise UserError("no such checkpoint")

@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import fetch_gsm8k
 import gsm8k
 import problems
 from qwen3vl_moe.errors import UserError
@@ -281,6 +283,28 @@ def test_no_hub(monkeypatch):
     assert done.code == 2
     assert "cannot be had from the hub (Couldn't reach" in done.err
     assert "--data DIR" in done.err
+
+
+def test_the_data_are_fetched_once(tmp_path, monkeypatch):
+    rows = {
+        "train": [{"question": "1+1?", "answer": "It is 2.\n#### 2"}],
+        "test": [{"question": "ä", "answer": "#### 3"}],
+    }
+    asked = []
+
+    def load_dataset(*arguments):
+        asked.append(arguments)
+        return {name: SimpleNamespace(to_list=lambda name=name: rows[name]) for name in rows}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for _ in range(2):
+        assert run_program(fetch_gsm8k.app, tmp_path / "new" / "gsm8k").code == 0
+    assert {name: problems.read_problems(tmp_path / "new" / "gsm8k" / f"{name}.jsonl") for name in rows} == rows
+    assert asked == [("openai/gsm8k", "main")]
+    (tmp_path / "file").touch()
+    done = run_program(fetch_gsm8k.app, tmp_path / "file" / "gsm8k")
+    assert done.code == 2
+    assert done.err.endswith("test.jsonl cannot be written: Not a directory\n")
 
 
 def test_files_that_lm_eval_could_not_write(run, tmp_path, monkeypatch):

@@ -242,3 +242,10 @@ def test_the_prefix_of_a_text_without_context(demo):
     (score, _) = prefixed.loglikelihood([instance("", "The answer")])[0]
     expected = logprobs(demo.oracle, [65, *demo.tokenizer("The answer").input_ids])[0]
     assert score == pytest.approx(float(expected.sum()), abs=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine with no GPU")
+def test_lm_evals_default_device_where_there_is_no_gpu(caplog):
+    lm = EngineLM("demo", device="cuda:0", progress=False)
+    assert lm.llm.settings["device"] == "cpu"
+    assert "the model runs on the CPU" in caplog.text

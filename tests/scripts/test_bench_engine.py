@@ -89,7 +89,7 @@ def test_what_was_measured_is_kept_where_the_rest_fails(monkeypatch, tmp_path, c
     monkeypatch.setattr(bench_engine, "vision_call", fail)
     file = tmp_path / "out.json"
     with pytest.raises(torch.OutOfMemoryError):
-        bench_engine.main("demo", "auto", "balanced", "cpu", "auto", "auto", False, True, False, file)
+        bench_engine.main("demo", "auto", "balanced", "cpu", "auto", "auto", 1, False, True, False, file, None)
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 4
     assert "prefill of 100 text tokens" in capsys.readouterr().out

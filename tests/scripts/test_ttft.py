@@ -256,7 +256,7 @@ def test_the_closed_loop_can_be_compared(llm):
 @pytest.mark.parametrize("routing", ["balanced", "skewed"])
 def test_random_weights_with_drawn_routing(plain, routing):
     llm = load_llm(str(plain.published), load_format="dummy", device="cpu", moe="reference", routing=routing)
-    assert "weights: RANDOM; the answers are noise" in report.heading(report.environment(llm))
+    assert "RANDOM WEIGHTS: the answers are noise" in report.heading(report.environment(llm))
     layers = llm.engine.model.text.layers
     x_TH = torch.ones(4000, llm.engine.model.config.text.hidden_size, dtype=llm.engine.model.dtype)
     K = llm.engine.model.config.text.experts_per_token
@@ -283,7 +283,7 @@ def test_the_program_measures_and_reports(app, tmp_path):
     arguments += ["--max-concurrency", "3", "--profile", "--json", str(json_file), "--plot", str(plot_file)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert "weights: REAL" in done.output
+    assert "the checkpoint's weights" in done.output
     assert "Serving Benchmark Result" in done.output
     assert plot_file.stat().st_size > 1000
 
@@ -334,7 +334,7 @@ def test_the_program_compares(app, tmp_path):
     arguments += ["--rounds", "2", "--repeats", "2", "--json", str(json_file), "--plot", str(plot_file)]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert "speed-up over reference" in done.output
+    assert "speed-up over" in done.output
     assert plot_file.stat().st_size > 1000
     rows = json.loads(json_file.read_text())["comparison"]["single"]
     assert list(rows) == ["reference", "eager", "transformers"]

@@ -44,3 +44,9 @@ def test_wrong_calls_are_one_line(tmp_path):
         assert done.exit_code == 2
         assert message in done.stderr
         assert "Traceback" not in done.output
+
+
+def test_the_demo_by_its_name():
+    done = invoke("--model", "demo", "--questions", 3, "--json")
+    assert done.exit_code == 0
+    assert sum(kind["of"] for kind in json.loads(done.stdout)["pictures"].values() if "of" in kind) >= 3

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import chat
 from qwen3vl_moe.engine import LLM, SamplingParams
 from qwen3vl_moe.errors import PromptError, UserError
 from tests.pictures import encoded, noise
@@ -94,22 +95,22 @@ class Typed(io.StringIO):
 
 
 @pytest.mark.parametrize("stdin", [Typed, io.StringIO])
-def test_a_line_that_cannot_be_used(program, plain, pictures, monkeypatch, capsys, stdin):
+def test_a_line_that_cannot_be_used(plain, pictures, monkeypatch, capsys, stdin):
     """At a terminal the chat goes on as if it had not been said; a pipe is at its end."""
     llm, params = LLM(plain.path, device="cpu", progress=False), SamplingParams(max_tokens=6)
     images = [{"type": "image", "image": pictures[0]}]
     monkeypatch.setattr(sys, "stdin", stdin("Hello\nAnd now?\n"))
-    program._chat(llm, images, params)
+    chat.talk(llm, images, params)
     expected = capsys.readouterr().out
     monkeypatch.setattr(sys, "stdin", stdin("<|image_pad|>\nHello\n<|image_pad|>\nAnd now?\n"))
     if stdin is Typed:
-        program._chat(llm, images, params)
+        chat.talk(llm, images, params)
         captured = capsys.readouterr()
         assert captured.out == expected
         assert captured.err.count("error: messages[") == 2
     else:
         with pytest.raises(PromptError, match="the text holds the token"):
-            program._chat(llm, images, params)
+            chat.talk(llm, images, params)
 
 
 def test_empty_stdin_ends_the_chat(run, plain):
@@ -181,8 +182,8 @@ def test_json_needs_a_prompt(run):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_an_error(program, monkeypatch):
+def test_a_full_disk_is_an_error(monkeypatch):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         with pytest.raises(UserError, match="cannot be written to stdout: No space left on device"):
-            program._write("an answer")
+            chat.write("an answer")
