@@ -49,7 +49,7 @@ class Service:
     def stream(self, item: Any, prepare: Prepare, params: SamplingParams) -> Generator[RequestOutput, None, None]:
         """See :meth:`.LLM.stream`. The prompt is made and checked at once, the request begins with the first output."""
         call = self._turns.joined_by(Call())
-        prompt, arrival, seconds = self._prepared(prepare, (item, params))
+        prompt, arrival, seconds = self.prepared(prepare, (item, params))
         return call.runs(self._stream(self.engine.requests(prompt, params, arrival, seconds, call)))
 
     def _stream(self, sequences: list[Sequence]) -> Generator[RequestOutput, None, None]:
@@ -93,7 +93,7 @@ class Service:
         # Images take far more memory as pixels than as files: only so many requests are prepared ahead.
         ahead = min(self.engine.scheduler.max_num_seqs, _AHEAD)
         pairs = list(zip(items, params, strict=True))
-        intake = Intake(lambda pair: self._prepared(prepare, pair), pairs, ahead)
+        intake = Intake(lambda pair: self.prepared(prepare, pair), pairs, ahead)
         with closing(intake):
             try:
                 self._begin([])
@@ -145,7 +145,7 @@ class Service:
                     self.engine.abort(sequence)
             self.engine.settle()
 
-    def _prepared(self, prepare: Prepare, pair: tuple[Any, SamplingParams]) -> Timed:
+    def prepared(self, prepare: Prepare, pair: tuple[Any, SamplingParams]) -> Timed:
         """Make a prompt.
 
         Raises:
