@@ -83,7 +83,7 @@ def main(
         if api_key is not None and (not api_key or not api_key.isascii()):
             raise OptionError("--api-key has to be a text of ASCII characters")
         try:
-            from qwen3vl_moe.server.run import bind, run  # slow to import: not before --help has been answered
+            from qwen3vl_moe.server.run import Server, bind  # slow to import: not before --help has been answered
         except ImportError as error:
             raise OptionError(f"{error.name} is missing: pip install 'qwen3vl-moe[serve]'") from None
         from qwen3vl_moe.inputs.access import media_access
@@ -117,7 +117,7 @@ def main(
             access=access,
         )
         limits = Limits(max_waiting, max_body_mib * MIB, media)
-        status = run(llm, bound, served_model_name or model, limits, api_key, stderr.print)
+        status = Server(llm, bound, served_model_name or model, limits, api_key, stderr.print).run()
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None

@@ -105,7 +105,7 @@ class Parts:
 
 
 def _waiting(text: str, tag: str) -> int:
-    """How many characters at the end of ``text`` may belong to a tag that is not there yet, with the space before it."""
+    """How many characters at the end of a text may belong to a tag that is not there yet, with the space before it."""
     length = next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if tag.startswith(text[-n:])), 0)
     before = text[: len(text) - length]
     return length + len(before) - len(before.rstrip())

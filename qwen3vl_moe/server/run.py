@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +52,7 @@ def address_of(bound: socket.socket) -> str:
     return f"http://{shown}:{port}"
 
 
-class _Server(uvicorn.Server):
+class _Uvicorn(uvicorn.Server):
     """Tells when it takes connections, and what a signal came to."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None], say: Callable[[str], None]):
@@ -66,14 +67,17 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.force_exit = self.should_exit  # of any two signals
         self.should_exit = True
-        # From here on, not in the handler itself: it may have struck in the middle of a write.
+        # Not from the handler itself, which may have struck in the middle of a write.
         said = "stopping now" if self.force_exit else "finishing what was asked for; once more to stop now"
-        asyncio.get_event_loop().call_soon_threadsafe(self._say, said)
+        asyncio.get_running_loop().call_soon_threadsafe(self._say, said)
 
     @contextmanager
-    def capture_signals(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        numbers = signal.SIGINT, signal.SIGTERM
-        before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+    def capture_signals(self) -> Iterator[None]:
+        """Uvicorn's own raises each signal once more at its end: here it is an order that has been carried out."""
+        if threading.current_thread() is not threading.main_thread():  # no signal ever strikes here
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
@@ -81,36 +85,30 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def run(
-    llm: LLM,
-    bound: socket.socket,
-    name: str,
-    limits: Limits | None = None,
-    api_key: str | None = None,
-    say: Callable[[str], None] = print,
-) -> int:
-    """Serve until a signal asks for an end, and then until all answers are finished, or a second one comes.
+class Server:
+    """Serves one model at one address.
 
     Args:
+        llm: used by nobody else while the server runs.
         bound: where (:func:`bind`).
         name: of the model.
         api_key: that clients have to give; None: none.
         say: takes lines for whoever looks after it.
-
-    Returns:
-        the exit status: 0, 130 if answers were given up, 1 if the engine has failed.
     """
-    server: _Server | None = None
 
-    def on_failure() -> None:
-        if server is not None:
-            server.should_exit = True
-
-    async def serve() -> tuple[Serving, _Server]:
-        nonlocal server
-        serving = Serving(llm, name, limits or Limits(), on_failure)
+    def __init__(
+        self,
+        llm: LLM,
+        bound: socket.socket,
+        name: str,
+        limits: Limits | None = None,
+        api_key: str | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        self.address, self._bound, self._say = address_of(bound), bound, say
+        self.serving = Serving(llm, name, limits or Limits(), self.stop)
         config = uvicorn.Config(
-            make_app(serving, api_key),
+            make_app(self.serving, api_key),
             log_config=None,
             access_log=False,
             backlog=_BACKLOG,
@@ -118,19 +116,27 @@ def run(
             server_header=False,
             ws="none",
         )
-        server = _Server(config, lambda: say(f"serving {name} at {address_of(bound)}"), say)
-        try:
-            await server.serve(sockets=[bound])
-        finally:
-            serving.close()
-        return serving, server
+        self._uvicorn = _Uvicorn(config, lambda: say(f"serving {name} at {self.address}"), say)
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        serving, ended = runner.run(serve())
-    if serving.thread.failure is not None:
-        say(f"error: {serving.thread.failure}")
-        return 1
-    return 130 if ended.force_exit else 0
+    def run(self) -> int:
+        """Serve until :meth:`stop` or a signal asks for an end, and then until all answers are finished.
+
+        Returns:
+            the exit status: 0, 130 if a second signal gave answers up, 1 if the engine has failed.
+        """
+        try:
+            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+                runner.run(self._uvicorn.serve(sockets=[self._bound]))
+        finally:
+            self.serving.close()
+        if self.serving.thread.failure is not None:
+            self._say(f"error: {self.serving.thread.failure}")
+            return 1
+        return 130 if self._uvicorn.force_exit else 0
+
+    def stop(self) -> None:
+        """Take no more requests, and end once all answers are finished. Any thread may ask for it."""
+        self._uvicorn.should_exit = True
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
