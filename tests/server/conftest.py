@@ -18,12 +18,12 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install '.[serve]'")
 pytest.importorskip("llguidance", reason="pip install '.[serve]'")
 
-from demo_training.drawing import draw  # noqa: E402
-from demo_training.evaluation import heldout_examples  # noqa: E402
-from qwen3vl_moe import LLM  # noqa: E402
-from qwen3vl_moe.inputs.processor import Processor  # noqa: E402
-from qwen3vl_moe.server.run import Server, bind  # noqa: E402
-from tests.pictures import encoded  # noqa: E402
+from demo_training.drawing import draw
+from demo_training.evaluation import heldout_examples
+from qwen3vl_moe import LLM
+from qwen3vl_moe.inputs.processor import Processor
+from qwen3vl_moe.server.run import Server, bind
+from tests.pictures import encoded
 
 DEMO = Path(__file__).resolve().parents[2] / "qwen3vl_moe" / "demo"
 HELLO = [{"role": "user", "content": "Hello"}]
