@@ -30,6 +30,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         OptionError: the address cannot be had.
     """
+    if not 0 <= port < 1 << 16:  # some resolvers take the rest of a division
+        raise OptionError(f"--port {port}: a number from 0 (any) to 65535 is needed")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind)
