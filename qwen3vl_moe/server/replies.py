@@ -28,13 +28,14 @@ class Reply:
     Args:
         model: the name under which it is served.
         num_prompt: tokens of all prompts.
+        num_image: how many of these are of images.
         count: of the answers.
     """
 
     prefix = object_name = chunk_name = ""
 
-    def __init__(self, model: str, num_prompt: int, count: int):
-        self._model, self._num_prompt, self._count = model, num_prompt, count
+    def __init__(self, model: str, num_prompt: int, num_image: int, count: int):
+        self._model, self._num_prompt, self._num_image = model, num_prompt, num_image
         self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         self._tokens, self._unfinished = [0] * count, count
         self.num_cached = 0
@@ -47,7 +48,7 @@ class Reply:
             "prompt_tokens": self._num_prompt,
             "completion_tokens": written,
             "total_tokens": self._num_prompt + written,
-            "prompt_tokens_details": {"cached_tokens": self.num_cached},
+            "prompt_tokens_details": {"cached_tokens": self.num_cached, "image_tokens": self._num_image},
         }
 
     def _envelope(self, kind: str, choices: Sequence[Any]) -> dict[str, Any]:
@@ -100,12 +101,13 @@ class ChatReply(Reply):
         self,
         model: str,
         num_prompt: int,
+        num_image: int,
         count: int,
         parts: Callable[[], Parts],
         token_bytes: TokenBytes,
         num_top: int,
     ):
-        super().__init__(model, num_prompt, count)
+        super().__init__(model, num_prompt, num_image, count)
         self._parts, self._token_bytes, self._num_top = [parts() for _ in range(count)], token_bytes, num_top
         self._begun, self._calls = [False] * count, [0] * count
 
@@ -174,7 +176,7 @@ class CompletionReply(Reply):
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, model: str, num_prompt: int, count: int, num_top: int | None):
-        super().__init__(model, num_prompt, count)
+        super().__init__(model, num_prompt, 0, count)
         self._num_top, self._offsets = num_top, [0] * count
 
     def _choice(self, delta: Delta) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from qwen3vl_moe.engine import LLM
@@ -231,9 +232,9 @@ class Serving:
             return CompletionReply(self.name, num_prompt, count, request.params.logprobs)
         assert isinstance(request, ChatRequest)
         reasons = "at once" if _thinks_first(prepared) else "tagged" if self._thinks else "never"
-        calls = bool(request.tools)
-        num_top = request.params.logprobs or 0
-        return ChatReply(self.name, num_prompt, count, lambda: Parts(reasons, calls), self._token_bytes, num_top)
+        num_image = sum(image.num_tokens for each in prepared for image in each.prompt.images)
+        parts, num_top = partial(Parts, reasons, bool(request.tools)), request.params.logprobs or 0
+        return ChatReply(self.name, num_prompt, num_image, count, parts, self._token_bytes, num_top)
 
     def _gauges(self) -> dict[str, tuple[str, float]]:
         running, waiting = self.thread.load

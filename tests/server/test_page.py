@@ -85,7 +85,7 @@ def test_a_picture_and_a_conversation_about_it(server, open_page, question, size
     ask(page, text)
     assert wait_for_answers(page, 1) == [answer]
     figures = page.locator(".figures").inner_text()
-    assert re.match(r"first token after \d+\.\d\d s · [\d.]+ tokens/s · \d+ \+ \d+ tokens", figures)
+    assert re.match(r"first token after \d+\.\d\d s · [\d.]+ tokens/s · \d+ tokens in, \d+ out", figures)
     assert page.locator(".user img").count() == 1
     assert page.locator("#pictures img").count() == 0
     ask(page, "Hello")

@@ -95,12 +95,3 @@ def test_mistakes_are_one_line_and_status_2(options, said):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert said in result.stderr
-
-
-def test_help_needs_no_libraries():
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", ROOT / "scripts/serve.py", "--help"], capture_output=True
-    )
-    assert done.returncode == 0
-    assert b"fastapi" not in done.stderr
-    assert b"import torch" not in done.stderr
