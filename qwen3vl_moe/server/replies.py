@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from qwen3vl_moe.engine.detokenizer import TokenBytes
@@ -17,9 +17,7 @@ DONE = b"data: [DONE]\n\n"
 Entries = list[tuple[int, dict[int, Logprob]]]  # of tokens: the id of each, and its log-probabilities
 
 
-def event(value: Any) -> bytes:
-    """A line of a stream. Escapes keep it one line of ASCII, whatever the texts in it hold."""
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # escapes keep it ASCII on one line, whatever texts hold
 
 
 class Reply:
@@ -39,6 +37,8 @@ class Reply:
         self._id, self._created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         self._tokens, self._unfinished = [0] * count, count
         self.num_cached = 0
+        # Of hundreds of streams each has an event a step: what they have in common is written once.
+        self._head = "data: " + _encode(self._envelope(self.chunk_name))[:-1] + ',"choices":['
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -51,32 +51,36 @@ class Reply:
             "prompt_tokens_details": {"cached_tokens": self.num_cached, "image_tokens": self._num_image},
         }
 
-    def _envelope(self, kind: str, choices: Sequence[Any]) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def _event(self, choice: dict[str, Any] | None, with_usage: bool = False) -> bytes:
+        choices = "" if choice is None else _encode(choice)
+        usage = f',"usage":{_encode(self.usage)}' if with_usage else ""
+        return f"{self._head}{choices}]{usage}}}\n\n".encode()
 
     def whole(self, deltas: Iterable[Delta]) -> dict[str, Any]:
         """All answers, of which each is one delta."""
         choices = []
-        for delta in sorted(deltas):
+        for delta in sorted(deltas, key=lambda each: each.choice):
             self._tokens[delta.choice] = delta.num_tokens
             choices.append(self._choice(delta))
-        return {**self._envelope(self.object_name, choices), "usage": self.usage}
+        return {**self._envelope(self.object_name), "choices": choices, "usage": self.usage}
 
     def events(self, deltas: Iterable[Delta], include_usage: bool) -> Iterable[bytes]:
         """Those of a stream. The last chunk of the last answer has the counts, or else one after it."""
         for delta in deltas:
             self._tokens[delta.choice] = delta.num_tokens
             chunks = self._chunks(delta)
-            for number, choice in enumerate(chunks, start=1):
-                value = self._envelope(self.chunk_name, [choice])
-                if number == len(chunks) and delta.finish_reason is not None:
-                    self._unfinished -= 1
-                    if not self._unfinished and not include_usage:
-                        value["usage"] = self.usage
-                yield event(value)
+            self._unfinished -= delta.finish_reason is not None
+            *others, last = chunks or [None]
+            yield from map(self._event, others)
+            if last is not None:
+                ends = delta.finish_reason is not None and not self._unfinished
+                yield self._event(last, with_usage=ends and not include_usage)
         if not self._unfinished:
             if include_usage:
-                yield event({**self._envelope(self.chunk_name, []), "usage": self.usage})
+                yield self._event(None, with_usage=True)
             yield DONE
 
     def _choice(self, delta: Delta) -> dict[str, Any]:
