@@ -117,7 +117,10 @@ def main(
             access=access,
         )
         limits = Limits(max_waiting, max_body_mib * MIB, media)
-        status = Server(llm, bound, served_model_name or model, limits, api_key, stderr.print).run()
+        try:
+            status = Server(llm, bound, served_model_name or model, limits, api_key, stderr.print).run()
+        finally:
+            llm.close()
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None

@@ -18,7 +18,7 @@ from torch import Tensor
 from qwen3vl_moe.errors import OptionError, one_line
 from qwen3vl_moe.ops.transfer import to_device
 
-_MOST_KEPT = 64  # compiled grammars
+_MOST_KEPT, _MOST_CHARACTERS = 64, 1 << 18  # compiled grammars; of the text of one
 # One way to write JSON: where any number of spaces may stand, a model in doubt writes nothing else.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -72,6 +72,8 @@ class Grammars:
             OptionError: it has no such grammar, or llguidance is not installed.
         """
         key = json.dumps(form)
+        if len(key) > _MOST_CHARACTERS:
+            raise OptionError(f"structured_outputs has {len(key)} characters; at most {_MOST_CHARACTERS} are compiled")
         with self._lock:
             known = self._kept.get(key)
             if known is not None:

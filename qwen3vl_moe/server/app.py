@@ -64,7 +64,7 @@ def make_app(serving: Serving, api_key: str | None = None) -> FastAPI:
     @app.get("/health")
     async def health() -> Response:
         if serving.thread.failure is not None:
-            raise RequestError(serving.thread.failure, None, "engine_ended", 503)
+            raise RequestError("the engine has failed", None, "engine_ended", 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
@@ -172,6 +172,8 @@ class Answer(Response):
                 reply.num_cached = stream.num_cached
                 await JSONResponse(reply.whole(deltas))(scope, receive, send)
             self._serving.metrics.ended(stream, reply.usage)
+        except TimeoutError:  # nobody reads: the connection is closed as it stands
+            return
         except Exception as error:
             told = request_error(error)
             if told.status >= 500:

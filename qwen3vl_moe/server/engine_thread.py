@@ -51,7 +51,7 @@ class Delta(NamedTuple):
 
 
 class EngineEnded(Exception):
-    """The thread has ended, or is about to; its message says why."""
+    """The thread has ended, or is about to."""
 
 
 @dataclass(eq=False)
@@ -175,7 +175,8 @@ class EngineThread:
                 stream.take((), False, True, self._end())
 
     def _end(self) -> EngineEnded:
-        return EngineEnded(self.failure or "the server is stopping")
+        # What has failed is for whoever runs the server, not for whoever asks it.
+        return EngineEnded("the server is stopping" if self.failure is None else "the engine has failed")
 
     def _run(self) -> None:
         try:

@@ -110,7 +110,7 @@ class Serving:
     """One model and all that is asked of it.
 
     Args:
-        llm: used by nobody else from now on.
+        llm: used by nobody else until :meth:`close`.
         name: under which the model is served.
         on_failure: called, in the engine's thread, when the engine has failed.
     """
@@ -172,9 +172,8 @@ class Serving:
         stream.take((), False, True, None)
 
     def close(self) -> None:
-        """End the engine's thread; what it was doing is given up."""
+        """End the engine's thread; what it was doing is given up, and the model may serve somebody else."""
         self.thread.stop()
-        self.llm.close()
 
     def _chat(self, raw: bytes, arrival: float) -> tuple[Request, list[Prepared]]:
         request = parse_chat(self._json(raw))

@@ -11,7 +11,6 @@ from qwen3vl_moe.engine.grammar import Grammars
 from qwen3vl_moe.errors import OptionError
 from tests.engine.conftest import PROMPTS, check_leaks
 
-pytest.importorskip("llguidance", reason="structured_outputs needs llguidance")
 SCHEMA = {
     "type": "object",
     "properties": {"colour": {"enum": ["red", "grün"]}, "big": {"type": "boolean"}},
@@ -94,6 +93,7 @@ def test_tokens_that_were_taken_back_are_forgotten(llm):
         ({"json": {"type": "objekt"}}, "json cannot be used: Invalid type: objekt"),
         ({"json": {"not": {"type": "string"}}}, "json cannot be used: .*not"),
         ({"json": "{"}, "json: EOF"),
+        ({"regex": "a" * 300_000}, "at most 262144 are compiled"),
         ({"regex": "("}, "regex cannot be used: .*unclosed group"),
         ({"grammar": "begin: x"}, "grammar cannot be used"),
     ],

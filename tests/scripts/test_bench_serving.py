@@ -5,9 +5,6 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-pytest.importorskip("fastapi", reason="pip install '.[serve]'")
-pytest.importorskip("aiohttp", reason="pip install '.[bench]'")
-
 import bench_serving
 
 SMALL = ["--model", "demo", "--image-resolution", "64x96", "--random-input-len", "24", "--random-output-len", "6"]

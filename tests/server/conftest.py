@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-
-pytest.importorskip("fastapi", reason="pip install '.[serve]'")
-pytest.importorskip("llguidance", reason="pip install '.[serve]'")
 
 from demo_training.drawing import draw
 from demo_training.evaluation import heldout_examples
@@ -116,12 +112,6 @@ def make_demo(demo: LLM) -> Callable[..., LLM]:
         return LLM.from_parts(demo.engine.model, processor, demo.engine.defaults, **options)
 
     return make
-
-
-@pytest.fixture
-def demo_copy(tmp_path: Path) -> Path:
-    """The demo checkpoint in a directory of its own, to be changed."""
-    return shutil.copytree(DEMO, tmp_path / "demo")
 
 
 def data_url(data: bytes, kind: str = "image/png") -> str:

@@ -4,12 +4,12 @@ import json
 import math
 import re
 
+import openai
 import pytest
 
 from qwen3vl_moe import SamplingParams
 from tests.server.conftest import HELLO, Served, asking, data_url
 
-openai = pytest.importorskip("openai", reason="pip install openai")
 SCHEMA = {
     "type": "object",
     "properties": {"number": {"type": "integer", "minimum": 0, "maximum": 999}, "ink": {"enum": ["orange", "blue"]}},

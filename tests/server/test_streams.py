@@ -187,7 +187,8 @@ def test_a_failed_engine_ends_the_server_and_tells_everybody(make_demo, monkeypa
 
         monkeypatch.setattr(llm.engine, "step", fail)
         events = small.chat(stream=True, max_tokens=10).text.strip().split("\n\n")
-        assert "the device is gone" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
+        error = json.loads(events[-1].removeprefix("data: "))["error"]
+        assert (error["type"], error["message"]) == ("server_error", "the engine has failed")
         until(lambda: any("the device is gone" in line for line in small.said), "nobody was told")
     assert "RuntimeError: the device is gone" in capfd.readouterr().err
 

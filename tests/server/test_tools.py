@@ -2,13 +2,13 @@
 
 import json
 
+import openai
 import pytest
 import torch
 
 from qwen3vl_moe.server.tools import Tool, after_thinking, form_of_calls
 from tests.server.conftest import HELLO, served
 
-openai = pytest.importorskip("openai", reason="pip install openai")
 TEMPLATE = """
 {%- if tools %}{{- '<|im_start|>system\\n<tools>' }}{% for tool in tools %}{{- '\\n' + (tool | tojson) }}{% endfor %}
 {{- '\\n</tools><|im_end|>\\n' }}{% endif %}
