@@ -82,7 +82,9 @@ def served(llm: LLM, name: str = "demo", **options: Any) -> Iterator[Served]:
 
 @pytest.fixture(scope="session")
 def demo() -> LLM:
-    return LLM("demo", dtype="float32", max_num_seqs=64, num_blocks=4096, progress=False)
+    """Steps are launched ahead, as on a GPU."""
+    options = {"max_num_seqs": 64, "num_blocks": 4096, "async_scheduling": True}
+    return LLM("demo", dtype="float32", progress=False, **options)
 
 
 @pytest.fixture(scope="session")
@@ -108,7 +110,7 @@ def make_demo(demo: LLM) -> Callable[..., LLM]:
         processor = demo.processor
         if template is not None:
             processor = Processor(processor.tokenizer, template, processor.image_settings, processor.config, 8192)
-        options = {"num_blocks": 1024, "max_num_seqs": 16, **options}
+        options = {"num_blocks": 1024, "max_num_seqs": 16, "async_scheduling": True, **options}
         return LLM.from_parts(demo.engine.model, processor, demo.engine.defaults, **options)
 
     return make
