@@ -60,6 +60,9 @@ _READERS = {"qwen3vl_moe.config", "qwen3vl_moe.errors", "qwen3vl_moe.json_files"
 MAY_IMPORT["qwen3vl_moe.weights"] = {*_READERS, "qwen3vl_moe.ops", "tma_moe"}
 MAY_IMPORT["qwen3vl_moe.inputs"] = {*_READERS, "qwen3vl_moe.ops"}
 MAY_IMPORT["qwen3vl_moe.engine"] = {*_READERS, "qwen3vl_moe.ops", "qwen3vl_moe.inputs", "qwen3vl_moe.weights"}
+MAY_IMPORT["qwen3vl_moe.server"] = {
+    *("qwen3vl_moe.engine", "qwen3vl_moe.inputs", "qwen3vl_moe.errors", "qwen3vl_moe.json_files")  # at the edge
+}
 MAY_IMPORT["qwen3vl_moe"] = {"qwen3vl_moe.config", "qwen3vl_moe.engine", "qwen3vl_moe.weights"}  # the face
 
 

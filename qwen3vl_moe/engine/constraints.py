@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen3vl_moe.engine.grammar import Grammar
 from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.ops.transfer import to_device
 
 
 class Constraints:
-    """Of one request; its n answers share them. Nothing here is read back from the device.
+    """Of one request; its n answers share them, but for a grammar. Nothing here is read back from the device.
 
     Args:
         params: complete.
         ending: tokens that would end the answer, ruled out before ``min_tokens``.
         suppressed: tokens that the checkpoint rules out.
         bad_words: token sequences that the answer must not hold.
+        grammar: of the form that the answer has.
 
     Attributes:
         phrases: those of the bad words that have several tokens.
@@ -31,27 +34,40 @@ class Constraints:
         ending: Iterable[int] = (),
         suppressed: Iterable[int] = (),
         bad_words: Iterable[tuple[int, ...]] = (),
+        grammar: Grammar | None = None,
     ):
         bad_words = list(bad_words)
         self.phrases = [words for words in bad_words if len(words) > 1]
         self._min_tokens, self._ending = params.min_tokens or 0, sorted(ending)
         self._allowed, self._bias = params.allowed_token_ids, params.logit_bias or {}
         self._ruled_out = sorted({*suppressed, *(words[0] for words in bad_words if len(words) == 1)})
+        self._grammar = grammar
         self._on_device: tuple[Tensor, Tensor] | None = None
+
+    def of_next_answer(self) -> Constraints:
+        """The same for another answer of the request."""
+        if self._grammar is None:
+            return self
+        other = copy.copy(self)
+        other._grammar = self._grammar.anew()
+        return other
 
     def __bool__(self) -> bool:
         """Whether there are any."""
-        return bool(self._min_tokens or self._allowed or self._bias or self._ruled_out or self.phrases)
+        of_tokens = self._min_tokens or self._allowed or self._bias or self._ruled_out or self.phrases
+        return bool(of_tokens) or self._grammar is not None
 
     def needs_history(self, num_output: int) -> bool:
         """Whether the next tokens depend on an answer of ``num_output`` tokens, beside the logits."""
-        return bool(self.phrases) or num_output < self._min_tokens
+        return bool(self.phrases) or num_output < self._min_tokens or self._grammar is not None
 
     def apply(self, logits_V: Tensor, output_ids: list[int]) -> None:
         """Change the logits of the answer's next token in place, fp32 [V]."""
         if self._on_device is None:
             self._on_device = self._bias_V(len(logits_V), logits_V.device), _ids(self._ending, logits_V.device)
         bias_V, ending = self._on_device
+        if self._grammar is not None:
+            self._grammar.apply(logits_V, output_ids)
         logits_V += bias_V
         if len(output_ids) < self._min_tokens:
             logits_V[ending] = -torch.inf

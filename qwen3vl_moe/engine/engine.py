@@ -22,6 +22,7 @@ from qwen3vl_moe.engine.constraints import Constraints, tokens_of_bad_words
 from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.detokenizer import TextStream, TokenBytes
 from qwen3vl_moe.engine.executor import Executor
+from qwen3vl_moe.engine.grammar import Grammars
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.outputs import Logprob, RequestMetrics
 from qwen3vl_moe.engine.params import SamplingParams, check_vocabulary
@@ -77,13 +78,19 @@ class Engine:
         self._launched: deque[Launched] = deque()
         self._last_read = 0.0  # when the last tokens were, in seconds since the epoch
         self._token_bytes = TokenBytes(tokenizer)
+        self._grammars = Grammars(tokenizer, model.config.text.vocab_size, defaults.eos_token_ids)
         self._ids = itertools.count()
         self._half_done = False  # whether a change of what scheduler, cache and sequences hold was broken off
         self._taking: tuple[Sequence, int] | None = None  # who is given a token, and how many it had of its answer
 
     def check(self, params: SamplingParams) -> SamplingParams:
-        """Complete parameters; raises OptionError for those that this model cannot serve."""
+        """Complete parameters; raises OptionError for those that this model cannot serve. Any thread may ask.
+
+        A grammar is compiled here, and known to :meth:`requests` afterwards.
+        """
         check_vocabulary(params, self.model.config.text.vocab_size)
+        if params.structured_outputs is not None:
+            self._grammars.of(params.structured_outputs)
         return self.defaults.complete(params)
 
     @property
@@ -128,11 +135,13 @@ class Engine:
         params = self.check(params)
         self._check_length(prompt)
         eos = frozenset() if params.ignore_eos else self.defaults.eos_token_ids
+        form = params.structured_outputs
         constraints = Constraints(
             params,
             ending=eos.union(params.stop_token_ids or ()),
             suppressed=self.defaults.suppressed,
             bad_words=tokens_of_bad_words(self.tokenizer, params.bad_words or ()),
+            grammar=None if form is None else self._grammars.of(form),
         )
         request_id, arrival = str(next(self._ids)), time.time() if arrival is None else arrival
         sequences = []
@@ -151,7 +160,7 @@ class Engine:
                 generator=None if own.seed is None else torch.Generator(self.model.device).manual_seed(own.seed),
                 metrics=RequestMetrics(arrival_time=arrival),
                 index=index,
-                constraints=constraints or None,
+                constraints=(constraints.of_next_answer() if index else constraints) or None,
                 call=call,
             )
             sequence.metrics.stages["preprocess"] = preprocess
@@ -348,6 +357,7 @@ def _error_of(sequence: Sequence, result: ChunkResult) -> UserError | None:
     number = sequence.num_output_tokens + 1
     if result.highest_logit == -math.inf and sequence.constraints is not None:
         return OptionError(
-            f"token {number} of the answer: allowed_token_ids, bad_words, min_tokens and suppressed tokens rule out all"
+            f"token {number} of the answer: structured_outputs, allowed_token_ids, bad_words, min_tokens and "
+            "suppressed tokens rule out all"
         )
     return NumbersError(f"token {number} of the answer: its logits are not finite ({result.highest_logit}): {_DAMAGED}")

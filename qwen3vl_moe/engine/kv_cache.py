@@ -151,6 +151,10 @@ class KVCache:
         is_named = [key is not None for key in self._key_of]
         self._free = OrderedDict.fromkeys(sorted(range(self.num_blocks), key=is_named.__getitem__))
 
+    def forget_all(self) -> None:
+        """Let no block be found any more; those that sequences hold stay theirs."""
+        self._block_of, self._key_of = {}, [None] * self.num_blocks
+
     def _forget(self, block: int) -> None:
         key = self._key_of[block]
         if key is not None:

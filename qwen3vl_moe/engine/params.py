@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -52,9 +53,8 @@ _NOT_BUILT = {
     "beam_width": "set n and a temperature to draw several answers",
     "length_penalty": "it belongs to beam search, which is not built",
     "early_stopping": "it belongs to beam search, which is not built",
-    "guided_decoding": "check the answer, or allow tokens by allowed_token_ids",
-    "structured_outputs": "check the answer, or allow tokens by allowed_token_ids",
-    "response_format": "check the answer, or allow tokens by allowed_token_ids",
+    "guided_decoding": "it is called structured_outputs here",
+    "response_format": "here it is structured_outputs={'json': schema}, or {'json_object': True}",
     "logits_processors": "logit_bias, allowed_token_ids and bad_words are built",
     "output_kind": "LLM.stream gives an answer while it is written, LLM.generate when it is finished",
     "flat_logprobs": "logprobs come as dictionaries",
@@ -111,6 +111,8 @@ class SamplingParams:
         frequency_penalty: subtracted once for every time that the token is in the answer.
         logit_bias: what is added to the logits of these tokens, {token id: a number from -100 to 100}.
         allowed_token_ids: no other token can be drawn. End-of-text has to be among them for an answer to end itself.
+        structured_outputs: the form of the answer: {"json": a schema, as a dict or its text}, {"json_object": True},
+            {"regex": text}, {"choice": [texts]} or {"grammar": text in llguidance's Lark}. JSON comes on one line.
         bad_words: texts that the answer does not hold, as the tokens that each becomes at a beginning or after a space.
         stop: texts that end the answer; they are left out of it. One that spells a special token stops at that token,
             which is no part of the text otherwise.
@@ -143,6 +145,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: Mapping[str, Any] | None = None
     bad_words: Sequence[str] | None = None
     stop: str | Sequence[str] | None = None  # a tuple once it is made, as are the others
     stop_token_ids: Sequence[int] | None = None
@@ -173,9 +176,12 @@ class SamplingParams:
                 raise OptionError("allowed_token_ids is empty: at least one token is needed, None allows all")
             keep("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
         keep("logit_bias", _biases(self.logit_bias))
+        keep("structured_outputs", _form(self.structured_outputs))
         keep("seed", None if self.seed == -1 else self.seed)
         if self.min_tokens and self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise OptionError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower it")
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise OptionError("ignore_eos and structured_outputs: what follows a complete answer has no form; drop one")
         if self.stop and not self.detokenize:
             raise OptionError("stop needs the text of the answer: leave detokenize on, or use stop_token_ids")
 
@@ -266,6 +272,30 @@ def _biases(biases: Any) -> Mapping[int, float] | None:
         if found[token] is None:
             raise OptionError(f"logit_bias[{token}]=None: {needed} is needed")
     return found
+
+
+def _form(asked: Any) -> Mapping[str, Any] | None:
+    """A copy of ``structured_outputs`` in JSON's own types."""
+    if asked is None:
+        return None
+    known = {
+        "json": ("a JSON schema, as a dict or a text,", lambda x: isinstance(x, dict | str)),
+        "json_object": ("True", lambda x: x is True),
+        "regex": ("a text", lambda x: isinstance(x, str)),
+        "choice": ("a list of texts", lambda x: isinstance(x, list | tuple) and {str} == {type(t) for t in x}),
+        "grammar": ("a text", lambda x: isinstance(x, str)),
+    }
+    given = {k: v for k, v in asked.items() if v is not None} if isinstance(asked, Mapping) else {}
+    if len(given) != 1 or not given.keys() <= known.keys():
+        raise OptionError(f"structured_outputs={_shown(asked)}: a dict with one of {', '.join(known)} is needed")
+    ((kind, value),) = given.items()
+    needed, fits = known[kind]
+    if not fits(value):
+        raise OptionError(f"structured_outputs: {kind}={_shown(value)}: {needed} is needed")
+    try:
+        return json.loads(json.dumps(given, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        raise OptionError(f"structured_outputs: {kind}={_shown(value)}: it cannot be written as JSON") from None
 
 
 def check_vocabulary(params: SamplingParams, vocabulary: int) -> None:

@@ -103,7 +103,12 @@ def test_impossible_values_are_refused_by_name(name, bad):
         ({"best_of": 2}, "best_of is not supported: "),
         ({"use_beam_search": True}, "use_beam_search is not supported"),
         ({"guided_decoding": {}}, "guided_decoding is not supported"),
-        ({"structured_outputs": {}}, "structured_outputs is not supported"),
+        ({"structured_outputs": {}}, "a dict with one of json, json_object, regex, choice, grammar is needed"),
+        ({"structured_outputs": {"json": {}, "regex": "a"}}, "a dict with one of json"),
+        ({"structured_outputs": {"json": ["object"]}}, "json=.*: a JSON schema, as a dict or a text, is needed"),
+        ({"structured_outputs": {"choice": []}}, "a list of texts is needed"),
+        ({"structured_outputs": {"json": {"a": {1, 2}}}}, "cannot be written as JSON"),
+        ({"structured_outputs": {"json_object": True}, "ignore_eos": True}, "drop one"),
         ({"logits_processors": []}, "logits_processors is not supported"),
         ({"max_new_tokens": 5}, "max_new_tokens is not supported: it is called max_tokens"),
         ({"tempreature": 1}, "unknown sampling parameter 'tempreature'; there are n, max_tokens, .*temperature"),
@@ -116,7 +121,7 @@ def test_what_does_not_fit_together_and_what_is_not_there(given, message):
 
 
 def test_what_is_not_built_may_be_none():
-    assert SamplingParams(best_of=None, structured_outputs=None, n=1) == SamplingParams()
+    assert SamplingParams(best_of=None, beam_width=None, n=1) == SamplingParams()
 
 
 @pytest.mark.parametrize(

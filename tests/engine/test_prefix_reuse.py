@@ -233,3 +233,18 @@ def test_a_step_that_fails_makes_nothing_findable(llm, alone, monkeypatch):
     (output,) = llm.generate(PROMPTS["one image"], GREEDY)
     assert output.metrics.num_cached_tokens == 0
     assert output.outputs[0].token_ids == alone(PROMPTS["one image"])
+
+
+def test_a_forgotten_cache_gives_nothing_and_breaks_nothing(llm):
+    text, params = "Hello, how are you today? " * 8, SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    [first] = llm.generate(text, params)
+    assert llm.generate(text, params)[0].num_cached_tokens > 0
+    stream = llm.stream(text, params)
+    next(stream)
+    llm.engine.cache.forget_all()  # while its blocks are held
+    [again] = llm.generate(text, params)
+    assert again.num_cached_tokens == 0
+    *_, last = stream
+    assert last.outputs[0].token_ids == again.outputs[0].token_ids == first.outputs[0].token_ids
+    check_leaks(llm)
+    assert llm.generate(text, params)[0].num_cached_tokens > 0

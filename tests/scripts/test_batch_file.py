@@ -222,8 +222,9 @@ def test_a_requests_file_that_is_none(tmp_path, kind):
 def test_every_sampling_key_is_a_parameter(job):
     kinds = {f.name: str(f.type) for f in fields(SamplingParams)}
     values = {"bool": True, "str | Sequence[str]": "x", "Sequence[str]": ["x"], "Sequence[int]": [1]}
-    values["Mapping[int, float]"] = {"5": 1.0}
+    values |= {"Mapping[int, float]": {"5": 1.0}, "Mapping[str, Any]": {"json_object": True}}
     line = {key: values.get(kinds[key].removesuffix(" | None"), 1) for key in SAMPLING_KEYS}
+    line["ignore_eos"] = False  # which does not go with structured_outputs
     (request,) = job([{"prompt": "Hi", **line}])
     assert request.error is None
     assert request.params == SamplingParams(**line)

@@ -1,0 +1,148 @@
+"""Serve a model: OpenAI's API over HTTP, and a page to look at.
+
+    python scripts/serve.py --model demo
+    python scripts/serve.py --model Qwen/Qwen3-VL-30B-A3B-Instruct --port 8000
+
+Then open http://127.0.0.1:8000, or give http://127.0.0.1:8000/v1 to any client of OpenAI's. docs/serving.md has what is
+understood, the limits, and how to measure it. Ctrl-C (or SIGTERM) finishes what was asked for and ends; a second one
+ends at once.
+
+Exit status: 0 ended after a signal, 1 the engine has failed, 2 something in the call has to be mended, 130 ended by a
+second signal, or while the weights were loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from program import any_text
+from qwen3vl_moe.errors import OptionError, UserError
+
+MIB = 1 << 20
+stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = "demo",
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: any.")] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model. [default: --model as it was given]")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="QWEN3VL_MOE_API_KEY", help="Key that clients have to give.", show_envvar=True),
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(help="Answers that may wait; more are refused with 429.")] = 1024,
+    max_body_mib: Annotated[int, typer.Option(help="Largest request, in MiB.")] = 64,
+    max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 64,
+    max_image_mib: Annotated[int, typer.Option(help="Largest image file, in MiB.")] = 20,
+    max_image_megapixels: Annotated[int, typer.Option(help="Largest image, in millions of pixels.")] = 64,
+    allow_remote_images: Annotated[bool, typer.Option(help="Download images that requests give as URLs.")] = False,
+    allow_hosts: Annotated[
+        str | None,
+        typer.Option(
+            help="With --allow-remote-images: from these hosts alone, names with commas between them, .example.org for "
+            "all below it. Hosts of this machine and of private networks are never reached."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
+    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
+    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs among which every layer is divided.")] = 1,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most answers that are computed at a time.")] = None,
+    max_prefill_tokens: Annotated[int, typer.Option(help="Most prompt tokens in a step.")] = 8192,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
+    prefix_caching: Annotated[bool, typer.Option(help="Let prompts reuse beginnings of earlier ones.")] = True,
+    max_pixels: Annotated[int | None, typer.Option(help="Resize larger images to this many pixels.")] = None,
+    expert_layout: Annotated[
+        str | None, typer.Option(help="published or transformers5, if the checkpoint asks.")
+    ] = None,
+    load_format: Annotated[
+        str, typer.Option(help="auto; dummy or dummy-fp8: random weights of --model's sizes, to measure.")
+    ] = "auto",
+) -> None:
+    """Serve a model: OpenAI's API over HTTP, and a page to look at.
+
+    Exit status: 0 ended after a signal, 1 the engine has failed, 2 an error in the call, 130 ended by a second signal.
+    """
+    limits_in_mib = {"--max-body-mib": max_body_mib, "--max-image-mib": max_image_mib}
+    counts = {"--max-images": max_images, "--max-image-megapixels": max_image_megapixels, "--max-waiting": max_waiting}
+    try:
+        for option, value in {**limits_in_mib, **counts}.items():
+            if value < (0 if option in ("--max-images", "--max-waiting") else 1):
+                raise OptionError(f"{option} {value} leaves nothing to serve; give a larger number")
+        if allow_hosts is not None and not allow_remote_images:
+            raise OptionError("--allow-hosts needs --allow-remote-images")
+        if api_key is not None and (not api_key or not api_key.isascii()):
+            raise OptionError("--api-key has to be a text of ASCII characters")
+        try:
+            from qwen3vl_moe.server.run import Server, bind  # slow to import: not before --help has been answered
+        except ImportError as error:
+            raise OptionError(f"{error.name} is missing: pip install 'qwen3vl-moe[serve]'") from None
+        from qwen3vl_moe.inputs.access import media_access
+        from qwen3vl_moe.server.media import MediaLimits
+        from qwen3vl_moe.server.serving import Limits
+
+        access = media_access(None, allow_hosts if allow_remote_images else "", allow_private_hosts=False)
+        bound = bind(host, port)
+        llm = _load(
+            model,
+            load_format,
+            device=device,
+            dtype=dtype,
+            moe=moe,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_prefill_tokens=max_prefill_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            enable_prefix_caching=prefix_caching,
+            max_pixels=max_pixels,
+            expert_layout=expert_layout,
+            tensor_parallel_size=tensor_parallel_size,
+        )
+        stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")
+        media = MediaLimits(
+            images=max_images,
+            image_bytes=max_image_mib * MIB,
+            image_pixels=max_image_megapixels * 1_000_000,
+            max_pixels=llm.processor.image_settings.max_pixels,
+            remote=allow_remote_images,
+            access=access,
+        )
+        limits = Limits(max_waiting, max_body_mib * MIB, media)
+        try:
+            status = Server(llm, bound, served_model_name or model, limits, api_key, stderr.print).run()
+        finally:
+            llm.close()
+    except UserError as error:
+        stderr.print(f"error: {error}")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        stderr.print()
+        raise typer.Exit(130) from None
+    raise typer.Exit(status)
+
+
+def _load(model: str, load_format: str, **options: Any) -> Any:
+    if load_format == "auto":
+        from qwen3vl_moe.engine import LLM
+
+        return LLM(model, **options)
+    from benchmarking.loading import load_llm
+
+    for name, neutral in (("max_pixels", None), ("expert_layout", None), ("tensor_parallel_size", 1)):
+        if options.pop(name) != neutral:
+            raise OptionError(f"--load-format {load_format} does not go with --{name.replace('_', '-')}")
+    return load_llm(model, load_format=load_format, routing="balanced", **options)
+
+
+if __name__ == "__main__":
+    any_text()
+    app()

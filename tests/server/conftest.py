@@ -1,0 +1,132 @@
+"""Servers on loopback, in threads of this process, so that their engines can be looked into."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from demo_training.drawing import draw
+from demo_training.evaluation import heldout_examples
+from qwen3vl_moe import LLM
+from qwen3vl_moe.inputs.processor import Processor
+from qwen3vl_moe.server.run import Server, bind
+from tests.pictures import encoded
+
+DEMO = Path(__file__).resolve().parents[2] / "qwen3vl_moe" / "demo"
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+class Served:
+    """A running server.
+
+    Attributes:
+        url: of it.
+        http: a client of it.
+        llm: whose engine it drives.
+    """
+
+    def __init__(self, server: Server, llm: LLM):
+        self.server, self.url, self.llm, self.said = server, server.address, llm, []
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def chat(self, messages: Any = HELLO, **fields: Any) -> httpx.Response:
+        return self.http.post("/v1/chat/completions", json={"messages": messages, "temperature": 0, **fields})
+
+    def events(self, messages: Any = HELLO, **fields: Any) -> list[Any]:
+        """The values of all events of a stream; the last line of it has to be [DONE]."""
+        response = self.chat(messages, stream=True, **fields)
+        assert response.status_code == 200, response.text
+        lines = response.text.removesuffix("\n\n").split("\n\n")
+        assert lines[-1] == "data: [DONE]"
+        return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+    def settles(self) -> None:
+        """Wait until nothing is asked for any more; then every block has to be free."""
+        deadline = time.monotonic() + 30
+        scheduler, cache = self.llm.engine.scheduler, self.llm.engine.cache
+        while self.server.serving.gate.inside or scheduler.running or scheduler.waiting:
+            assert time.monotonic() < deadline, "something is still inside"
+            time.sleep(0.01)
+        assert cache.num_free == cache.num_blocks
+        assert not any(cache._references)
+        assert self.server.serving._ahead._value == min(scheduler.max_num_seqs, 128)
+
+
+@contextmanager
+def served(llm: LLM, name: str = "demo", **options: Any) -> Iterator[Served]:
+    said: list[str] = []
+    server = Server(llm, bind("127.0.0.1", 0), name, say=said.append, **options)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        made = Served(server, llm)
+        made.said = said
+        while not said:
+            time.sleep(0.01)
+        yield made
+    finally:
+        server.stop()
+        made.http.close()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def demo() -> LLM:
+    """Steps are launched ahead, as on a GPU."""
+    options = {"max_num_seqs": 64, "num_blocks": 4096, "async_scheduling": True}
+    return LLM("demo", dtype="float32", progress=False, **options)
+
+
+@pytest.fixture(scope="session")
+def server(demo: LLM) -> Iterator[Served]:
+    """One server for all tests that need no other."""
+    with served(demo) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test all blocks are free."""
+    yield
+    if "server" in request.fixturenames:
+        request.getfixturevalue("server").settles()
+
+
+@pytest.fixture(scope="session")
+def make_demo(demo: LLM) -> Callable[..., LLM]:
+    """``make_demo(template=..., **engine_options)``: the demo's weights in another engine."""
+
+    def make(template: str | None = None, **options: Any) -> LLM:
+        processor = demo.processor
+        if template is not None:
+            processor = Processor(processor.tokenizer, template, processor.image_settings, processor.config, 8192)
+        options = {"num_blocks": 1024, "max_num_seqs": 16, "async_scheduling": True, **options}
+        return LLM.from_parts(demo.engine.model, processor, demo.engine.defaults, **options)
+
+    return make
+
+
+def data_url(data: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def asking(text: str, *urls: str) -> list[dict[str, Any]]:
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+@pytest.fixture(scope="session")
+def question() -> tuple[bytes, str, str]:
+    """A drawn picture (PNG), a question about it, and the right answer, which the demo gives."""
+    example = next(each for each in heldout_examples(9) if each.questions[0].kind == "number")
+    return encoded(draw(example.scenes[0])), example.questions[0].text, example.questions[0].answer

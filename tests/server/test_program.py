@@ -1,0 +1,97 @@
+"""scripts/serve.py itself: from its first line to its end, by signals and by mistakes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+import serve
+from tests.server.conftest import HELLO
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+LONG = {"messages": HELLO, "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+
+
+def start(*options: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "scripts/serve.py"), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | environment)
+
+
+@pytest.fixture
+def program():
+    """A server of the demo, and its address."""
+    process = start("--port", "0", "--max-num-seqs", "8", "--max-model-len", "1024")
+    try:
+        for line in process.stderr:
+            if line.startswith("serving "):
+                break
+        else:
+            pytest.fail("it never served")
+        yield process, line.split()[-1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("signals", "status"), [(1, 0), (2, 130)])
+def test_ctrl_c_finishes_and_a_second_one_does_not(program, signals, status):
+    process, url = program
+    lines, begun = [], threading.Event()
+
+    def ask() -> None:
+        try:
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG | {"stream": True}, timeout=60) as reply:
+                for line in reply.iter_lines():
+                    lines.append(line)
+                    if len(lines) > 3:
+                        begun.set()
+        except httpx.HTTPError:
+            lines.append("broken off")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert begun.wait(60)
+    for _ in range(signals):
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline()
+    asking.join(60)
+    assert process.wait(60) == status
+    if signals == 1:
+        assert "data: [DONE]" in lines
+        assert json.loads(next(line for line in reversed(lines) if "usage" in line)[6:])["usage"]
+    else:
+        assert "data: [DONE]" not in lines
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+        (["--port", "99999"], "--port 99999"),
+        (["--port", "TAKEN"], "Address already in use; choose another port"),
+        (["--max-body-mib", "0"], "--max-body-mib 0"),
+        (["--allow-hosts", "x.org"], "--allow-hosts needs --allow-remote-images"),
+        (["--allow-remote-images", "--allow-hosts", "http://x"], "allow_hosts has 'http://x'"),
+        (["--api-key", ""], "--api-key"),
+        (["--port", "0", "--model", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(options, said):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        options = [str(listening.getsockname()[1]) if option == "TAKEN" else option for option in options]
+        result = CliRunner().invoke(serve.app, options)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr

@@ -1,0 +1,227 @@
+"""Many at a time, some of whom go away, read slowly, or come when there is no room."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from qwen3vl_moe import SamplingParams
+from qwen3vl_moe.server.serving import Limits
+from tests.server.conftest import HELLO, Served, asking, data_url, served
+
+LONG = {"messages": HELLO, "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
+
+
+def raw_request(body: dict, path: str = "/v1/chat/completions") -> bytes:
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode() + data
+
+
+def connect(running: Served, body: dict) -> socket.socket:
+    """A connection on which a request was sent."""
+    connection = socket.create_connection(running.server._bound.getsockname())
+    connection.sendall(raw_request(body))
+    return connection
+
+
+def until(condition, what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+def test_64_streams_at_once_get_what_each_gets_alone(server, question):
+    picture, text, _ = question
+    asked = [asking(f"{text} {number}", data_url(picture)) for number in range(16)]
+    options = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+    alone = [
+        server.chat(messages, **options).json()["choices"][0]["message"]["content"] for messages in (asked[0], asked[7])
+    ]
+
+    async def stream(client: httpx.AsyncClient, number: int) -> str:
+        body = {"messages": asked[number % 16], "stream": True, **options}
+        found = ""
+        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            assert response.status_code == 200
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    [choice] = json.loads(line[6:])["choices"]
+                    found += choice["delta"].get("content", "")
+            assert line == ""
+        return found
+
+    async def all_of_them() -> list[str]:
+        limits = httpx.Limits(max_connections=64)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+            return await asyncio.gather(*(stream(client, number) for number in range(64)))
+
+    found = asyncio.run(all_of_them())
+    assert [found[0], found[7]] == alone
+    assert found[:16] * 4 == found
+    assert server.server.serving.thread.load == (0, 0)
+
+
+def test_a_request_joins_the_batch_that_runs(server):
+    with connect(server, LONG | {"stream": True}):
+        until(lambda: server.llm.engine.scheduler.running, "it never began")
+        assert server.chat(max_tokens=3).status_code == 200
+        assert server.llm.engine.scheduler.running  # the long one is still at it
+    server.settles()
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("when", ["running", "at once", "in the middle of the body"])
+def test_who_goes_away_leaves_nothing_behind(server, stream, when):
+    if when == "in the middle of the body":
+        connections = [socket.create_connection(server.server._bound.getsockname()) for _ in range(4)]
+        for connection in connections:
+            connection.sendall(raw_request(LONG)[:-10])
+        until(lambda: server.server.serving.gate.inside == 4, "it was never let in")
+    else:
+        connections = [connect(server, LONG | {"stream": stream, "n": 1}) for _ in range(4)]
+    if when == "running":
+        until(lambda: len(server.llm.engine.scheduler.running) == 4, "they never ran")
+    for connection in connections:
+        connection.close()
+    server.settles()
+
+
+def test_who_reads_nothing_holds_nobody_up(server):
+    server.server._bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # and so have its connections
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.connect(server.server._bound.getsockname())
+    slow.sendall(raw_request(LONG | {"stream": True, "max_tokens": 120, "logprobs": True, "top_logprobs": 20}))
+    until(lambda: server.llm.engine.scheduler.running, "it never began")
+    server.server._bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    assert server.chat(max_tokens=5).status_code == 200
+    # It takes nobody's place while it is written out.
+    until(lambda: not server.server.serving.gate.inside, "its answer is never finished")
+    assert server.server._uvicorn.server_state.tasks  # and so it is
+    found = b""
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    while not found.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+        found += slow.recv(1 << 16)
+    slow.close()
+    assert found.count(b'"token":') >= 120
+
+
+def test_a_full_server_says_so_and_takes_more_later(make_demo):
+    llm = make_demo(max_num_seqs=2)
+    with served(llm, limits=Limits(waiting=1)) as small:
+        connections = [connect(small, LONG) for _ in range(3)]
+        until(lambda: small.server.serving.gate.inside == 3, "they were not let in")
+        refused = small.chat()
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        connections.pop().close()
+        until(lambda: small.server.serving.gate.inside == 2, "its place was never given up")
+        assert small.chat(max_tokens=2, n=2, temperature=1).status_code == 429  # one place, two answers
+        assert small.chat(max_tokens=2, n=4, temperature=1).status_code == 400  # never
+        for connection in connections:
+            connection.close()
+        small.settles()
+        assert small.chat(max_tokens=2, n=2, temperature=1).status_code == 200
+        small.settles()
+
+
+def test_pictures_that_wait_are_not_decoded_all_at_once(make_demo, question, monkeypatch):
+    picture, text, _ = question
+    llm = make_demo(max_num_seqs=2)
+    decoded, most = 0, 0
+    chat = llm.processor.chat
+
+    def counted(*arguments, **options):
+        nonlocal decoded, most
+        decoded += 1
+        running = len(llm.engine.scheduler.running)
+        most = max(most, decoded - running - finished())
+        return chat(*arguments, **options)
+
+    def finished() -> int:
+        return 12 - small.server.serving.gate.inside
+
+    monkeypatch.setattr(llm.processor, "chat", counted)
+    with served(llm) as small:
+        body = {"messages": asking(text, data_url(picture)), "max_tokens": 8, "ignore_eos": True}
+        connections = [connect(small, body) for _ in range(12)]
+        small_is_done = lambda: decoded == 12 and not small.server.serving.gate.inside  # noqa: E731
+        until(small_is_done, "they never end")
+        for connection in connections:
+            connection.close()
+        small.settles()
+    assert most <= 5  # two run, two wait for them, one is being counted
+
+
+def test_the_end_waits_for_answers(make_demo):
+    found = {}
+
+    def ask(small: Served) -> None:
+        found["reply"] = small.chat(max_tokens=100, ignore_eos=True)
+
+    with served(make_demo()) as small:
+        asking_thread = threading.Thread(target=ask, args=(small,))
+        asking_thread.start()
+        until(lambda: small.llm.engine.scheduler.running, "it never began")
+        small.server.stop()
+        asking_thread.join(60)
+    assert found["reply"].json()["usage"]["completion_tokens"] == 100
+
+
+def test_a_failed_engine_ends_the_server_and_tells_everybody(make_demo, monkeypatch, capfd):
+    llm = make_demo()
+    with served(llm) as small:
+        step = llm.engine.step
+
+        def fail() -> None:
+            step()
+            if llm.engine.scheduler.running[0].num_output_tokens == 3:
+                raise RuntimeError("the device is gone")
+
+        monkeypatch.setattr(llm.engine, "step", fail)
+        events = small.chat(stream=True, max_tokens=10).text.strip().split("\n\n")
+        error = json.loads(events[-1].removeprefix("data: "))["error"]
+        assert (error["type"], error["message"]) == ("server_error", "the engine has failed")
+        until(lambda: any("the device is gone" in line for line in small.said), "nobody was told")
+    assert "RuntimeError: the device is gone" in capfd.readouterr().err
+
+
+def test_the_cache_can_be_forgotten(server):
+    messages = [{"role": "user", "content": "Hello there, " * 20}]
+
+    def cached() -> int:
+        return server.chat(messages, max_tokens=1).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    cached()
+    assert cached() > 0
+    assert server.http.post("/flush_cache").status_code == 200
+    assert cached() == 0
+    assert cached() > 0
+
+
+def test_metrics_count_what_was_done(server):
+    def value(name: str) -> float:
+        text = server.http.get("/metrics").text
+        return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"qwen3vl_moe_{name} "))
+
+    before = value("generation_tokens_total"), value("time_to_first_token_seconds_count")
+    server.events(max_tokens=7, ignore_eos=True)
+    server.settles()
+    assert value("generation_tokens_total") == before[0] + 7
+    assert value("time_to_first_token_seconds_count") == before[1] + 1
+    assert value("answers_inside") == value("kv_cache_usage_ratio") == 0
+
+
+def test_steps_of_the_engine_are_those_of_the_library(server, make_demo):
+    """The thread drives the engine as a call does: the same tokens come out."""
+    params = SamplingParams(temperature=2.0, seed=5, max_tokens=24)
+    [output] = make_demo().chat(HELLO, params)
+    reply = server.chat(temperature=2.0, seed=5, max_tokens=24).json()
+    assert reply["choices"][0]["message"]["content"] == output.outputs[0].text
