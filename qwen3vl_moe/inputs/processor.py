@@ -333,9 +333,8 @@ class Processor:
         # Text, whatever its ids spell, stands here as -1, which is no placeholder.
         positions_3T, next_position = mrope_positions(
             token_ids + [-1] * len(text_ids),
-            [image.grid_thw for image in images],
+            {self.config.image_token_id: [image.grid_thw for image in images]},
             self.image_settings.merge_size,
-            self.config.image_token_id,
         )
         if text_ids:
             text, token_ids = None, [*token_ids, *text_ids]
