@@ -36,7 +36,7 @@ from typing import Any, BinaryIO
 
 from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.errors import PromptError, UserError, one_line
-from qwen3vl_moe.inputs.fetch import is_base64_picture
+from qwen3vl_moe.inputs.fetch import is_base64_media
 from qwen3vl_moe.json_files import check_regular, parse_json
 
 MAX_FILE_BYTES = 2 << 30  # all requests are held in memory
@@ -236,6 +236,6 @@ def _located_item(item: Any, folder: Path) -> Any:
 def _locate(source: Any, folder: Path) -> Any:
     if isinstance(source, dict):  # {"image_url": {"url": ...}}
         return {key: _locate(value, folder) if key == "url" else value for key, value in source.items()}
-    if not isinstance(source, str) or not source or _URL.match(source) or is_base64_picture(source):
+    if not isinstance(source, str) or not source or _URL.match(source) or is_base64_media(source):
         return source
     return str(folder / source)

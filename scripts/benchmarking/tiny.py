@@ -44,6 +44,8 @@ _CHAT_TEMPLATE = """\
         {%- for item in message.content -%}
             {%- if item.type in ('image', 'image_url') -%}
                 {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+            {%- elif item.type == 'video' -%}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
             {%- elif item.type == 'text' -%}
                 {{- item.text -}}
             {%- endif -%}

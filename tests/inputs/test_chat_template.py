@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qwen3vl_moe.errors import CheckpointError, ConfigError, OptionError, PromptError
 from qwen3vl_moe.inputs.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, load_chat_template
-from qwen3vl_moe.inputs.messages import split_images
+from qwen3vl_moe.inputs.messages import split_media
 from qwen3vl_moe.inputs.processor import Processor
 from tests.inputs.parts import CONVERSATIONS, picture, user
 
@@ -83,7 +83,7 @@ def ours(tokenizer: PreTrainedTokenizerFast, template: str, messages: list, **op
         "continue_final_message": False,
     } | options
     parsed = ChatTemplate(template, tokenizer.special_tokens_map)
-    return parsed.render(split_images(messages, (), parsed.names)[0], ("<|image_pad|>",), **options)
+    return parsed.render(split_media(messages, (), parsed.names)[0], ("<|image_pad|>",), **options)
 
 
 def theirs(tokenizer: PreTrainedTokenizerFast, template: str, messages: list, variables=None, **options) -> str:
