@@ -133,6 +133,8 @@ class LLM:
                 if weights.device.type == "cuda":  # on a CPU nobody expects the kernel
                     warnings.warn(f"moe='auto' runs the experts in plain torch: {self.moe_fallback}", stacklevel=2)
             self.engine = Engine(weights, tokenizer, defaults, options, progress, self._workers)
+        # Perhaps less than was asked for: the cache has its say. What cannot fit is refused before it is decoded.
+        self.processor.max_model_len = self.engine.max_model_len
         self._service = Service(self.engine)
 
     @classmethod
