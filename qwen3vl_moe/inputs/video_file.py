@@ -78,8 +78,8 @@ class VideoFile:
         fps: their number in a second, on average.
         height, width: of a frame in pixels, as it is shown.
         times: int64 [total], when each is shown, ascending, in units of the stream's own clock.
-        keys: int64 [keys, 2]: for each key frame when it is shown, and what to seek for to find it; ascending. Empty:
-            the file does not tell enough, and is decoded from its start.
+        keys: int64 [keys]: when each key frame is shown, ascending. Empty: the file does not tell enough. Then it is
+            decoded from its start, and times are the frames' numbers.
     """
 
     where: str
@@ -106,27 +106,29 @@ class VideoFile:
         groups = self._groups(np.asarray(indices))
         threads = min(_THREADS, max(1, POOL.size // len(groups)))
 
-        def work(group: tuple[int | None, dict[int, int]]) -> None:
-            seek, wanted = group
+        def work(group: tuple[list[int | None], dict[int, int]]) -> None:
+            places, wanted = group
             with DECODING.hold(self.height * self.width * _BYTES_PER_PIXEL):
-                if not self._read_group(seek, wanted, threads, take):
-                    # Some containers find no place to begin at, or one that is too late: then from the start.
-                    missing = seek is None or not self._read_group(None, wanted, threads, take)
-                    if missing:
-                        raise PromptError(f"{self.where}: some of its {self.total} frames cannot be decoded: {_ENDS}")
+                if not any(self._read_group(place, wanted, threads, take) for place in places):
+                    raise PromptError(f"{self.where}: some of its {self.total} frames cannot be decoded: {_ENDS}")
 
         side_by_side(work, groups)
 
-    def _groups(self, indices: np.ndarray) -> list[tuple[int | None, dict[int, int]]]:
-        """For each key frame that is needed: what to seek for, and by its time each wanted frame's place."""
-        places = {int(self.times[index]): place for place, index in enumerate(indices)}
-        if not len(self.keys):
-            return [(None, places)]
+    def _groups(self, indices: np.ndarray) -> list[tuple[list[int | None], dict[int, int]]]:
+        """For each key frame that is needed: what to seek for, and by its time each wanted frame's place.
+
+        A container may find a place that is too late for the key frame: then the one before is tried, then the start.
+        """
         of_key: dict[int, dict[int, int]] = {}
-        for time, place in places.items():
-            number = int(np.searchsorted(self.keys[:, 0], time, side="right")) - 1
+        for place, index in enumerate(indices):
+            time = int(self.times[index])
+            number = int(np.searchsorted(self.keys, time, side="right")) - 1
             of_key.setdefault(max(number, 0), {})[time] = place
-        return [(int(self.keys[number, 1]) if number else None, wanted) for number, wanted in of_key.items()]
+        groups = []
+        for number, wanted in of_key.items():
+            before = [int(self.keys[key]) for key in (number, number - 1) if key > 0]
+            groups.append(([*before, None], wanted))
+        return groups
 
     def _read_group(
         self, seek: int | None, wanted: dict[int, int], threads: int, take: Callable[[int, np.ndarray], None]
@@ -143,7 +145,7 @@ class VideoFile:
             if seek is not None:
                 container.seek(seek, stream=stream, backward=True)
             for number, (time, frame) in enumerate(_frames(container, stream, self.where, threads)):
-                time = number if time is None else time
+                time = time if len(self.keys) else number
                 if time in left:
                     if frame.is_corrupt:
                         raise PromptError(f"{self.where}: one of its {self.total} frames cannot be decoded: {_ENDS}")
@@ -188,11 +190,9 @@ def open_video_file(data: bytes | BinaryIO, where: str, alpha: str) -> VideoFile
     with _reading(source, container_name, where) as container:
         stream = _video_stream(container, where)
         times, keys = _index(container, stream)
-        declared, rate, unit = stream.frames, stream.average_rate, stream.time_base
+        rate, unit = stream.average_rate, stream.time_base
     if not times.size:
         raise PromptError(f"{where} has no frames")
-    if declared > times.size + 1 and declared - times.size > declared // 100:
-        raise PromptError(f"{where} has {times.size} of the {declared} frames that it declares: {_ENDS}")
     with _reading(source, container_name, where) as container:
         first = next(_frames(container, _video_stream(container, where), where, 1), None)
         if first is None:
@@ -200,7 +200,7 @@ def open_video_file(data: bytes | BinaryIO, where: str, alpha: str) -> VideoFile
         height, width = first[1].height, first[1].width
         if _turns(first[1], where) % 2:
             height, width = width, height
-    if rate is None and unit is not None and times.size > 1:
+    if rate is None and unit is not None and len(keys) and times.size > 1:
         rate = (times.size - 1) / max(float((times[-1] - times[0]) * unit), 1e-6)
     fps = float(rate or 0)
     if not 0 < fps < 1e5:
@@ -250,11 +250,11 @@ def _index(container: Any, stream: Any) -> tuple[np.ndarray, np.ndarray]:
             continue
         whole = whole and packet.pts is not None
         times.append(packet.pts)
-        if packet.is_keyframe and packet.pts is not None:
-            keys.append((packet.pts, packet.pts if packet.dts is None else min(packet.pts, packet.dts)))
-    if not whole or len(set(times)) < len(times):  # no clock: frames are known by their number
-        return np.arange(len(times)), np.empty((0, 2), np.int64)
-    return np.sort(np.array(times, np.int64)), np.array(sorted(keys), np.int64).reshape(-1, 2)
+        if packet.is_keyframe:
+            keys.append(packet.pts)
+    if not whole or not keys or len(set(times)) < len(times):
+        return np.arange(len(times)), np.empty(0, np.int64)
+    return np.sort(np.array(times, np.int64)), np.sort(np.array(keys, np.int64))
 
 
 def _frames(container: Any, stream: Any, where: str, threads: int) -> Iterator[tuple[int | None, Any]]:
@@ -272,9 +272,10 @@ def _frames(container: Any, stream: Any, where: str, threads: int) -> Iterator[t
 
 def _turns(frame: Any, where: str) -> int:
     """Quarter turns, counter-clockwise, that set a frame upright."""
-    if frame.rotation % 90:
+    turns = round(frame.rotation / 90)
+    if abs(frame.rotation - 90 * turns) > 1:  # it is kept in fractions that are not exact
         raise PromptError(f"{where} is to be turned by {frame.rotation} degrees; only quarter turns are supported")
-    return frame.rotation // 90 % 4
+    return turns % 4
 
 
 def _upright_rgb(frame: Any, where: str, alpha: str) -> np.ndarray:
