@@ -1,6 +1,7 @@
-"""Ask the model a question, with or without pictures, or chat with it, or answer a file of requests.
+"""Ask the model a question, with or without pictures and videos, or chat with it, or answer a file of requests.
 
     python scripts/generate.py --model demo --image cat.jpg --prompt "What is this?"
+    python scripts/generate.py --model MODEL --video walk.mp4 --fps 1 --prompt "What happens?"
     python scripts/generate.py --model demo --input requests.jsonl --output answers.jsonl
 
 The answer goes to stdout while it is being written, and nothing else does; settings, progress and errors go to stderr.
@@ -42,6 +43,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = "demo",
     image: Annotated[list[str] | None, typer.Option(help="Image file or URL, before the text; repeatable.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video file or URL, after the images; repeatable.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames taken of a video's second. [default: the checkpoint's]")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="The question. Without it: a chat, one line of stdin a turn.")
     ] = None,
@@ -49,12 +54,12 @@ def main(
         Path | None,
         typer.Option(
             "--input",
-            help='Answer a file of requests, a JSON object a line: "prompt" (with "image" or "images": paths from the '
-            'file\'s folder, or URLs) or "messages"; and, where wanted, "id", "max_tokens", "temperature", "seed", '
-            '"stop" and the other sampling parameters, which go before the options here. Whoever writes the file '
-            "chooses what is read as an image: any local file, and any host on the internet, but none of this machine "
-            "or of private networks. --media-root, --allow-hosts and --allow-private-hosts set other limits: "
-            "docs/trust.md.",
+            help='Answer a file of requests, a JSON object a line: "prompt" (with "image", "images", "video" or '
+            '"videos": paths from the file\'s folder, or URLs) or "messages"; and, where wanted, "id", "max_tokens", '
+            '"temperature", "seed", "stop" and the other sampling parameters, which go before the options here. '
+            "Whoever writes the file chooses what is read as an image or video: any local file, and any host on the "
+            "internet, but none of this machine or of private networks. --media-root, --allow-hosts and "
+            "--allow-private-hosts set other limits: docs/trust.md.",
         ),
     ] = None,
     answers: Annotated[
@@ -96,20 +101,25 @@ def main(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,
 ) -> None:
-    """Ask the model a question, with or without pictures, or chat with it, or answer a file of requests.
+    """Ask the model a question, with or without pictures and videos, or chat with it, or answer a file of requests.
 
     Exit status: 0 done, 1 some requests of --input could not be answered, 2 an error in the call, 130 interrupted.
     """
     try:
         if (requests is None) != (answers is None):
             raise UserError("--input and --output go together: a file of requests, and one for their answers")
-        if requests is not None and (image or prompt is not None or as_json):
-            raise UserError("--input brings prompts and images of its own: leave out --prompt, --image and --json")
+        if requests is not None and (image or video or prompt is not None or as_json):
+            raise UserError("--input brings prompts and media of its own: leave out --prompt, --image, --video, --json")
+        if fps is not None and not video:
+            raise UserError("--fps is of videos: give --video")
         if as_json and prompt is None:
             raise UserError("--json needs --prompt: a chat is not one JSON object")
         from qwen3vl_moe.engine import LLM, SamplingParams  # slow to import: not before --help has been answered
         from qwen3vl_moe.inputs.access import media_access
+        from qwen3vl_moe.inputs.fetch import open_file
         from qwen3vl_moe.inputs.image_source import decode_rgb, open_image
+        from qwen3vl_moe.inputs.video import VideoOptions
+        from qwen3vl_moe.inputs.video_file import open_video_file
 
         if allow_private_hosts is None:  # a file of requests may come from anyone
             allow_private_hosts = requests is None
@@ -119,6 +129,11 @@ def main(
         for number, source in enumerate(image or []):
             if "://" not in source:
                 decode_rgb(open_image(source, number, access))  # a bad file should show before the weights are loaded
+        VideoOptions.of({"fps": fps}, "the call")
+        for number, source in enumerate(video or []):
+            if "://" not in source:
+                where = f"video {number} ({source!r})"
+                open_video_file(open_file(source, where, access), where)
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
 
         def load() -> LLM:
@@ -139,13 +154,14 @@ def main(
         if requests is not None:
             raise typer.Exit(_answer_file(load, requests, answers, params, {"model": model, "max_pixels": max_pixels}))
         llm = load()
-        images = [{"type": "image", "image": path} for path in image or []]
+        media = [{"type": "image", "image": path} for path in image or []]
+        media += [{"type": "video", "video": path, "fps": fps} for path in video or []]
         if as_json:
-            _write(json_line(_answer(llm, images, prompt, params)))
+            _write(json_line(_answer(llm, media, prompt, params)))
         elif prompt is not None:
-            _stream(llm, [_user_message(images, prompt)], params)
+            _stream(llm, [_user_message(media, prompt)], params)
         else:
-            _chat(llm, images, params)
+            _chat(llm, media, params)
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None
@@ -154,8 +170,8 @@ def main(
         raise typer.Exit(0 if prompt is None and requests is None else 130) from None
 
 
-def _chat(llm: Any, images: list[dict], params: Any) -> None:
-    """One turn per line of stdin until it ends; the images belong to the first turn.
+def _chat(llm: Any, media: list[dict], params: Any) -> None:
+    """One turn per line of stdin until it ends; images and videos belong to the first turn.
 
     A line that cannot be used ends a chat from a pipe. At a terminal it can be said otherwise: the chat goes on.
     """
@@ -163,7 +179,7 @@ def _chat(llm: Any, images: list[dict], params: Any) -> None:
     if sys.stdin.isatty():
         stderr.print("Type a message and press Enter; Ctrl-D ends the chat.", style="dim")
     for line in _lines():
-        turn = _user_message(images if not conversation else [], line)
+        turn = _user_message(media if not conversation else [], line)
         try:
             answer = _stream(llm, [*conversation, turn], params)
         except PromptError as error:
@@ -191,8 +207,8 @@ def _lines() -> Iterator[str]:
             yield line
 
 
-def _user_message(images: list[dict], text: str) -> dict:
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+def _user_message(media: list[dict], text: str) -> dict:
+    return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
 
 
 def _stream(llm: Any, conversation: list[dict], params: Any) -> str:
@@ -204,7 +220,7 @@ def _stream(llm: Any, conversation: list[dict], params: Any) -> str:
     seconds = metrics.finished_time - metrics.arrival_time
     first = metrics.first_token_time - metrics.arrival_time
     stderr.print(
-        f"{len(output.prompt_token_ids)} prompt tokens ({output.num_image_tokens} of images), "
+        f"{len(output.prompt_token_ids)} prompt tokens ({output.num_image_tokens} of images and videos), "
         f"{len(answer.token_ids)} answer tokens in {seconds:.2f} s, the first after {first:.2f} s; "
         f"ended by {answer.finish_reason}",
         style="dim",
@@ -212,8 +228,8 @@ def _stream(llm: Any, conversation: list[dict], params: Any) -> str:
     return answer.text
 
 
-def _answer(llm: Any, images: list[dict], prompt: str, params: Any) -> dict:
-    (output,) = llm.chat([_user_message(images, prompt)], params)
+def _answer(llm: Any, media: list[dict], prompt: str, params: Any) -> dict:
+    (output,) = llm.chat([_user_message(media, prompt)], params)
     answer, metrics = output.outputs[0], output.metrics
     return {
         "text": answer.text,

@@ -162,7 +162,7 @@ class VideoFile:
 _ENDS = "the file is damaged, or ends early"
 
 
-def open_video_file(data: bytes | BinaryIO, where: str, alpha: str) -> VideoFile:
+def open_video_file(data: bytes | BinaryIO, where: str, alpha: str = "white") -> VideoFile:
     """Count the frames of a video, and decode the first one.
 
     Args:
