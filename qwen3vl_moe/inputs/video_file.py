@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from qwen3vl_moe.errors import OptionError, PromptError
+from qwen3vl_moe.errors import OptionError, PromptError, UserError
 from qwen3vl_moe.inputs.file_kinds import container_of, kind_of, missing_bytes
 from qwen3vl_moe.inputs.image_source import DECODING
 from qwen3vl_moe.inputs.workers import POOL, side_by_side
@@ -153,7 +153,7 @@ class VideoFile:
                     if len(batch) == _BATCH:
                         side_by_side(convert, batch)
                         batch = []
-                if not left or time > last:
+                if not left or (time is not None and time > last):
                     break
             side_by_side(convert, batch)
         return not left
@@ -222,7 +222,7 @@ def _reading(source: Bytes, container: str, where: str) -> Iterator[Any]:
     try:
         with av.open(_Reader(source), format=container, buffer_size=_READ_BYTES, metadata_errors="replace") as opened:
             yield opened
-    except PromptError:
+    except UserError:
         raise
     except MemoryError:
         raise PromptError(f"{where} asks for more memory than there is") from None
