@@ -277,7 +277,8 @@ class GroupedFrames:
         """Resize an RGB frame, uint8, into its place."""
         group, number = divmod(place, self._settings.group)
         target_3HW = self._pixels[group][number]
-        frame = torch.from_numpy(frame_HW3).permute(2, 0, 1)
+        # torch takes no array that nobody may write to, which those of Pillow are.
+        frame = torch.from_numpy(frame_HW3 if frame_HW3.flags.writeable else frame_HW3.copy()).permute(2, 0, 1)
         if frame.shape != target_3HW.shape:
             sides = target_3HW.shape[1:]
             frame = F.interpolate(frame[None], size=sides, mode="bicubic", align_corners=False, antialias=True)[0]

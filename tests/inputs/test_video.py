@@ -123,6 +123,7 @@ def test_one_frame_is_as_if_it_were_there_twice(processor, oracle):
     assert_equal(prompt, theirs)
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array")
 def test_messages_equal_transformers(processor, oracle):
     """A list of pictures, an array, and a list of files are one video; in messages as in prompts."""
     frames = clip(4, 40, 24)
