@@ -42,7 +42,7 @@ from qwen3vl_moe.ops.dispatch import kernels_in_use
 from qwen3vl_moe.weights import load_model, resolve
 from qwen3vl_moe.weights.placement import parse_device, require_division, tma_problem
 
-Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
+Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text, image and video items}
 
 
 class LLM:
@@ -253,7 +253,8 @@ class LLM:
 
         Args:
             prompts: a text, a list of token ids, ``{"prompt": text, "multi_modal_data": {"image": one or a list}}``
-                (or ``"prompt_token_ids"`` for ``"prompt"``; :meth:`.Processor.prompt` has the rest), or a list of such.
+                (also ``"video"``, and ``"prompt_token_ids"`` for ``"prompt"``; :meth:`.Processor.prompt` has the rest),
+                or a list of such.
             sampling_params: one for all, or one per prompt; None takes everything from the checkpoint.
             use_tqdm: show how many of the answers are there; unlike vLLM nothing is shown unasked.
             not_built: vLLM's arguments that have no meaning here are refused by name.

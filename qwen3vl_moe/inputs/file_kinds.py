@@ -74,6 +74,8 @@ _CONTAINERS = (
     (b"G" + b"." * 187 + b"G", "mpegts"),
 )
 
+_MOST_BOXES = 2**17  # of a file that are looked at, which anybody may have written
+
 
 def readable_formats() -> list[str]:
     """Those of :data:`FORMATS` that this Pillow has."""
@@ -102,7 +104,9 @@ def missing_bytes(at: Callable[[int, int], bytes], size: int, container: str) ->
     """
     if container == "mov":  # a chain of boxes, each with its length
         place = 0
-        while place + 8 <= size:
+        for _ in range(_MOST_BOXES):
+            if place + 8 > size:
+                break
             box = at(place, 16)
             length = int.from_bytes(box[:4], "big")
             if length == 1:

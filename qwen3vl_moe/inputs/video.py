@@ -36,7 +36,7 @@ from qwen3vl_moe.json_files import read_json_object
 
 ASSUMED_FPS = 24.0  # of frames that say nothing, as in transformers
 MOST_FRAMES = 2**16  # of one video in a prompt
-_MOST_FPS = 1000.0
+_LEAST_FPS, _MOST_FPS = 1e-4, 1e3
 
 _COUNTS = ("num_frames", "min_frames", "max_frames")
 _PIXELS = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
@@ -307,8 +307,10 @@ def _rate(value: Any, what: str) -> float:
     if isinstance(value, str):  # as in the examples of qwen-vl-utils
         with suppress(ValueError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST_FPS:
-        raise PromptError(f"{what} {value!r:.80}; a number of frames a second, at most {_MOST_FPS:g}, is needed")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _LEAST_FPS <= value <= _MOST_FPS:
+        raise PromptError(
+            f"{what} {value!r:.80}; a number of frames a second is needed, from {_LEAST_FPS:g} to {_MOST_FPS:g}"
+        )
     return float(value)
 
 

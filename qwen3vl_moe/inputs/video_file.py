@@ -28,6 +28,7 @@ from qwen3vl_moe.inputs.image_source import DECODING
 from qwen3vl_moe.inputs.workers import POOL, side_by_side
 
 MAX_FRAME_PIXELS = 2**26  # of one frame: 8192 x 8192
+MAX_FRAMES = 2**22  # of a file: 38 hours at 30 a second; their times are kept in memory
 _BATCH = 8  # frames of a group that are converted side by side
 _BYTES_PER_PIXEL = 8 * _BATCH  # that a group holds: frames as decoded, some of them as RGB
 _READ_BYTES = 2**18  # that FFmpeg asks for at a time
@@ -189,7 +190,7 @@ def open_video_file(data: bytes | BinaryIO, where: str, alpha: str = "white") ->
         raise PromptError(f"{where} ends early: {missing} of its bytes are missing")
     with _reading(source, container_name, where) as container:
         stream = _video_stream(container, where)
-        times, keys = _index(container, stream)
+        times, keys = _index(container, stream, where)
         rate, unit = stream.average_rate, stream.time_base
     if not times.size:
         raise PromptError(f"{where} has no frames")
@@ -203,7 +204,7 @@ def open_video_file(data: bytes | BinaryIO, where: str, alpha: str = "white") ->
     if rate is None and unit is not None and len(keys) and times.size > 1:
         rate = (times.size - 1) / max(float((times[-1] - times[0]) * unit), 1e-6)
     fps = float(rate or 0)
-    if not 0 < fps < 1e5:
+    if not 1e-6 < fps < 1e6:
         raise PromptError(f"{where} does not tell how many frames a second it has; give its frames as a list, with fps")
     return VideoFile(where, source, container_name, times.size, fps, height, width, times, keys, alpha)
 
@@ -242,12 +243,14 @@ def _video_stream(container: Any, where: str) -> Any:
     return moving[0]
 
 
-def _index(container: Any, stream: Any) -> tuple[np.ndarray, np.ndarray]:
+def _index(container: Any, stream: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Times of all frames in the order in which they are shown, and the key frames: see :class:`VideoFile`."""
     times, keys, whole = [], [], True
     for packet in container.demux(stream):
         if not packet.size or packet.is_discard:
             continue
+        if len(times) == MAX_FRAMES:
+            raise PromptError(f"{where} has more than {MAX_FRAMES} frames; cut it")
         whole = whole and packet.pts is not None
         times.append(packet.pts)
         if packet.is_keyframe:

@@ -190,6 +190,7 @@ def test_what_a_video_asks_for():
     [
         ({"fps": 0}, "fps 0; a number of frames a second"),
         ({"fps": True}, "fps True"),
+        ({"fps": 1e-300}, "fps 1e-300"),
         ({"fps": "fast"}, "fps 'fast'"),
         ({"fps": float("nan")}, "fps nan"),
         ({"num_frames": 1.5}, "num_frames 1.5"),

@@ -11,6 +11,7 @@ from transformers.video_utils import read_video_pyav
 
 from qwen3vl_moe.errors import OptionError, PromptError
 from qwen3vl_moe.inputs import fetch, video_file
+from qwen3vl_moe.inputs.file_kinds import missing_bytes
 from qwen3vl_moe.inputs.tokenizer import VIDEO_PLACEHOLDER
 from qwen3vl_moe.inputs.video_file import open_video_file
 from tests.inputs import parts
@@ -234,6 +235,16 @@ def test_frames_beyond_the_limit_are_refused(monkeypatch):
     monkeypatch.setattr(video_file, "MAX_FRAME_PIXELS", 64 * 48 - 1)
     with pytest.raises(PromptError, match=r"cannot be decoded|no frame that can be decoded"):
         open_video_file(make_clip(), "video 0", "white")
+
+
+def test_files_that_only_take_time_are_bounded(monkeypatch):
+    monkeypatch.setattr(video_file, "MAX_FRAMES", 39)
+    with pytest.raises(PromptError, match="has more than 39 frames; cut it"):
+        open_video_file(make_clip(), "video 0", "white")
+    boxes = b"\0\0\0\x08free" * 300_000
+    asked = []
+    assert missing_bytes(lambda place, count: asked.append(place) or boxes[place : place + count], 10**9, "mov") >= 0
+    assert len(asked) < 200_000
 
 
 def test_a_file_that_grows_is_read_as_it_was(tmp_path):
