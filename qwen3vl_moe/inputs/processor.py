@@ -173,7 +173,7 @@ class Processor:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
-        """The conversation as the model reads it, with one placeholder an image; the arguments are those of
+        """The conversation as the model reads it, with one placeholder an image or video; the arguments are those of
         :meth:`chat`.
 
         Raises:
@@ -207,22 +207,22 @@ class Processor:
             PromptError: the conversation or one of its images cannot be used, or it is longer than ``max_model_len``.
             OptionError: the flags contradict each other, or the template does not read one of the variables.
         """
-        text, images = self._render(
-            messages, tools, chat_template_kwargs, add_generation_prompt, continue_final_message
-        )
-        return self._build(text, self._encode(text), images, self.image_settings, keep_last=keep_last)
+        text, media = self._render(messages, tools, chat_template_kwargs, add_generation_prompt, continue_final_message)
+        return self._build(text, self._encode(text), media, self.image_settings, keep_last=keep_last)
 
     def prompt(self, prompt: str | Sequence[int] | Mapping[str, Any], *, keep_last: int | None = None) -> Prompt:
         """A prompt without a chat template.
 
         Args:
             prompt: text, token ids, or ``{"prompt": text}`` / ``{"prompt_token_ids": ids}`` with
-                ``"multi_modal_data": {"image": source or list of sources}``. Each image has its placeholder
-                ``<|vision_start|><|image_pad|><|vision_end|>``; in token ids the middle one may also stand as often
-                as the image has tokens, so that the ids of an earlier prompt can be given again.
+                ``"multi_modal_data": {"image": source or list of sources, "video": alike}``. Each image has its
+                placeholder ``<|vision_start|><|image_pad|><|vision_end|>``, a video ``<|video_pad|>`` in the middle;
+                in token ids that may also be all tokens that it becomes, so that the ids of an earlier prompt can be
+                given again.
                 ``"text_token_ids": ids``, beside these or alone, are tokens that follow and that are text whatever
                 they spell: an answer that is fed back, where an image's placeholder stands for no image.
-                ``"mm_processor_kwargs"`` bounds this prompt's images: min_pixels and max_pixels, or size.
+                ``"mm_processor_kwargs"`` bounds this prompt's images (min_pixels and max_pixels, or size), and says
+                what its videos ask for: fps, num_frames, or ``videos_kwargs`` with ``video.VIDEO_KEYS``.
             keep_last: at most so many of the prompt's last tokens are kept; None keeps all.
 
         Raises:
