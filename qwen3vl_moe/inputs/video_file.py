@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,18 +37,26 @@ _THREADS = 8  # most of FFmpeg's own, for one group
 
 
 class Bytes:
-    """The bytes of a file that several readers share: in memory, or on disk, where they are not read as a whole."""
+    """The bytes of a file that several readers share: in memory, or on disk, where they are not read as a whole.
+
+    An open file is closed for whoever opened it; this has a handle of its own, for as long as it is there.
+    """
 
     def __init__(self, data: bytes | BinaryIO):
-        self._data = data
-        self.size = len(data) if isinstance(data, bytes) else os.fstat(data.fileno()).st_size
+        if isinstance(data, bytes):
+            self._data, self.size = data, len(data)
+        else:
+            with data:
+                self._data = os.dup(data.fileno())
+            weakref.finalize(self, os.close, self._data)
+            self.size = os.fstat(self._data).st_size
 
     def at(self, place: int, count: int) -> bytes:
         """At most ``count`` bytes from ``place`` on. What is written behind the end meanwhile is not read."""
         count = max(0, min(count, self.size - place))
         if isinstance(self._data, bytes):
             return self._data[place : place + count]
-        return os.pread(self._data.fileno(), count, place)
+        return os.pread(self._data, count, place)
 
 
 class _Reader:

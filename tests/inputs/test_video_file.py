@@ -1,7 +1,9 @@
 """Video files: the frames of PyAV's own reader, whatever is asked for, and refusals of what is none."""
 
 import base64
+import gc
 import io
+import os
 import sys
 import threading
 
@@ -255,6 +257,21 @@ def test_a_file_that_grows_is_read_as_it_was(tmp_path):
         with open(path, "ab") as more:
             more.write(bytes(1000))
         assert len(source.at(0, 10**6)) == source.size < path.stat().st_size
+
+
+@pytest.mark.filterwarnings("error")
+def test_files_are_closed(tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(make_clip(frames=4))
+    (tmp_path / "torn.mp4").write_bytes(make_clip(frames=4)[:-50])
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        video = open_video_file(open(tmp_path / "clip.mp4", "rb"), "video 0", "white")  # noqa: SIM115
+        frames_of(video, [0, 3])
+        with pytest.raises(PromptError, match="ends early"):
+            open_video_file(open(tmp_path / "torn.mp4", "rb"), "video 0", "white")  # noqa: SIM115
+    del video
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_sources_of_files(tmp_path, monkeypatch):
