@@ -45,7 +45,7 @@ from model_args import engine_options, template_variables, think_end
 from qwen3vl_moe import LLM, SamplingParams
 from qwen3vl_moe.errors import OptionError, PromptError
 from qwen3vl_moe.inputs.chat_template import ChatTemplate
-from qwen3vl_moe.inputs.processor import IMAGE_PLACEHOLDER
+from qwen3vl_moe.inputs.tokenizer import IMAGE_PLACEHOLDER
 
 _TASK_PLACEHOLDER = "<image>"  # how lm-eval's tasks mark the place of an image
 # What a task may say about sampling, and what holds where it says nothing: not the checkpoint's own defaults, so that

@@ -22,21 +22,13 @@ from qwen3vl_moe.quantization import layers_in_fp8, parse_fp8
 # The largest sizes that are believed. The loader writes names and shapes out for all layers before it compares them
 # with the files, so a size far above every model ever trained is refused here. No product of these exceeds 64 bits.
 _MOST = {
-    "num_hidden_layers": 1000,
-    "depth": 1000,
-    "num_attention_heads": 1 << 12,
-    "num_key_value_heads": 1 << 12,
-    "num_heads": 1 << 12,
-    "head_dim": 1 << 12,
-    "hidden_size": 1 << 18,
-    "out_hidden_size": 1 << 18,
-    "intermediate_size": 1 << 20,
-    "moe_intermediate_size": 1 << 20,
-    "num_experts": 1 << 14,
-    "num_local_experts": 1 << 14,
+    **dict.fromkeys(("num_hidden_layers", "depth"), 1000),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "head_dim"), 1 << 12),
+    **dict.fromkeys(("hidden_size", "out_hidden_size"), 1 << 18),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "num_position_embeddings"), 1 << 20),
+    **dict.fromkeys(("num_experts", "num_local_experts"), 1 << 14),
     "num_experts_per_tok": 1 << 10,
     "vocab_size": 1 << 24,
-    "num_position_embeddings": 1 << 20,
     "patch_size": 1 << 8,
     "temporal_patch_size": 1 << 5,
     "spatial_merge_size": 1 << 4,
@@ -218,6 +210,13 @@ class Qwen3VLMoeConfig:
             vision_start_token_id=151652,
             vision_end_token_id=151653,
         )
+
+    @classmethod
+    def qwen3_vl_235b_a22b(cls) -> Qwen3VLMoeConfig:
+        """The published Qwen3-VL-235B-A22B (Instruct and Thinking), whose tower differs in the width of its output."""
+        small = cls.qwen3_vl_30b_a3b()
+        text = replace(small.text, hidden_size=4096, num_layers=94, num_heads=64, expert_width=1536)
+        return replace(small, text=text, vision=replace(small.vision, out_hidden_size=4096))
 
 
 def _with_fp8(text: TextConfig, top: _Fields, text_fields: _Fields, vision_fields: _Fields) -> TextConfig:

@@ -5,11 +5,11 @@ Both files are JSON lines, UTF-8. A request, where "prompt" or "messages" is nee
     {"id": "a", "prompt": "What is this?", "image": "cat.jpg", "max_tokens": 50}
     {"id": "b", "messages": [{"role": "user", "content": [{"type": "image", "image": "cat.jpg"}, ...]}], "seed": 1}
 
-``prompt`` is what a user says, as in a chat; ``image`` (or ``images``, a list) stands before it: paths, from the folder
-of the requests file if they are relative, or URLs. Paths in ``messages`` count from there too. ``id`` is a text or a
-whole number, unique in the file. Any other key is one of ``SAMPLING_KEYS`` and replaces that sampling option for its
-line. A key with the value null is a key that is not there: tables that are written as lines give every line every key.
-For their sake 5.0 is taken where an integer is needed, too.
+``prompt`` is what a user says, as in a chat; ``image`` (or ``images``, a list) and ``video`` (or ``videos``) stand
+before it: paths, from the folder of the requests file if they are relative, or URLs. Paths in ``messages`` count from
+there too. ``id`` is a text or a whole number, unique in the file. Any other key is one of ``SAMPLING_KEYS`` and
+replaces that sampling option for its line. A key with the value null is a key that is not there: tables that are
+written as lines give every line every key. For their sake 5.0 is taken where an integer is needed, too.
 
 An answer, or what is wrong with the request::
 
@@ -36,15 +36,15 @@ from typing import Any, BinaryIO
 
 from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.errors import PromptError, UserError, one_line
-from qwen3vl_moe.inputs.fetch import is_base64_picture
+from qwen3vl_moe.inputs.fetch import is_base64_media
 from qwen3vl_moe.json_files import check_regular, parse_json
 
 MAX_FILE_BYTES = 2 << 30  # all requests are held in memory
 MAX_LINE_BYTES = 128 << 20  # several images in base64 fit
 _NOT_IN_A_FILE = ("logprobs", "prompt_logprobs", "detokenize")  # a record is a text, and has a text
 SAMPLING_KEYS = tuple(f.name for f in fields(SamplingParams) if f.name not in _NOT_IN_A_FILE)
-_OTHER_KEYS = ("id", "prompt", "messages", "image", "images")
-_PATH_KEYS = ("image", "path", "url", "image_url")  # of an item of a message
+_OTHER_KEYS = ("id", "prompt", "messages", "image", "images", "video", "videos")
+_PATH_KEYS = ("image", "video", "path", "url", "image_url", "video_url")  # of an item of a message
 _URL = re.compile(r"\s*(data:|file:|[a-z][a-z0-9+.-]*://)", re.I)
 _INTEGER_KEYS = {f.name for f in fields(SamplingParams) if str(f.type).startswith("int")}
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half of a surrogate pair
@@ -198,14 +198,12 @@ def _conversation(content: dict[str, Any], folder: Path) -> list[dict]:
     given = [key for key in ("prompt", "messages") if key in content]
     if len(given) != 1:
         raise PromptError(f"{' and '.join(given) or 'nothing'} given; one of prompt, messages is needed")
-    images = [content["image"]] if "image" in content else content.get("images", [])
-    if "image" in content and "images" in content:
-        raise PromptError("image and images given; one of them is enough")
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise PromptError("image is a path or a URL, and images a list of them")
+    media = [(kind, source) for kind in ("image", "video") for source in _sources(content, kind)]
     if "messages" in content:
-        if images:
-            raise PromptError("image goes with prompt; in messages, images are items of the content")
+        if media:
+            raise PromptError(
+                f"{media[0][0]} goes with prompt; in messages, images and videos are items of the content"
+            )
         messages = content["messages"]
         if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
             raise PromptError("messages is a list of objects with role and content")
@@ -215,12 +213,22 @@ def _conversation(content: dict[str, Any], folder: Path) -> list[dict]:
         return [_located(message, folder) for message in messages]
     if not isinstance(content["prompt"], str):
         raise PromptError(f"prompt is of type {type(content['prompt']).__name__}; a text is needed")
-    items = [{"type": "image", "image": _locate(image, folder)} for image in images]
+    items = [{"type": kind, kind: _locate(source, folder)} for kind, source in media]
     return [{"role": "user", "content": [*items, {"type": "text", "text": content["prompt"]}]}]
 
 
+def _sources(content: dict[str, Any], kind: str) -> list[str]:
+    """Paths and URLs of one kind beside a prompt."""
+    sources = [content[kind]] if kind in content else content.get(f"{kind}s", [])
+    if kind in content and f"{kind}s" in content:
+        raise PromptError(f"{kind} and {kind}s given; one of them is enough")
+    if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
+        raise PromptError(f"{kind} is a path or a URL, and {kind}s a list of them")
+    return sources
+
+
 def _located(message: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A message with every relative path of an image counted from ``folder``; the processor checks its form."""
+    """A message with every relative path counted from ``folder``; the processor checks its form."""
     content = message.get("content")
     if not isinstance(content, list):
         return message
@@ -234,8 +242,10 @@ def _located_item(item: Any, folder: Path) -> Any:
 
 
 def _locate(source: Any, folder: Path) -> Any:
+    if isinstance(source, list):  # the frames of a video
+        return [_locate(each, folder) for each in source]
     if isinstance(source, dict):  # {"image_url": {"url": ...}}
         return {key: _locate(value, folder) if key == "url" else value for key, value in source.items()}
-    if not isinstance(source, str) or not source or _URL.match(source) or is_base64_picture(source):
+    if not isinstance(source, str) or not source or _URL.match(source) or is_base64_media(source):
         return source
     return str(folder / source)

@@ -124,12 +124,34 @@ def _picture(source: str, number: int, access: Any) -> dict:
     return {"type": "image", "image": source}
 
 
+def check_videos(sources: list[str], fps: float | None, limits: dict[str, Any]) -> list[dict]:
+    """The same for videos, of which only the containers are opened.
+
+    Args:
+        fps: frames taken of a second; None: as the checkpoint says.
+
+    Raises:
+        PromptError: a file is missing, is no video, or may not be read; or there are no such frames.
+    """
+    from qwen3vl_moe.inputs.access import media_access
+    from qwen3vl_moe.inputs.fetch import open_file
+    from qwen3vl_moe.inputs.video import VideoOptions
+    from qwen3vl_moe.inputs.video_file import open_video_file
+
+    VideoOptions.of({"fps": fps}, "the call")
+    for number, source in enumerate(sources):
+        if "://" not in source:
+            where = f"video {number} ({source!r})"
+            open_video_file(open_file(source, where, media_access(**limits)), where)
+    return [{"type": "video", "video": source, "fps": fps} for source in sources]
+
+
 def say_settings(llm: Any) -> None:
     stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")
 
 
-def user_message(images: list[dict], text: str) -> dict:
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+def user_message(media: list[dict], text: str) -> dict:
+    return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
 
 
 def opening(system: str | None) -> list[dict]:
@@ -274,7 +296,7 @@ def stream(llm: Any, conversation: list[dict], params: Any) -> str:
     seconds = metrics.finished_time - metrics.arrival_time
     first = metrics.first_token_time - metrics.arrival_time
     stderr.print(
-        f"{len(output.prompt_token_ids)} prompt tokens ({output.num_image_tokens} of images), "
+        f"{len(output.prompt_token_ids)} prompt tokens ({output.num_image_tokens} of images and videos), "
         f"{len(answer.token_ids)} answer tokens in {seconds:.2f} s, the first after {first:.2f} s; "
         f"ended by {answer.finish_reason}",
         style="dim",

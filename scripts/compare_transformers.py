@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 
@@ -32,7 +33,8 @@ console = Console(stderr=True, soft_wrap=True)
 
 
 def random_prompts(config: Qwen3VLMoeConfig) -> dict[str, tuple]:
-    """A text prompt of 450 tokens, and a 560x560 image (324 visual tokens) between 128 text tokens."""
+    """A text prompt of 450 tokens; a 560x560 image (324 visual tokens) between 128 text tokens; 16 frames of 360x640
+    (220 for each pair), with 8 text tokens before each."""
     generator = torch.Generator().manual_seed(0)
     highest = min(config.text.vocab_size, config.image_token_id)
 
@@ -44,13 +46,20 @@ def random_prompts(config: Qwen3VLMoeConfig) -> dict[str, tuple]:
     grid = (1, 18 * merge, 18 * merge)
     image = [config.vision_start_token_id, *[config.image_token_id] * 324, config.vision_end_token_id]
     pixels = torch.rand(grid[1] * grid[2], config.vision.patch_dim, generator=generator) * 2 - 1
+    clip = (8, 11 * merge, 20 * merge)
+    frame = [config.vision_start_token_id, *[config.video_token_id] * 220, config.vision_end_token_id]
+    video = [token for _ in range(clip[0]) for token in (*words(8), *frame)]
+    frames = torch.rand(math.prod(clip), config.vision.patch_dim, generator=generator) * 2 - 1
     return {
-        "text, 450 tokens": (words(450), None, None),
+        "text, 450 tokens": (words(450),),
         "image 560x560 + 128 text tokens": (words(64) + image + words(64), pixels, [grid]),
+        "16 frames of 360x640": (video + words(64), None, None, frames, [clip]),
     }
 
 
-def real_prompts(model: str, config: Qwen3VLMoeConfig, prompt: str, image: Path | None) -> dict[str, tuple]:
+def real_prompts(
+    model: str, config: Qwen3VLMoeConfig, prompt: str, image: Path | None, video: Path | None
+) -> dict[str, tuple]:
     from qwen3vl_moe.inputs.processor import Processor
     from qwen3vl_moe.weights import resolve
 
@@ -59,21 +68,31 @@ def real_prompts(model: str, config: Qwen3VLMoeConfig, prompt: str, image: Path 
     prompts = {"text": content}
     if image is not None:
         prompts[f"image {image.name} + text"] = [{"type": "image", "image": str(image)}, *content]
+    if video is not None:
+        prompts[f"video {video.name} + text"] = [{"type": "video", "video": str(video)}, *content]
     out = {}
     for name, items in prompts.items():
         ready = processor.chat([{"role": "user", "content": items}])
-        pixels = torch.cat([i.pixel_values for i in ready.images]) if ready.images else None
-        out[name] = (list(ready.token_ids), pixels, [i.grid_thw for i in ready.images] or None)
+        inputs: list = [list(ready.token_ids)]
+        for of_video in (False, True):
+            found = [image for image in ready.images if image.of_video == of_video]
+            inputs.append(torch.cat([each.pixel_values for each in found]) if found else None)
+            inputs.append([each.grid_thw for each in found] or None)
+        out[name] = tuple(inputs)
     return out
 
 
-def twin_logits(twin, config: Qwen3VLMoeConfig, device: torch.device, ids, pixels, grids) -> torch.Tensor:
+def twin_logits(
+    twin, config: Qwen3VLMoeConfig, device: torch.device, ids, pixels=None, grids=None, frames=None, clips=None
+) -> torch.Tensor:
     """transformers' logits [T, V]."""
     ids = torch.tensor([ids], device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+    inputs["mm_token_type_ids"] = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
     if pixels is not None:
         inputs |= {"pixel_values": pixels.to(device), "image_grid_thw": torch.tensor(grids, device=device)}
+    if frames is not None:
+        inputs |= {"pixel_values_videos": frames.to(device), "video_grid_thw": torch.tensor(clips, device=device)}
     with torch.no_grad():
         return twin(**inputs).logits[0]
 
@@ -95,6 +114,7 @@ def main(
     load_format: str = typer.Option("auto", help="auto, or dummy: random weights at the 30B sizes."),
     prompt: str = typer.Option("Describe what you see, and count from one to twenty.", help="Text of the prompt."),
     image: Path | None = typer.Option(None, help="An image for the second prompt (with a real checkpoint)."),
+    video: Path | None = typer.Option(None, help="A video for a third prompt (with a real checkpoint)."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
     dtype: str = typer.Option("bfloat16", help="bfloat16 or float16: what is judged."),
     moe: str = typer.Option("auto", help="Comma-separated: tma, reference, auto."),
@@ -111,7 +131,7 @@ def main(
             raise OptionError("give --model a checkpoint, or take random weights at the 30B sizes: --load-format dummy")
         if load_format == "dummy-fp8":
             require_16_bits(in_fp8(Qwen3VLMoeConfig.qwen3_vl_30b_a3b()))
-        rows = compare(model, prompt, image, parse_device(device), getattr(torch, dtype, None), moe, layers)
+        rows = compare(model, prompt, image, video, parse_device(device), getattr(torch, dtype, None), moe, layers)
     except (UserError, RuntimeError) as error:
         console.print(f"error: {error}", markup=False, highlight=False)
         raise typer.Exit(2) from None
@@ -126,7 +146,7 @@ def main(
         raise typer.Exit(1)
 
 
-def compare(model, prompt, image, device, dtype, moe, layers) -> list[dict]:
+def compare(model, prompt, image, video, device, dtype, moe, layers) -> list[dict]:
     if dtype not in (torch.bfloat16, torch.float16):
         raise OptionError("--dtype must be bfloat16 or float16: the yardstick is an fp32 evaluation")
     # Products in full fp32: TF32 would make the yardstick as coarse as what it measures.
@@ -139,14 +159,14 @@ def compare(model, prompt, image, device, dtype, moe, layers) -> list[dict]:
     else:
         require_16_bits(Qwen3VLMoeConfig.from_pretrained(resolve(model, weights=False)))
         ours = load_model(model, device, dtype, "reference")
-        config, prompts = ours.config, real_prompts(model, ours.config, prompt, image)
+        config, prompts = ours.config, real_prompts(model, ours.config, prompt, image, video)
     backends = list(dict.fromkeys(resolve_moe(name, device, dtype, config.text) for name in moe.split(",")))
 
     logits: dict[str, dict[str, torch.Tensor]] = {name: {} for name in prompts}
     for backend in backends:
         ours.set_moe(backend)
-        for name, (ids, pixels, grids) in prompts.items():
-            logits[name][f"ours, moe={backend}"] = ours.logits(ids, pixels, grids)
+        for name, inputs in prompts.items():
+            logits[name][f"ours, moe={backend}"] = ours.logits(*inputs)
     twin = transformers_twin(ours)
     for name, inputs in prompts.items():
         logits[name]["transformers"] = twin_logits(twin, config, device, *inputs)

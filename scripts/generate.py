@@ -1,6 +1,7 @@
-"""Ask the model a question, with or without pictures, or chat with it, or answer a file of requests.
+"""Ask the model a question, with or without pictures and videos, or chat with it, or answer a file of requests.
 
     python scripts/generate.py --model demo --image examples/shapes.png --prompt "What do you see in this picture?"
+    python scripts/generate.py --model MODEL --video walk.mp4 --fps 1 --prompt "What happens?"
     python scripts/generate.py --model demo --input examples/requests.jsonl --output answers.jsonl
 
 The answer goes to stdout while it is being written, and nothing else does; settings, progress and errors go to stderr.
@@ -29,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import cli_options as cli
-from chat import check_pictures, opening, say_settings, stream, talk, user_message, write
+from chat import check_pictures, check_videos, opening, say_settings, stream, talk, user_message, write
 from program import any_text, json_line
 from qwen3vl_moe.errors import UserError, one_line
 
@@ -43,6 +44,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     model: cli.Model = "demo",
     image: cli.Images = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video file or URL, after the images; repeatable.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames taken of a video's second. [default: the checkpoint's]")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="The question. Without it: a chat, one line of stdin a turn, as chat.py.")
     ] = None,
@@ -51,12 +56,12 @@ def main(
         Path | None,
         typer.Option(
             "--input",
-            help='Answer a file of requests, a JSON object a line: "prompt" (with "image" or "images": paths from the '
-            'file\'s folder, or URLs) or "messages"; and, where wanted, "id", "max_tokens", "temperature", "seed", '
-            '"stop" and the other sampling parameters, which go before the options here. Whoever writes the file '
-            "chooses what is read as an image: any local file, and any host on the internet, but none of this machine "
-            "or of private networks. --media-root, --allow-hosts and --allow-private-hosts set other limits: "
-            "docs/trust.md.",
+            help='Answer a file of requests, a JSON object a line: "prompt" (with "image", "images", "video" or '
+            '"videos": paths from the file\'s folder, or URLs) or "messages"; and, where wanted, "id", "max_tokens", '
+            '"temperature", "seed", "stop" and the other sampling parameters, which go before the options here. '
+            "Whoever writes the file chooses what is read as an image or video: any local file, and any host on the "
+            "internet, but none of this machine or of private networks. --media-root, --allow-hosts and "
+            "--allow-private-hosts set other limits: docs/trust.md.",
         ),
     ] = None,
     answers: Annotated[
@@ -105,7 +110,7 @@ def main(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,
 ) -> None:
-    """Ask the model a question, with or without pictures, or chat with it, or answer a file of requests.
+    """Ask the model a question, with or without pictures and videos, or chat with it, or answer a file of requests.
 
     Exit status: 0 done, 1 some requests of --input could not be answered, 2 an error in the call, 130 interrupted.
     """
@@ -113,10 +118,12 @@ def main(
     try:
         if (requests is None) != (answers is None):
             raise UserError("--input and --output go together: a file of requests, and one for their answers")
-        if requests is not None and (image or prompt is not None or system is not None or as_json):
+        if requests is not None and (image or video or prompt is not None or system is not None or as_json):
             raise UserError(
-                "--input brings prompts and images of its own: leave out --prompt, --system, --image and --json"
+                "--input brings prompts and media of its own: leave out --prompt, --system, --image, --video and --json"
             )
+        if fps is not None and not video:
+            raise UserError("--fps is of videos: give --video")
         if as_json and prompt is None:
             raise UserError("--json needs --prompt: a chat is not one JSON object")
         from qwen3vl_moe.engine import LLM  # slow to import: not before --help has been answered
@@ -124,7 +131,8 @@ def main(
         if allow_private_hosts is None:  # a file of requests, and a pipe, may come from anyone
             given["allow_private_hosts"] = requests is None and (prompt is not None or sys.stdin.isatty())
         limits, params = cli.media_limits(given), cli.sampling_params(given, one_answer=requests is None)
-        images = check_pictures(image or [], limits)  # a bad file should show before the weights are loaded
+        media = check_pictures(image or [], limits)  # a bad file should show before the weights are loaded
+        media += check_videos(video or [], fps, limits)
 
         def load() -> LLM:
             llm = LLM(model, **cli.engine_options(given), **limits)
@@ -137,9 +145,9 @@ def main(
             raise typer.Exit(_answer_file(load, requests, answers, params, settings))
         llm = load()
         if prompt is None:
-            talk(llm, images, params, system)
+            talk(llm, media, params, system)
         else:
-            conversation = [*opening(system), user_message(images, prompt)]
+            conversation = [*opening(system), user_message(media, prompt)]
             if as_json:
                 write(json_line(_answer(llm, conversation, params)))
             else:

@@ -3,6 +3,7 @@
     python scripts/ttft.py --load-format dummy --json ttft.json --plot ttft.png       # 30B sizes, random weights: 80 GB
     python scripts/ttft.py --model Qwen/Qwen3-VL-30B-A3B-Instruct
     python scripts/ttft.py --load-format dummy --workload single --compare per_call,lru,owned --against transformers
+    python scripts/ttft.py --load-format dummy --video-frames 64 --sizes 360p --text-lens 128 --workload single
     python scripts/ttft.py --model demo --sizes 224x224 --num-prompts 8 --max-concurrency 3   # anywhere: a try-out
     python scripts/ttft.py --model demo --timeline timeline.png --trace trace.json            # what happened when
 
@@ -60,6 +61,9 @@ def main(
     random_range_ratio: Annotated[float, typer.Option(help="Least length, as part of the most.")] = 0.1,
     image_resolution: Annotated[str, typer.Option(help="HEIGHTxWIDTH, 4k, 1080p, 720p, 360p.")] = "560x560",
     image_format: Annotated[str, typer.Option(help="jpeg or png.")] = "jpeg",
+    video_frames: Annotated[
+        int, typer.Option(help="Videos instead of images, of which so many frames are taken, two of each second.")
+    ] = 0,
     image_count: Annotated[int, typer.Option(help="Images per request.")] = 1,
     image_content: Annotated[str, typer.Option(help="random pixels, drawn shapes, blank.")] = "random",
     images: Annotated[Path | None, typer.Option(help="Directory of image files instead of made-up ones.")] = None,
@@ -117,7 +121,10 @@ def run(options: dict[str, Any], results: dict[str, Any]) -> None:
     # All that can be wrong is found before the weights are loaded, as far as it can be known.
     kinds = _kinds(options)
     load = workloads.Load(**{name: options[name] for name in workloads.Load.__dataclass_fields__})
-    sources = Images(options["images"], options["image_content"], options["image_format"], load.image_count)
+    frames = options["video_frames"]
+    if frames < 0 or (frames and options["images"] is not None):
+        raise OptionError(f"--video-frames {frames}: 0 or more is needed, and no --images beside it")
+    sources = Images(options["images"], options["image_content"], options["image_format"], load.image_count, frames)
     sizes = [size.strip() for size in options["sizes"].split(",")]
     for size in sizes:
         parse_resolution(size)
@@ -177,7 +184,8 @@ def load_llm(options: dict[str, Any]) -> Any:
     engine = {"enforce_eager": options["eager"], "enable_prefix_caching": False}
     engine |= {name: options[name] for name in ("kv_cache_dtype", "tensor_parallel_size")}
     if options["model"] is None:
-        engine["max_model_len"] = 16384  # beside weights of the 30B sizes, memory is for requests, not for length
+        # Beside weights of the 30B sizes, memory is for requests, not for length; a video is long.
+        engine["max_model_len"] = 65536 if options["video_frames"] else 16384
     same = {name: options[name] for name in ("load_format", "device", "moe")}
     routing = options["routing"] if options["load_format"] != "auto" else None
     return load(options["model"], routing=routing, **same, **engine)

@@ -177,11 +177,13 @@ class Engine:
         num_tokens = len(prompt.token_ids)
         if num_tokens >= self.max_model_len:
             images = sum(image.num_tokens for image in prompt.images)
+            videos = any(image.of_video for image in prompt.images)
             raise PromptError(
                 f"the prompt has {num_tokens} tokens"
-                + (f" ({images} of images)" if images else "")
+                + (f" ({images} of images{' and frames' if videos else ''})" if images else "")
                 + f", which leaves no room for an answer in max_model_len={self.max_model_len}; shorten it"
                 + (", lower max_pixels" if images else "")
+                + (", take fewer frames" if videos else "")
                 + " or raise max_model_len"
             )
 

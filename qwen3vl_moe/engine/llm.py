@@ -45,7 +45,7 @@ from qwen3vl_moe.weights import load_model, resolve
 from qwen3vl_moe.weights.placement import parse_device, require_division, settle_threads, tma_problem
 
 How = tuple[str, dict[str, Any]]  # see LLM.preparing
-Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text and image items}
+Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text, image and video items}
 
 
 class LLM:
@@ -143,6 +143,8 @@ class LLM:
                 if weights.device.type == "cuda":  # on a CPU nobody expects the kernel
                     warnings.warn(f"moe='auto' runs the experts in plain torch: {self.moe_fallback}", stacklevel=2)
             self.engine = Engine(weights, tokenizer, defaults, options, progress, self._workers)
+        # Perhaps less than was asked for: the cache has its say. What cannot fit is refused before it is decoded.
+        self.processor.max_model_len = self.engine.max_model_len
         self.service = Service(self.engine)
         if self._replicas is not None:
             self._replicas.wait()
@@ -270,7 +272,8 @@ class LLM:
 
         Args:
             prompts: a text, a list of token ids, ``{"prompt": text, "multi_modal_data": {"image": one or a list}}``
-                (or ``"prompt_token_ids"`` for ``"prompt"``; :meth:`.Processor.prompt` has the rest), or a list of such.
+                (also ``"video"``, and ``"prompt_token_ids"`` for ``"prompt"``; :meth:`.Processor.prompt` has the rest),
+                or a list of such.
             sampling_params: one for all, or one per prompt; None takes everything from the checkpoint.
             use_tqdm: show how many of the answers are there, and the tokens per second of prompts and answers; unlike
                 vLLM nothing is shown unasked.

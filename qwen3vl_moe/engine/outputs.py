@@ -81,7 +81,7 @@ class RequestOutput:
         outputs: n answers, in the order of their index.
         finished: whether all answers are complete.
         metrics: times; of several answers the first begin and the last end.
-        num_image_tokens: how many of the prompt's tokens are image tokens.
+        num_image_tokens: how many of the prompt's tokens are of images, or of frames of videos.
         num_cached_tokens: how many of the prompt's tokens were in the cache already.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from dataclasses import dataclass, field, replace
 
@@ -83,6 +84,7 @@ class Sequence:
         answer = self.max_len if self.params.max_tokens is None else self.params.max_tokens
         self.most_tokens = min(self.max_len, self.num_prompt_tokens + answer)
         self.features: list[VisionFeatures | None] = [None] * len(self.prompt.images)
+        self._image_ends = [image.start + image.num_tokens for image in self.prompt.images]
         self.logprobs: list[dict[int, Logprob]] = []
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
         self.ending = self.eos_token_ids.union(self.params.stop_token_ids or ())
@@ -128,14 +130,13 @@ class Sequence:
         return self.constraints is not None and self.constraints.needs_history(self.num_output_tokens)
 
     def images_in(self, start: int, stop: int) -> list[tuple[int, ImageInput]]:
-        """Images (with their number) that have placeholder tokens in a span."""
+        """Images, and groups of a video's frames (with their number), that have placeholder tokens in a span."""
         if start >= self.num_prompt_tokens:  # as in every step of decoding
             return []
-        return [
-            (number, image)
-            for number, image in enumerate(self.prompt.images)
-            if image.start < stop and start < image.start + image.num_tokens
-        ]
+        # They stand in order, and of a long video there are hundreds.
+        first = bisect.bisect_right(self._image_ends, start)
+        last = bisect.bisect_left(self.prompt.images, stop, lo=first, key=lambda image: image.start)
+        return [(number, self.prompt.images[number]) for number in range(first, last)]
 
     def block_keys(self, first: int, last: int, block_size: int) -> list[bytes]:
         """Names by content (:func:`.kv_cache.block_key`) of the full blocks from number ``first`` up to ``last``."""

@@ -74,7 +74,7 @@ class ChatTemplate:
         """The text of a conversation, with one placeholder an image; for the arguments see :meth:`.Processor.chat`.
 
         Args:
-            messages: as :func:`.messages.split_images` returns them.
+            messages: as :func:`.messages.split_media` returns them.
             vision_tokens: tokens that tools and variables must not spell.
         """
         template, known, _ = self._parts

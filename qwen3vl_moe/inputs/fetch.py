@@ -1,4 +1,4 @@
-"""Any source of an image that is not one already -> the bytes of its file, as far as they may be had."""
+"""Any source of an image or a video that is not one already -> the bytes of its file, as far as they may be had."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import re
 import stat
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qwen3vl_moe.errors import PromptError
 from qwen3vl_moe.inputs.access import MediaAccess
 from qwen3vl_moe.inputs.download import download, too_large
-from qwen3vl_moe.inputs.file_kinds import is_picture
+from qwen3vl_moe.inputs.file_kinds import container_of, is_picture
 from qwen3vl_moe.inputs.workers import POOL
 
-MAX_FILE_BYTES = 256 * 2**20  # of an encoded image, whatever it comes from
+MAX_FILE_BYTES = 256 * 2**20  # of an encoded image, whatever it comes from, and of a video that is no local file
 
 
 def fetch(source: Any, where: str, access: MediaAccess) -> bytes:
@@ -32,13 +34,36 @@ def fetch(source: Any, where: str, access: MediaAccess) -> bytes:
     Raises:
         PromptError: it cannot be had, is larger than :data:`MAX_FILE_BYTES`, or ``access`` does not allow it.
     """
-    try:
+    with _one_line(where):
         data = _fetch(source, where, access)
+        if not isinstance(data, bytes):
+            with data as file:
+                _size_of_file(os.fstat(file.fileno()), where, MAX_FILE_BYTES)
+                data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise too_large(where, MAX_FILE_BYTES)
+    return data
+
+
+def open_file(source: Any, where: str, access: MediaAccess) -> bytes | BinaryIO:
+    """The same, but a local file is opened, whatever its size, and not read."""
+    with _one_line(where):
+        data = _fetch(source, where, access)
+    if isinstance(data, bytes) and len(data) > MAX_FILE_BYTES:
+        raise too_large(where, MAX_FILE_BYTES)
+    return data
+
+
+@contextmanager
+def _one_line(where: str) -> Iterator[None]:
+    """Whatever goes wrong within the block becomes a line that says so."""
+    try:
+        yield
     except PromptError:
         raise
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            raise PromptError(f"{where} is too long for a path, and not the base64 of a picture") from None
+            raise PromptError(f"{where} is too long for a path, and not the base64 of a picture or video") from None
         # Not the whole OSError: it repeats the path, which may be megabytes of a mistaken text.
         raise PromptError(f"{where} cannot be read: {error.strerror or type(error).__name__}") from None
     except UnicodeError:
@@ -47,41 +72,41 @@ def fetch(source: Any, where: str, access: MediaAccess) -> bytes:
         raise PromptError(f"{where} cannot be read: {error}") from None
     except Exception as error:  # a path of the caller's own class may raise anything
         raise PromptError(f"{where} cannot be read: {type(error).__name__}") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise too_large(where, MAX_FILE_BYTES)
-    return data
 
 
-def is_base64_picture(text: str) -> bool:
-    """Whether ``text`` is the base64 of a picture rather than a path. Its first bytes decide: nobody has a path that
-    begins as they do ("/9j/4AAQSkZJRgAB" for JPEG)."""
-    head = re.match(r"\s*((?:[A-Za-z0-9+/_-]{4}){4,16})", text)
-    return head is not None and is_picture(_decode_base64(head[1].encode(), "the text"))
+def is_base64_media(text: str) -> bool:
+    """Whether ``text`` is the base64 of a picture or a video rather than a path. Its first bytes decide: nobody has a
+    path that begins as they do ("/9j/4AAQSkZJRgAB" for JPEG)."""
+    head = re.match(r"\s*((?:[A-Za-z0-9+/_-]{4}){4,64})", text)
+    if head is None:
+        return False
+    data = _decode_base64(head[1].encode(), "the text")
+    return is_picture(data) or container_of(data) is not None
 
 
-def _fetch(source: Any, where: str, access: MediaAccess) -> bytes:
+def _fetch(source: Any, where: str, access: MediaAccess) -> bytes | BinaryIO:
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     if isinstance(source, os.PathLike):
-        return _read_file(Path(os.fsdecode(source)), where, access)
+        return _open_file(Path(os.fsdecode(source)), where, access)
     if not isinstance(source, str):
         raise PromptError(
-            f"{where} is of a type that is not understood: give a path, a URL, the bytes of an image file or a PIL "
-            "image (PIL.Image.fromarray makes one of an array)"
+            f"{where} is of a type that is not understood: give a path, a URL, the bytes of a file or a PIL image "
+            "(PIL.Image.fromarray makes one of an array)"
         )
     if not source:
         raise PromptError(f"{where} is an empty string: a path or a URL is needed")
     match = re.match(r"\s*(data|file):|\s*([A-Za-z][A-Za-z0-9+.-]*)://", source, re.I)
     scheme = (match[1] or match[2]).lower() if match else None
     if scheme is None:
-        if is_base64_picture(source):
+        if is_base64_media(source):
             return _decode_base64(source.encode(), where)
-        return _read_file(Path(source), where, access)
+        return _open_file(Path(source), where, access)
     if scheme == "data":
         return _decode_data_url(source, where)
     url = source.strip()
     if scheme == "file":
-        return _read_file(_path_of(url, where), where, access)
+        return _open_file(_path_of(url, where), where, access)
     if scheme in ("http", "https"):
         with POOL.waiting():
             return download(url, where, access, MAX_FILE_BYTES)
@@ -95,7 +120,7 @@ def _path_of(url: str, where: str) -> Path:
     return Path(urllib.request.url2pathname(parts.path))
 
 
-def _read_file(path: Path, where: str, access: MediaAccess) -> bytes:
+def _open_file(path: Path, where: str, access: MediaAccess) -> bytes | BinaryIO:
     path = access.check_path(path, where)
     # Looked at before it is opened: opening a pipe waits for a writer, and opening a device may do something.
     try:
@@ -107,17 +132,20 @@ def _read_file(path: Path, where: str, access: MediaAccess) -> bytes:
     # It may have become another one meanwhile: O_NONBLOCK so that a pipe does not wait, no link where all links have
     # been followed, and a second look.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if access.media_root is None else os.O_NOFOLLOW)
-    descriptor = os.open(path, flags)
-    with open(descriptor, "rb") as file:
-        _size_of_file(os.fstat(descriptor), where)
-        return file.read(MAX_FILE_BYTES + 1)
+    file = open(os.open(path, flags), "rb")  # noqa: SIM115  closed by whoever asked for it
+    try:
+        _size_of_file(os.fstat(file.fileno()), where)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
-def _size_of_file(status: os.stat_result, where: str) -> int:
+def _size_of_file(status: os.stat_result, where: str, most: int | None = None) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise PromptError(f"{where} is not a regular file")
-    if status.st_size > MAX_FILE_BYTES:
-        raise too_large(where, MAX_FILE_BYTES)
+    if most is not None and status.st_size > most:
+        raise too_large(where, most)
     return status.st_size
 
 

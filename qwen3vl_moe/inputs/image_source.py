@@ -31,11 +31,13 @@ ALPHA = ("white", "drop")  # what may become of transparency
 
 # Of one picture: 0.7 GB as Pillow keeps it, 4 bytes a pixel. transformers takes as many.
 MAX_PIXELS = 178_956_970
-# Of all pictures that are being decoded: their pixels as stored, as RGB, and read out or split into channels.
+# A picture while it is decoded: its pixels as stored, as RGB, and read out or split into channels.
 _BYTES_PER_PIXEL = 12
-_DECODING = Budget(2**31)
+# Of all pictures and videos that are being decoded, in bytes.
+DECODING = Budget(2**31)
 
 _EXIF_ORIENTATION = 0x0112
+_QUARTER_TURNS = range(5, 9)
 # A caller may hand the same lazily opened PIL image to several threads, and Pillow's load() is not safe for that.
 _CALLERS_IMAGE_LOCK = threading.Lock()
 
@@ -61,6 +63,13 @@ class OpenedImage:
     def size_text(self) -> str:
         return f"{self.image.width}x{self.image.height}"
 
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Height and width once it is turned as it asks to be."""
+        width, height = self.image.size
+        turned = self.image.getexif().get(_EXIF_ORIENTATION, 1) in _QUARTER_TURNS
+        return (width, height) if turned else (height, width)
+
 
 def check_alpha(alpha: str) -> str:
     """``alpha`` itself, if it is known.
@@ -73,19 +82,19 @@ def check_alpha(alpha: str) -> str:
     return alpha
 
 
-def open_image(source: Any, index: int, access: MediaAccess | None = None) -> OpenedImage:
+def open_image(source: Any, index: int, access: MediaAccess | None = None, kind: str = "image") -> OpenedImage:
     """Fetch ``source`` and read its header; no pixel is decoded.
 
     Args:
         source: a path, a file://, http:// or https:// URL, a data: URL, base64, the bytes of an image file, or a PIL
             image.
-        index: which image of the prompt it is, for messages.
+        index, kind: which image of the prompt it is, and what to call it, for messages.
         access: limits on paths and URLs; None: no limits.
 
     Raises:
         PromptError: the source cannot be fetched, is no image, is empty, or has more than :data:`MAX_PIXELS` pixels.
     """
-    where = f"image {index} ({describe(source)})"
+    where = f"{kind} {index} ({describe(source)})"
     if isinstance(source, Image.Image):
         image, digest = source, None
     else:
@@ -104,7 +113,7 @@ def decoded(opened: OpenedImage, alpha: str = "white") -> Iterator[Image.Image]:
 
     The pixels that all threads hold at a time are bounded together, so this waits for others to end their blocks.
     """
-    with _DECODING.hold(opened.image.width * opened.image.height * _BYTES_PER_PIXEL):
+    with DECODING.hold(opened.image.width * opened.image.height * _BYTES_PER_PIXEL):
         try:
             yield decode_rgb(opened, alpha)
         finally:
@@ -145,7 +154,7 @@ def decode_rgb(opened: OpenedImage, alpha: str = "white") -> Image.Image:
 
 
 def describe(source: Any) -> str:
-    """A short name of an image source for messages: data URLs and raw bytes are not printed whole."""
+    """A short name of a source for messages: data URLs and raw bytes are not printed whole."""
     if isinstance(source, Image.Image):
         return f"PIL {source.mode} {source.width}x{source.height}"
     if isinstance(source, bytes | bytearray | memoryview):
@@ -156,6 +165,8 @@ def describe(source: Any) -> str:
         except Exception:  # a path of the caller's own class
             return type(source).__name__
         return repr(text if len(text) <= 80 else f"{text[:40]}...{text[-10:]}")
+    if isinstance(source, list | tuple):
+        return f"{len(source)} frames"
     return type(source).__name__
 
 

@@ -81,7 +81,7 @@ class ImageSize:
         """
         given = {key: value for key, value in given.items() if value is not None}
         for key, value in given.items():
-            if not _is_count(value):
+            if not is_count(value):
                 raise PromptError(f"{where} has {key} {value!r}; a positive whole number of pixels is needed")
         sides = [key for key in ("resized_height", "resized_width") if key in given]
         if len(sides) == 1:
@@ -131,9 +131,7 @@ class ImageSettings:
                 f"{source}: image_processor_type {raw.get('image_processor_type')!r} is not supported; "
                 f"known are {', '.join(_PROCESSOR_TYPES)}"
             )
-        for name, supported in _FIXED_SETTINGS.items():
-            if raw.get(name) is not None and raw[name] != supported:
-                raise ConfigError(f"{source}: {name} is {raw[name]!r}; only {supported!r} is supported")
+        check_fixed_settings(raw, source)
         size = raw.get("size") or {}
         if not isinstance(size, dict) or not set(size) <= {"shortest_edge", "longest_edge"}:
             raise ConfigError(
@@ -159,7 +157,7 @@ class ImageSettings:
             OptionError: a bound is no positive integer, or they leave no room for one image token.
         """
         for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
-            if value is not None and not _is_count(value):
+            if value is not None and not is_count(value):
                 raise OptionError(f"{name} is {value!r}; a positive number of pixels (width x height) is needed")
         low = self.min_pixels if min_pixels is None else min_pixels
         high = self.max_pixels if max_pixels is None else max_pixels
@@ -245,8 +243,8 @@ class Picture:
     """An image on the host, as it is copied to the device.
 
     Attributes:
-        pixels: uint8, contiguous: planes [3, H, W] of the size that the grid says; or, where they are not ``resized``
-            yet, [H, W, 3] as decoded.
+        pixels: uint8, contiguous: planes [3, H, W] of the size that the grid says, [frames, 3, H, W] of a group of a
+            video's; or, where they are not ``resized`` yet, [H, W, 3] as decoded.
         grid: frames, rows, columns, counted in patches.
         digest: SHA-256 of what the pixels come from and what becomes of them: equal digests mean equal patches.
         settings: how it becomes patches.
@@ -328,7 +326,19 @@ def smart_resize(
     return rows * factor, columns * factor
 
 
-def _is_count(value: Any) -> bool:
+def check_fixed_settings(raw: Mapping[str, Any], source: str) -> None:
+    """Refuse settings of a processor that would change the pixels in a way that is not implemented.
+
+    Raises:
+        ConfigError: as said.
+    """
+    for name, supported in _FIXED_SETTINGS.items():
+        if raw.get(name) is not None and raw[name] != supported:
+            raise ConfigError(f"{source}: {name} is {raw[name]!r}; only {supported!r} is supported")
+
+
+def is_count(value: Any) -> bool:
+    """Whether this is a positive whole number that one may calculate with."""
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_PIXELS_BOUND
 
 
@@ -351,7 +361,7 @@ def _integer(raw: dict[str, Any], source: str, *names: str) -> int:
         value = raw.get(name)
         if value is None:
             continue
-        if not _is_count(value):
+        if not is_count(value):
             raise ConfigError(f"{source}: {name} is {value!r}; a positive integer is needed")
         return value
     raise ConfigError(f"{source}: {' or '.join(names)} is missing")

@@ -1,7 +1,7 @@
-"""Chat messages in the content form of OpenAI and transformers -> what a chat template renders, and the images.
+"""Chat messages in the content form of OpenAI and transformers -> what a chat template renders, the images and videos.
 
 The template only says where an image goes; the image itself is taken out here. Everything that a template would skip in
-silence (a misspelt key, a picture under a key of another library, a video, an image without a source) is refused
+silence (a misspelt key, a picture under a key of another library, a sound, an image without a source) is refused
 instead, naming the message, the item and the key. A key whose value is None is a key that is not given: that is how
 tables with columns for every key are written.
 """
@@ -16,27 +16,41 @@ from typing import Any
 
 from qwen3vl_moe.errors import PromptError
 from qwen3vl_moe.inputs.images import SIZE_KEYS, ImageSize
+from qwen3vl_moe.inputs.video import VIDEO_KEYS, VideoOptions
 
 ROLES = ("system", "user", "assistant", "tool")
 
 # Types of items, with the keys under which each may hold its text or its image: OpenAI's two, those of its Responses
-# form, and the "image" of transformers and qwen-vl-utils.
+# form, and the "image" and "video" of transformers and qwen-vl-utils.
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = {
     "image": ("image", "image_url", "url", "path", "base64"),
     "image_url": ("image_url",),
     "input_image": ("image_url",),
 }
+_VIDEO_TYPES = {
+    "video": ("video", "video_url", "url", "path", "base64"),
+    "video_url": ("video_url",),
+    "input_video": ("video_url",),
+}
 _BESIDE_IMAGE = ("detail", *SIZE_KEYS)
 # Media that the model cannot see, so that the refusal can say more than "unknown".
-_VIDEO = "a video; video is not supported yet, give frames as images"
 _UNSUPPORTED = {
-    **dict.fromkeys(("video", "video_url", "input_video"), _VIDEO),
-    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio; the model takes text and images"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "audio; the model takes text, images and videos"),
     **dict.fromkeys(("file", "input_file"), "a file; give its text or its pages as images"),
 }
 # Keys that hold media in other libraries' messages: refused even if a template happens to ask for such a name.
-_MEDIA_KEYS = {*_IMAGE_TYPES["image"], *_UNSUPPORTED, "images", "image_urls", "videos", "audios", "files", "file_id"}
+_MEDIA_KEYS = {
+    *_IMAGE_TYPES["image"],
+    *_VIDEO_TYPES,
+    *_UNSUPPORTED,
+    "images",
+    "image_urls",
+    "videos",
+    "audios",
+    "files",
+    "file_id",
+}
 _MOST_NESTED = 50  # of tool calls and schemas
 _ALIASES = {"reasoning": "reasoning_content", "thinking": "reasoning_content"}
 
@@ -49,10 +63,21 @@ class ImageRequest:
     size: ImageSize | None = None
 
 
-def split_images(
+@dataclass(frozen=True)
+class VideoRequest:
+    """A video as it was asked for: a source as an image's, a list of such, or an array; and what it asks for."""
+
+    source: Any
+    options: VideoOptions
+
+
+MediaRequest = ImageRequest | VideoRequest
+
+
+def split_media(
     messages: Sequence[Mapping[str, Any]], vision_tokens: Sequence[str], read_by_template: Container[str] = ()
-) -> tuple[list[dict], list[ImageRequest]]:
-    """Check ``messages`` and take the images out.
+) -> tuple[list[dict], list[MediaRequest]]:
+    """Check ``messages`` and take the images and videos out.
 
     Args:
         messages: ``{"role": ..., "content": str | list of items}``. Items are ``{"type": "text", "text": str}``,
@@ -60,14 +85,16 @@ def split_images(
             OpenAI's ``{"type": "image_url", "image_url": {"url": str}}``; the Responses form's ``input_text`` and
             ``input_image`` are understood too, and ``{"text": ...}`` or ``{"image": ...}`` without a type. Beside an
             image, or in the object with its URL, there may be its size (:class:`.images.ImageSize`) and OpenAI's
-            ``detail``, "auto" or "high": an image is always seen in full up to its max_pixels.
+            ``detail``, "auto" or "high": an image is always seen in full up to its max_pixels. A video is given alike,
+            as ``video`` or ``video_url``, or as a list of frames, with what it asks for (:class:`.video.VideoOptions`).
         vision_tokens: tokens that text must not spell. Text that holds an image placeholder would pair images with the
             wrong places, so it is refused rather than counted.
         read_by_template: names that the chat template reads. Other keys of a message are passed on if they are among
             them (tool_calls, name, reasoning_content, ...), and refused if they are not.
 
     Returns:
-        the messages with every image as ``{"type": "image"}``, and the images in order of appearance.
+        the messages with every image as ``{"type": "image"}`` and video as ``{"type": "video"}``; and these in order of
+        appearance.
 
     Raises:
         PromptError: the messages are not of this form.
@@ -79,7 +106,8 @@ def split_images(
         )
     if not messages:
         raise PromptError("the conversation is empty: at least one message is needed")
-    plain, images = [], []
+    plain: list[dict] = []
+    media: list[MediaRequest] = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, Mapping):
@@ -94,13 +122,13 @@ def split_images(
             _check_text(content, where, vision_tokens)
         elif isinstance(content, list | tuple):
             content = [
-                _split_item(item, f"{where}.content[{index}]", vision_tokens, images)
+                _split_item(item, f"{where}.content[{index}]", vision_tokens, media)
                 for index, item in enumerate(content)
             ]
         else:
             raise PromptError(f"{where} has content of type {type(content).__name__}; a string or a list is needed")
         plain.append({"role": role, "content": content, **others})
-    return plain, images
+    return plain, media
 
 
 def plain_json(value: Any, where: str, vision_tokens: Sequence[str], depth: int = 0) -> Any:
@@ -136,7 +164,7 @@ def _other_keys(
         name = key if key in read_by_template else _ALIASES.get(key, key)
         if key in _MEDIA_KEYS:
             raise PromptError(
-                f"{where} has the key {repr(key)}: images are items of the content, "
+                f"{where} has the key {repr(key)}: images and videos are items of the content, "
                 "[{'type': 'image', 'image': ...}, {'type': 'text', 'text': ...}]; other media are not supported"
             )
         if name not in read_by_template:
@@ -145,13 +173,13 @@ def _other_keys(
     return others
 
 
-def _split_item(item: Any, where: str, vision_tokens: Sequence[str], images: list[ImageRequest]) -> dict:
+def _split_item(item: Any, where: str, vision_tokens: Sequence[str], media: list[MediaRequest]) -> dict:
     if not isinstance(item, Mapping):
-        raise PromptError(f"{where} is {repr(item)}; a dict with a type (text, image, image_url) is needed")
+        raise PromptError(f"{where} is {repr(item)}; a dict with a type (text, image, video) is needed")
     item = {key: value for key, value in item.items() if value is not None}
     kind = item.pop("type", None)
     if kind is None:  # as in qwen-vl-utils, the one key of an item says what it is
-        named = [key for key in ("text", "image", "image_url") if key in item]
+        named = [key for key in ("text", "image", "image_url", "video", "video_url") if key in item]
         kind = named[0] if len(named) == 1 else None
     if not isinstance(kind, str):
         raise PromptError(f"{where} has no type; {{'type': 'text', ...}} or {{'type': 'image', ...}} is needed")
@@ -163,43 +191,55 @@ def _split_item(item: Any, where: str, vision_tokens: Sequence[str], images: lis
         _check_text(text, where, vision_tokens)
         return {"type": "text", "text": text}
     if kind in _IMAGE_TYPES:
-        images.append(_image_request(item, where, _IMAGE_TYPES[kind]))
+        media.append(_image_request(item, where, _IMAGE_TYPES[kind]))
         return {"type": "image"}
+    if kind in _VIDEO_TYPES:
+        source, options = _source(item, where, _VIDEO_TYPES[kind], "video", VIDEO_KEYS)
+        media.append(VideoRequest(source, VideoOptions.of(options, where)))
+        return {"type": "video"}
     if kind in _UNSUPPORTED:
         raise PromptError(f"{where} is {_UNSUPPORTED[kind]}")
-    raise PromptError(f"{where} has the type {repr(kind)}; text, image and image_url are understood")
+    raise PromptError(f"{where} has the type {repr(kind)}; text, image, image_url, video and video_url are known")
 
 
 def _image_request(item: Mapping[str, Any], where: str, source_keys: Sequence[str]) -> ImageRequest:
-    _check_keys(item, (*source_keys, *_BESIDE_IMAGE), where)
-    given = [key for key in source_keys if key in item]
-    if len(given) != 1:
-        raise PromptError(
-            f"{where} gives {' and '.join(given) or 'no image'}; one of {', '.join(source_keys)} is needed"
-        )
-    key, source = given[0], item[given[0]]
-    options = {name: item[name] for name in _BESIDE_IMAGE if name in item}
-    if key == "image_url" and isinstance(source, Mapping):
-        inner = {name: value for name, value in source.items() if value is not None}
-        _check_keys(inner, ("url", *_BESIDE_IMAGE), f"{where}.image_url")
-        source = inner.pop("url", None)
-        if twice := sorted(inner.keys() & options.keys()):
-            raise PromptError(f"{where} gives {twice[0]!r} twice: beside image_url and in it")
-        options |= inner
-    if key == "image_url" and not isinstance(source, str):
-        raise PromptError(f"{where} has no URL: {{'type': 'image_url', 'image_url': {{'url': ...}}}} is needed")
-    if key not in ("image", "image_url") and not isinstance(source, str | Path):
-        raise PromptError(f"{where} has {repr(key)} of type {type(source).__name__}; a string is needed")
+    source, options = _source(item, where, source_keys, "image", _BESIDE_IMAGE)
     detail = options.pop("detail", "auto")
     if not isinstance(detail, str) or detail not in ("auto", "high"):
         raise PromptError(
             f"{where} has the detail {repr(detail)}; auto and high are known, max_pixels makes an image small"
         )
+    return ImageRequest(source, ImageSize.of(options, where))
+
+
+def _source(
+    item: Mapping[str, Any], where: str, source_keys: Sequence[str], kind: str, beside: Sequence[str]
+) -> tuple[Any, dict[str, Any]]:
+    """The source of an image or a video, and the options beside it."""
+    _check_keys(item, (*source_keys, *beside), where)
+    given, url = [key for key in source_keys if key in item], f"{kind}_url"
+    if len(given) != 1:
+        raise PromptError(
+            f"{where} gives {' and '.join(given) or f'no {kind}'}; one of {', '.join(source_keys)} is needed"
+        )
+    key, source = given[0], item[given[0]]
+    options = {name: item[name] for name in beside if name in item}
+    if key == url and isinstance(source, Mapping):
+        inner = {name: value for name, value in source.items() if value is not None}
+        _check_keys(inner, ("url", *beside), f"{where}.{url}")
+        source = inner.pop("url", None)
+        if twice := sorted(inner.keys() & options.keys()):
+            raise PromptError(f"{where} gives {twice[0]!r} twice: beside {url} and in it")
+        options |= inner
+    if key == url and not isinstance(source, str):
+        raise PromptError(f"{where} has no URL: {{'type': '{url}', '{url}': {{'url': ...}}}} is needed")
+    if key not in (kind, url) and not isinstance(source, str | Path):
+        raise PromptError(f"{where} has {repr(key)} of type {type(source).__name__}; a string is needed")
     if key == "path":
         source = Path(source)
     elif key == "base64" and str(source)[:5].lower() != "data:":
         source = f"data:;base64,{source}"
-    return ImageRequest(source, ImageSize.of(options, where))
+    return source, options
 
 
 def _check_keys(item: Mapping[str, Any], known: Sequence[str], where: str, hint: str = "") -> None:
@@ -214,6 +254,6 @@ def _check_text(text: str, where: str, vision_tokens: Sequence[str]) -> None:
     for token in vision_tokens:
         if token in text:
             raise PromptError(
-                f"{where}: the text holds the token {token}, which stands for an image; "
-                "give images as items of their own, {'type': 'image', 'image': ...}"
+                f"{where}: the text holds the token {token}, which stands for an image or a "
+                "video; give these as items of their own, {'type': 'image', 'image': ...}"
             )

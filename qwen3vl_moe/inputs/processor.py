@@ -1,4 +1,4 @@
-"""Chat messages or text, and images -> one :class:`Prompt`: token ids, pictures and M-RoPE positions.
+"""Chat messages or text, images and videos -> one :class:`Prompt`: token ids, pictures and M-RoPE positions.
 
 A prompt is checked whole before any pixel is decoded: its form, the pairing of placeholders and images, and its length
 in tokens, which the headers of the images already tell. A :class:`Processor` has no state that a call changes, so
@@ -20,13 +20,13 @@ from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import ConfigError, PromptError
 from qwen3vl_moe.inputs.access import MediaAccess
 from qwen3vl_moe.inputs.chat_template import ChatTemplate, load_chat_template
-from qwen3vl_moe.inputs.image_source import OpenedImage, check_alpha, decoded, open_image
-from qwen3vl_moe.inputs.images import ImageSettings, ImageSize, Picture, copy_pixels, cut_patches
-from qwen3vl_moe.inputs.messages import ImageRequest, split_images
-from qwen3vl_moe.inputs.prompt_forms import check_ids, find_placeholders, split_prompt
+from qwen3vl_moe.inputs.image_source import check_alpha
+from qwen3vl_moe.inputs.images import ImageSettings, Picture, copy_pixels, cut_patches
+from qwen3vl_moe.inputs.media import MediaReader, Opened
+from qwen3vl_moe.inputs.messages import MediaRequest, VideoRequest, split_media
+from qwen3vl_moe.inputs.placeholders import check_place, find_placeholders, in_order
+from qwen3vl_moe.inputs.prompt_forms import check_ids, split_prompt
 from qwen3vl_moe.inputs.tokenizer import (
-    IMAGE_PAD,
-    IMAGE_PLACEHOLDER,
     VISION_TOKENS,
     begins_too_long,
     bytes_per_token,
@@ -35,6 +35,7 @@ from qwen3vl_moe.inputs.tokenizer import (
     is_longer,
     load_tokenizer,
 )
+from qwen3vl_moe.inputs.video import VideoSettings
 from qwen3vl_moe.inputs.workers import side_by_side
 from qwen3vl_moe.model.rope import mrope_positions
 from qwen3vl_moe.ops.resize import resizes_like_pillow
@@ -42,17 +43,19 @@ from qwen3vl_moe.ops.resize import resizes_like_pillow
 
 @dataclass(frozen=True, eq=False)
 class ImageInput:
-    """One image of a prompt.
+    """One image of a prompt, or one group of a video's frames, which is an image to all that follows.
 
     Attributes:
         picture: its pixels on the CPU.
         start: index of its first placeholder token in the prompt.
         num_tokens: image tokens it takes, P / merge_size**2.
+        of_video: whether it is of a video, which has a placeholder token of its own.
     """
 
     picture: Picture
     start: int
     num_tokens: int
+    of_video: bool = False
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
@@ -79,7 +82,7 @@ class Prompt:
         token_ids: T ids, with a placeholder for every image token.
         positions_3T: M-RoPE positions, int64 [3, T] on the CPU; rows are time, height, width.
         next_position: position of the first generated token.
-        images: in order of appearance.
+        images: and groups of frames, in order of appearance.
     """
 
     text: str | None
@@ -98,6 +101,7 @@ class Processor:
         chat_template: str | None,
         image_settings: ImageSettings,
         config: Qwen3VLMoeConfig,
+        video_settings: VideoSettings | None = None,
         max_model_len: int | None = None,
         access: MediaAccess | None = None,
         alpha: str = "white",
@@ -107,6 +111,7 @@ class Processor:
         self.chat_template = chat_template
         self._template = None if chat_template is None else ChatTemplate(chat_template, tokenizer.special_tokens_map)
         self.image_settings = image_settings
+        self.video_settings = video_settings or VideoSettings(image_settings)
         self.config = config
         self.max_model_len = max_model_len
         self.access = access or MediaAccess()
@@ -150,7 +155,8 @@ class Processor:
         settings = ImageSettings.from_pretrained(directory, min_pixels=min_pixels, max_pixels=max_pixels)
         _check_agreement(directory, tokenizer, settings, config)
         template = load_chat_template(directory)
-        return cls(tokenizer, template, settings, config, max_model_len, access, alpha, resize_on_device)
+        videos = VideoSettings.from_pretrained(directory, settings)
+        return cls(tokenizer, template, settings, config, videos, max_model_len, access, alpha, resize_on_device)
 
     @property
     def eos_token_id(self) -> int | None:
@@ -167,7 +173,7 @@ class Processor:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> str:
-        """The conversation as the model reads it, with one placeholder an image; the arguments are those of
+        """The conversation as the model reads it, with one placeholder an image or video; the arguments are those of
         :meth:`chat`.
 
         Raises:
@@ -189,7 +195,7 @@ class Processor:
         """The prompt that asks for the next answer in a conversation.
 
         Args:
-            messages: see :func:`.messages.split_images` for their form.
+            messages: see :func:`.messages.split_media` for their form.
             tools: JSON schemas of functions, or Python functions with type hints and a docstring.
             chat_template_kwargs: further variables of the template, such as ``add_vision_id`` or ``enable_thinking``.
             add_generation_prompt: end with the header of the assistant's next message.
@@ -201,34 +207,34 @@ class Processor:
             PromptError: the conversation or one of its images cannot be used, or it is longer than ``max_model_len``.
             OptionError: the flags contradict each other, or the template does not read one of the variables.
         """
-        text, images = self._render(
-            messages, tools, chat_template_kwargs, add_generation_prompt, continue_final_message
-        )
-        return self._build(text, self._encode(text), images, self.image_settings, keep_last=keep_last)
+        text, media = self._render(messages, tools, chat_template_kwargs, add_generation_prompt, continue_final_message)
+        return self._build(text, self._encode(text), media, self.image_settings, keep_last=keep_last)
 
     def prompt(self, prompt: str | Sequence[int] | Mapping[str, Any], *, keep_last: int | None = None) -> Prompt:
         """A prompt without a chat template.
 
         Args:
             prompt: text, token ids, or ``{"prompt": text}`` / ``{"prompt_token_ids": ids}`` with
-                ``"multi_modal_data": {"image": source or list of sources}``. Each image has its placeholder
-                ``<|vision_start|><|image_pad|><|vision_end|>``; in token ids the middle one may also stand as often
-                as the image has tokens, so that the ids of an earlier prompt can be given again.
+                ``"multi_modal_data": {"image": source or list of sources, "video": alike}``. Each image has its
+                placeholder ``<|vision_start|><|image_pad|><|vision_end|>``, a video ``<|video_pad|>`` in the middle;
+                in token ids that may also be all tokens that it becomes, so that the ids of an earlier prompt can be
+                given again.
                 ``"text_token_ids": ids``, beside these or alone, are tokens that follow and that are text whatever
                 they spell: an answer that is fed back, where an image's placeholder stands for no image.
-                ``"mm_processor_kwargs"`` bounds this prompt's images: min_pixels and max_pixels, or size.
+                ``"mm_processor_kwargs"`` bounds this prompt's images (min_pixels and max_pixels, or size), and says
+                what its videos ask for: fps, num_frames, or ``videos_kwargs`` with ``video.VIDEO_KEYS``.
             keep_last: at most so many of the prompt's last tokens are kept; None keeps all.
 
         Raises:
             PromptError: the prompt or one of its images cannot be used, or it is longer than ``max_model_len``.
         """
         parts = split_prompt(prompt)
-        if keep_last is not None and not parts.images:
+        if keep_last is not None and not parts.media:
             parts = parts.last(keep_last)
         settings, text_ids = parts.settings(self.image_settings), self._check_ids(parts.text_ids)
         if isinstance(parts.body, str):
-            return self._build(parts.body, self._encode(parts.body), parts.images, settings, text_ids, keep_last)
-        return self._build(None, self._check_ids(parts.body), parts.images, settings, text_ids, keep_last)
+            return self._build(parts.body, self._encode(parts.body), parts.media, settings, text_ids, keep_last)
+        return self._build(None, self._check_ids(parts.body), parts.media, settings, text_ids, keep_last)
 
     def _render(
         self,
@@ -237,13 +243,13 @@ class Processor:
         variables: Mapping[str, Any] | None,
         add_generation_prompt: bool,
         continue_final_message: bool,
-    ) -> tuple[str, list[ImageRequest]]:
+    ) -> tuple[str, list[MediaRequest]]:
         if self._template is None:
             raise PromptError(
                 "the checkpoint has no chat template (chat_template.jinja, chat_template.json or chat_template in "
                 "tokenizer_config.json); give a text prompt instead"
             )
-        plain, images = split_images(messages, VISION_TOKENS, self._template.names)
+        plain, media = split_media(messages, VISION_TOKENS, self._template.names)
         text = self._template.render(
             plain,
             VISION_TOKENS,
@@ -252,7 +258,7 @@ class Processor:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
-        return text, images
+        return text, media
 
     @cached_property
     def _bytes_per_token(self) -> int | None:
@@ -280,7 +286,7 @@ class Processor:
         self,
         text: str | None,
         ids: list[int],
-        requests: list[ImageRequest],
+        requests: list[MediaRequest],
         settings: ImageSettings,
         text_ids: Sequence[int] = (),
         keep_last: int | None = None,
@@ -289,57 +295,49 @@ class Processor:
             ids = ids[max(0, len(ids) + len(text_ids) - keep_last) :]
         if not ids and not text_ids:
             raise PromptError("the prompt is empty: at least one token is needed")
-        runs = find_placeholders(ids, self.config)
-        if len(runs) != len(requests):
-            raise PromptError(
-                f"the prompt has {len(runs)} image placeholders ({IMAGE_PLACEHOLDER}) for {len(requests)} images; "
-                "each image needs exactly one"
-            )
-        text_tokens = len(ids) + len(text_ids) - sum(stop - start for start, stop in runs)
-        self._check_least(text_tokens, requests, settings)
-        opened = side_by_side(lambda i: open_image(requests[i].source, i, self.access), range(len(requests)))
-        sizes = [request.size for request in requests]
-        # From the header's size. EXIF may still turn the image by 90 degrees, which swaps the sides of its grid.
-        grids = [
-            settings.grid(each.image.height, each.image.width, each.where, size)
-            for each, size in zip(opened, sizes, strict=True)
-        ]
-        counts = list(map(settings.num_tokens, grids))
-        for (start, stop), count, image in zip(runs, counts, opened, strict=True):
-            if stop - start not in (1, count):
-                raise PromptError(
-                    f"{image.where} has {stop - start} {IMAGE_PAD} tokens in the prompt; write one, or as many as the "
-                    f"image has tokens ({count})"
-                )
-        total = text_tokens + sum(counts)
+        places = find_placeholders(ids, self.config)
+        requests = in_order(places, requests)
+        reader = self._reader(settings)
+        text_tokens = len(ids) + len(text_ids) - sum(place.stop - place.start for place in places)
+        self._check_least(text_tokens, requests, reader)
+        media = reader.open(requests)
+        for place, each in zip(places, media, strict=True):
+            check_place(ids, place, each)
+        total = text_tokens + sum(len(each.ids) for each in media)
         if keep_last is not None and total > keep_last:
             raise PromptError(
                 f"truncate_prompt_tokens={keep_last} would cut a prompt with images, which has {total} tokens"
             )
-        self._check_length(text_tokens, counts, opened, settings)
-        prepared = side_by_side(
-            lambda each: self._prepare(*each, settings), list(zip(opened, sizes, counts, strict=True))
-        )
+        self._check_length(text_tokens, media, settings)
+        decoded = side_by_side(lambda each: each.pictures(), media)
 
         token_ids: list[int] = []
         images: list[ImageInput] = []
         done = 0
-        for (start, stop), count, picture in zip(runs, counts, prepared, strict=True):
-            token_ids += ids[done:start]
-            images.append(ImageInput(picture, len(token_ids), count))
-            token_ids += [self.config.image_token_id] * count
-            done = stop
+        for place, each, pictures in zip(places, media, decoded, strict=True):
+            token_ids += ids[done : place.start]
+            for begin, picture in pictures:
+                count = settings.num_tokens(picture.grid)
+                images.append(ImageInput(picture, len(token_ids) + begin, count, place.is_video))
+            token_ids += each.ids
+            done = place.stop
         token_ids += ids[done:]
+        grids = {
+            self.config.image_token_id: [image.grid_thw for image in images if not image.of_video],
+            self.config.video_token_id: [image.grid_thw for image in images if image.of_video],
+        }
         # Text, whatever its ids spell, stands here as -1, which is no placeholder.
         positions_3T, next_position = mrope_positions(
-            token_ids + [-1] * len(text_ids),
-            [image.grid_thw for image in images],
-            self.image_settings.merge_size,
-            self.config.image_token_id,
+            token_ids + [-1] * len(text_ids), grids, self.image_settings.merge_size
         )
         if text_ids:
             text, token_ids = None, [*token_ids, *text_ids]
         return Prompt(text, token_ids, positions_3T, next_position, tuple(images))
+
+    def _reader(self, settings: ImageSettings) -> MediaReader:
+        return MediaReader(
+            self.config, self.tokenizer, settings, self.video_settings, self.access, self.alpha, self.resize_on_device
+        )
 
     def _too_long(self, total: int) -> str:
         return (
@@ -347,45 +345,41 @@ class Processor:
             "shorten it or raise max_model_len"
         )
 
-    def _check_least(self, text_tokens: int, requests: list[ImageRequest], settings: ImageSettings) -> None:
+    def _check_least(self, text_tokens: int, requests: list[MediaRequest], reader: MediaReader) -> None:
         """Refuse what is too long whatever its images turn out to be, before the first of them is fetched."""
-        of_images = sum(settings.least_tokens(each.size, f"image {i}") for i, each in enumerate(requests))
+        of_images = sum(reader.least_tokens(each, i) for i, each in enumerate(requests))
         total, limit = text_tokens + of_images, self.max_model_len
         if requests and limit is not None and total > limit:
             raise PromptError(
                 f"the prompt has at least {total} tokens, more than max_model_len={limit}: {text_tokens} of text and "
-                f"at least {of_images} of {len(requests)} image(s); "
+                f"at least {of_images} of {_counted(requests)}; "
                 f"{'give fewer images' if text_tokens < limit else 'shorten the text'} or raise max_model_len"
             )
 
-    def _check_length(
-        self, text_tokens: int, counts: list[int], opened: list[OpenedImage], settings: ImageSettings
-    ) -> None:
-        total = text_tokens + sum(counts)
-        if self.max_model_len is None or total <= self.max_model_len:
+    def _check_length(self, text_tokens: int, media: list[Opened], settings: ImageSettings) -> None:
+        total, limit = text_tokens + sum(len(each.ids) for each in media), self.max_model_len
+        if limit is None or total <= limit:
             return
-        if not counts:
+        if not media:
             raise PromptError(self._too_long(total))
-        count, largest = max(zip(counts, opened, strict=True), key=lambda pair: pair[0])
+        largest = max(media, key=lambda each: len(each.ids))
+        way_out = f"lower max_pixels (now {settings.max_pixels})"
+        if largest.frames:
+            room = limit - total + len(largest.ids)
+            way_out = f"beside the rest {largest.room(room)}: ask for less"
+        if text_tokens >= limit:
+            way_out = "shorten the text"
         raise PromptError(
-            f"the prompt has {total} tokens, more than max_model_len={self.max_model_len}: {text_tokens} of text and "
-            f"{sum(counts)} of {len(counts)} image(s), the largest being {largest.where} of {largest.size_text} pixels "
-            f"with {count} image tokens; "
-            + (
-                f"lower max_pixels (now {settings.max_pixels}) or raise max_model_len"
-                if text_tokens < self.max_model_len
-                else "shorten the text or raise max_model_len"
-            )
+            f"the prompt has {total} tokens, more than max_model_len={limit}: {text_tokens} of text and "
+            f"{total - text_tokens} of {_counted(media)}, the largest being {largest.where} of {largest.size_text} "
+            f"with {largest.num_tokens} image tokens; {way_out} or raise max_model_len"
         )
 
-    def _prepare(self, opened: OpenedImage, size: ImageSize | None, count: int, settings: ImageSettings) -> Picture:
-        with decoded(opened, self.alpha) as image:
-            source = None if opened.digest is None else opened.digest + self.alpha.encode()
-            picture = settings.resize(image, size, source, self.resize_on_device)
-            found = f"{image.width}x{image.height}"
-        if settings.num_tokens(picture.grid) != count:  # would put every later token in the wrong place
-            raise PromptError(f"{opened.where} is not of the size that its header gives: it decodes to {found}")
-        return picture
+
+def _counted(media: Sequence[MediaRequest | Opened]) -> str:
+    videos = sum(bool(each.frames) if isinstance(each, Opened) else isinstance(each, VideoRequest) for each in media)
+    counts = (len(media) - videos, "image(s)"), (videos, "video(s)")
+    return " and ".join(f"{count} {kind}" for count, kind in counts if count)
 
 
 def _check_agreement(

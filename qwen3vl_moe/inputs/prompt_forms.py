@@ -1,4 +1,4 @@
-"""The forms of a prompt without a chat template: text, token ids, or a dict of these with images, as in vLLM."""
+"""The forms of a prompt without a chat template: text, token ids, or a dict of these with media, as in vLLM."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
+from PIL import Image
 
-from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import OptionError, PromptError
 from qwen3vl_moe.inputs.images import ImageSettings
-from qwen3vl_moe.inputs.messages import ImageRequest
-from qwen3vl_moe.inputs.tokenizer import IMAGE_PAD, IMAGE_PLACEHOLDER, VIDEO_PAD, VISION_END, VISION_START
+from qwen3vl_moe.inputs.messages import ImageRequest, MediaRequest, VideoRequest
+from qwen3vl_moe.inputs.video import VIDEO_KEYS, VideoOptions
 
 _KNOWN = ("prompt", "prompt_token_ids", "text_token_ids", "multi_modal_data", "mm_processor_kwargs")
 _REASONS = {
@@ -27,14 +26,14 @@ class PromptParts:
     """What a prompt is made of.
 
     Attributes:
-        body: text or token ids, with a placeholder for each image.
-        images: for the placeholders, in their order.
+        body: text or token ids, with a placeholder for each image and each video.
+        media: for the placeholders; those of one kind in the order of their placeholders.
         text_ids: tokens that follow and that are text whatever they spell.
         bounds: min_pixels and max_pixels of this prompt's images, where they are not the processor's.
     """
 
     body: str | Sequence[int]
-    images: list[ImageRequest] = field(default_factory=list)
+    media: list[MediaRequest] = field(default_factory=list)
     text_ids: Sequence[int] = ()
     bounds: dict[str, Any] = field(default_factory=dict)
 
@@ -79,13 +78,14 @@ def split_prompt(prompt: str | Sequence[int] | Mapping[str, Any]) -> PromptParts
         raise PromptError(
             f"the prompt gives {' and '.join(bodies) or 'nothing'}; one of prompt, prompt_token_ids is needed"
         )
-    images, bounds = _images(prompt.get("multi_modal_data", {})), _bounds(prompt.get("mm_processor_kwargs", {}))
+    bounds, options = _processor_options(prompt.get("mm_processor_kwargs", {}))
+    media = _media(prompt.get("multi_modal_data", {}), options)
     body = prompt[bodies[0]] if bodies else ()
     if bodies == ["prompt"] and not isinstance(body, str):
         raise PromptError(f"the prompt's text is of type {type(body).__name__}; token ids go into prompt_token_ids")
     if bodies == ["prompt_token_ids"] and isinstance(body, str):
         raise PromptError("prompt_token_ids is a text; text goes into prompt")
-    return PromptParts(body, images, prompt.get("text_token_ids", ()), bounds)
+    return PromptParts(body, media, prompt.get("text_token_ids", ()), bounds)
 
 
 def check_ids(ids: Any, vocab_size: int) -> list[int]:
@@ -107,60 +107,66 @@ def check_ids(ids: Any, vocab_size: int) -> list[int]:
     return list(ids)
 
 
-def find_placeholders(ids: list[int], config: Qwen3VLMoeConfig) -> list[tuple[int, int]]:
-    """[start, stop) of every run of image tokens; each must stand between vision_start and vision_end."""
-    array = np.asarray(ids)
-    if np.any(array == config.video_token_id):
-        raise PromptError(
-            f"the prompt holds {VIDEO_PAD} (token id {config.video_token_id}): video is not supported yet"
-        )
-    edges = np.flatnonzero(np.diff(array == config.image_token_id, prepend=False, append=False))
-    runs = [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
-    for start, stop in runs:
-        before, after = ids[max(start - 1, 0)], ids[min(stop, len(ids) - 1)]
-        if before != config.vision_start_token_id or after != config.vision_end_token_id:
-            raise PromptError(
-                f"the {IMAGE_PAD} at token {start} does not stand alone between {VISION_START} and {VISION_END}; "
-                f"the placeholder of an image is {IMAGE_PLACEHOLDER}"
-            )
-    opening = np.flatnonzero(array == config.vision_start_token_id)
-    if len(opening) != len(runs):
-        starts = {start for start, _ in runs}
-        lone = next(int(at) for at in opening if int(at) + 1 not in starts)
-        raise PromptError(
-            f"the {VISION_START} at token {lone} is not followed by {IMAGE_PAD}: a placeholder without image"
-        )
-    return runs
-
-
 def _given(mapping: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in mapping.items() if value is not None}
 
 
-def _images(data: Any) -> list[ImageRequest]:
+def _media(data: Any, options: Mapping[str, Any]) -> list[MediaRequest]:
     if not isinstance(data, Mapping):
         raise PromptError(f"multi_modal_data is a {type(data).__name__}; a dict such as {{'image': source}} is needed")
-    for kind in _given(data):
-        if kind == "video":
-            raise PromptError("multi_modal_data holds a video; video is not supported yet, give frames as images")
-        if kind != "image":
-            raise PromptError(f"multi_modal_data holds {kind!r}; only 'image' is supported")
-    images = data.get("image")
-    if images is None:
-        return []
-    return [ImageRequest(source) for source in (images if isinstance(images, list | tuple) else [images])]
+    data = _given(data)
+    for kind in data:
+        if kind not in ("image", "video"):
+            raise PromptError(f"multi_modal_data holds {kind!r}; only 'image' and 'video' are supported")
+    images = data.get("image", [])
+    videos = [_video(each, number, options) for number, each in enumerate(_videos(data.get("video", [])))]
+    if options and not videos:
+        raise PromptError(f"mm_processor_kwargs holds {min(options)!r}, but the prompt has no video")
+    return [*(ImageRequest(source) for source in (images if isinstance(images, list | tuple) else [images])), *videos]
 
 
-def _bounds(options: Any) -> dict[str, Any]:
-    """min_pixels and max_pixels, of whose older and newer spelling the older wins, as in transformers."""
+def _videos(data: Any) -> Sequence[Any]:
+    """One video, or several, as vLLM tells them apart: a list of pictures, or of frames as arrays, is one."""
+    if not isinstance(data, list | tuple):
+        return [data] if getattr(data, "ndim", 4) == 4 else data
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[1], Mapping):
+        return [data]
+    frames = data and all(isinstance(each, Image.Image) or getattr(each, "ndim", 0) == 3 for each in data)
+    return [data] if frames else data
+
+
+def _video(source: Any, number: int, options: Mapping[str, Any]) -> VideoRequest:
+    """A video as vLLM takes it: frames may have their metadata beside them."""
+    options = dict(options)
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], Mapping):
+        source, options["video_metadata"] = source
+    return VideoRequest(source, VideoOptions.of(options, f"multi_modal_data's video {number}"))
+
+
+def _processor_options(options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """min_pixels and max_pixels of images, and what videos ask for.
+
+    Of the older and the newer spelling of the bounds the older wins, as in transformers.
+    """
     if not isinstance(options, Mapping):
         raise PromptError(f"mm_processor_kwargs is a {type(options).__name__}; a dict is needed")
     options = _given(options)
+    of_videos = {key: options.pop(key) for key in ("fps", "num_frames") if key in options}
+    inner = options.pop("videos_kwargs", {})
+    if not isinstance(inner, Mapping):
+        raise PromptError(f"mm_processor_kwargs: videos_kwargs is a {type(inner).__name__}; a dict is needed")
+    if unknown := [key for key in inner if key not in VIDEO_KEYS]:
+        known = ", ".join(VIDEO_KEYS)
+        raise PromptError(f"mm_processor_kwargs: videos_kwargs holds {unknown[0]!r}; {known} are understood")
+    of_videos |= _given(inner)
     size = options.pop("size", {})
     if not isinstance(size, Mapping) or not size.keys() <= {"shortest_edge", "longest_edge"}:
         raise PromptError("mm_processor_kwargs: size holds shortest_edge and longest_edge, areas in pixels")
     for key in options:
         if key not in ("min_pixels", "max_pixels"):
-            raise PromptError(f"mm_processor_kwargs holds {key!r}; min_pixels, max_pixels and size are understood")
+            raise PromptError(
+                f"mm_processor_kwargs holds {key!r}; min_pixels, max_pixels and size (of images), fps, num_frames and "
+                "videos_kwargs are understood"
+            )
     areas = {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge"), **options}
-    return _given(areas)
+    return _given(areas), of_videos

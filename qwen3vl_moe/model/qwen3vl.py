@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.model.batch import Batch, VisionFeatures
 from qwen3vl_moe.model.part import Part
-from qwen3vl_moe.model.rope import Grid, mrope_positions
+from qwen3vl_moe.model.rope import Grid, frames_apart, mrope_positions
 from qwen3vl_moe.model.text import Decoder
 from qwen3vl_moe.model.vision import VisionTower
 from qwen3vl_moe.ops import ALONE, Ranks, Segments
@@ -64,7 +64,7 @@ class Qwen3VLMoe(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, pixel_values_PC: Tensor, grids: Sequence[Grid]) -> VisionFeatures:
-        """Features of one or more images in one packed call: see :meth:`VisionTower.forward`."""
+        """Features of one or more images, or frames of videos, in one packed call: see :meth:`VisionTower.forward`."""
         return self.vision(pixel_values_PC.to(self.device, non_blocking=True), grids)
 
     @torch.no_grad()
@@ -92,27 +92,32 @@ class Qwen3VLMoe(nn.Module):
         input_ids_T: Tensor | Sequence[int],
         pixel_values: Tensor | None = None,
         image_grid_thw: Tensor | Sequence[Grid] | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | Sequence[Grid] | None = None,
     ) -> Tensor:
         """Logits [T, V] at every position of one sequence, without a cache: the plain door for parity checks.
 
         Args:
-            input_ids_T: token ids with each image's placeholders expanded (one per merged token).
-            pixel_values: [P, patch_dim] patches of all images.
-            image_grid_thw: (frames, rows, columns) in patches per image.
+            input_ids_T: token ids with the placeholders of each image and frame expanded (one per merged token).
+            pixel_values, pixel_values_videos: [P, patch_dim] patches of all images, and of all videos.
+            image_grid_thw, video_grid_thw: (frames, rows, columns) in patches per image, and per video.
 
         Raises:
             ValueError: placeholders, grids and patches do not match.
         """
         ids = torch.as_tensor(input_ids_T, dtype=torch.int64)
-        grids = [] if image_grid_thw is None else [tuple(grid) for grid in torch.as_tensor(image_grid_thw).tolist()]
-        if (pixel_values is None) != (not grids):
-            raise ValueError("pixel_values and image_grid_thw go together: pass both or neither")
         config = self.config
-        positions_3T, _ = mrope_positions(ids.tolist(), grids, config.vision.merge_size, config.image_token_id)
+        grids = {
+            config.image_token_id: _as_grids(pixel_values, image_grid_thw, "pixel_values and image_grid_thw"),
+            config.video_token_id: frames_apart(
+                _as_grids(pixel_values_videos, video_grid_thw, "pixel_values_videos and video_grid_thw")
+            ),
+        }
+        positions_3T, _ = mrope_positions(ids.tolist(), grids, config.vision.merge_size)
         visual = None
-        if pixel_values is not None:
-            rows_M = (ids == config.image_token_id).nonzero().flatten().to(self.device)
-            visual = self.encode_images(pixel_values, grids).at(rows_M)
+        if parts := [pixels for pixels in (pixel_values, pixel_values_videos) if pixels is not None]:
+            rows_M = torch.cat([(ids == token).nonzero().flatten() for token in grids]).to(self.device)
+            visual = self.encode_images(torch.cat(parts), [grid for of in grids.values() for grid in of]).at(rows_M)
         batch = Batch(
             input_ids_T=ids.to(self.device),
             positions_3T=positions_3T.to(self.device),
@@ -120,3 +125,10 @@ class Qwen3VLMoe(nn.Module):
             visual=visual,
         )
         return self(batch)
+
+
+def _as_grids(pixels: Tensor | None, grids: Tensor | Sequence[Grid] | None, names: str) -> list[Grid]:
+    listed = [] if grids is None else [tuple(grid) for grid in torch.as_tensor(grids).tolist()]
+    if (pixels is None) != (not listed):
+        raise ValueError(f"{names} go together: pass both or neither")
+    return listed

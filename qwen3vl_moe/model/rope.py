@@ -2,10 +2,10 @@
 
 M-RoPE (Qwen2-VL, arXiv 2409.12191) gives a token three positions: time, height and width. Text has all three equal.
 An image starts where the text before it ended; its tokens share one time and count rows and columns of the merged grid
-from there; the text after it goes on at the largest position plus one. Qwen3-VL interleaves the three axes over the
-rotary frequencies (t h w t h w ... t t) instead of giving each a contiguous section, so that every axis sees high and
-low frequencies. Rules and tests follow transformers 5.17 (``Qwen3VLMoeModel.get_rope_index``,
-``Qwen3VLMoeTextRotaryEmbedding``).
+from there; the text after it goes on at the largest position plus one. A frame of a video is an image of its own: what
+time it is stands in the text before it. Qwen3-VL interleaves the three axes over the rotary frequencies (t h w t h w
+... t t) instead of giving each a contiguous section, so that every axis sees high and low frequencies. Rules and tests
+follow transformers (``Qwen3VLMoeModel.get_rope_index``, ``Qwen3VLMoeTextRotaryEmbedding``).
 
 Positions are made by NumPy, in the thread that calls: of an image with more than 10,000 patches torch would make them
 in all its threads, for which a busy host takes many milliseconds.
@@ -13,7 +13,7 @@ in all its threads, for which a busy host takes many milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,16 +22,21 @@ from torch import Tensor
 Grid = tuple[int, int, int]  # an image in patches: frames, rows, columns
 
 
+def frames_apart(grids: Sequence[Grid]) -> list[Grid]:
+    """A grid for each frame of some videos: a prompt tells the time of every frame in words, and so parts them."""
+    return [(1, rows, columns) for frames, rows, columns in grids for _ in range(frames)]
+
+
 def mrope_positions(
-    token_ids: Sequence[int], grids: Sequence[Grid], merge_size: int, image_token_id: int
+    token_ids: Sequence[int], grids: Mapping[int, Sequence[Grid]], merge_size: int
 ) -> tuple[Tensor, int]:
-    """M-RoPE positions of one prompt whose image placeholders are already expanded.
+    """M-RoPE positions of one prompt whose placeholders are already expanded.
 
     Args:
-        token_ids: T token ids; an image of grid (t, h, w) takes ``t*h*w // merge_size**2`` consecutive placeholders.
-        grids: one (frames, rows, columns) in patches per image, in order of appearance.
-        merge_size: patches per image token along each side.
-        image_token_id: the placeholder.
+        token_ids: T token ids; what has the grid (t, h, w) takes ``t*h*w // merge_size**2`` consecutive placeholders.
+        grids: for each kind of placeholder, by its token id, one (frames, rows, columns) in patches per image, or per
+            frame of a video, in order of appearance.
+        merge_size: patches per visual token along each side.
 
     Returns:
         positions_3T (int64, CPU; rows are time, height, width) and the position of the token that comes next.
@@ -49,20 +54,28 @@ def mrope_positions(
         position += end - done
         done = end
 
-    placeholders = np.flatnonzero(ids == image_token_id)
+    placeholders = np.flatnonzero(np.isin(ids, list(grids)))
+    waiting = {token: iter(enumerate(of_kind)) for token, of_kind in grids.items()}
     used = 0
-    for number, (frames, rows, columns) in enumerate(grids):
-        rows, columns = rows // merge_size, columns // merge_size
+    while used < len(placeholders):
+        start = int(placeholders[used])
+        token = int(ids[start])
+        number, grid = next(waiting[token], (0, None))
+        if grid is None:
+            left = np.count_nonzero(ids[start:] == token)
+            raise ValueError(f"{left} placeholder tokens (id {token}) belong to no image or frame")
+        frames, rows, columns = grid[0], grid[1] // merge_size, grid[2] // merge_size
         count = frames * rows * columns
-        span = placeholders[used : used + count]
-        if len(span) < count or int(span[-1]) - int(span[0]) != count - 1:
-            raise ValueError(f"image {number} needs {count} consecutive placeholder tokens (id {image_token_id})")
-        text_until(int(span[0]))
+        span = ids[start : start + count]
+        if len(span) < count or np.any(span != token):
+            raise ValueError(f"number {number} of token {token} needs {count} consecutive placeholders")
+        text_until(start)
         positions_3T[:, done : done + count] = np.indices((frames, rows, columns)).reshape(3, -1) + position
         done, used = done + count, used + count
         position += max(rows, columns)
-    if used != len(placeholders):
-        raise ValueError(f"{len(placeholders) - used} placeholder tokens (id {image_token_id}) belong to no image")
+    for token, of_kind in waiting.items():
+        if (more := next(of_kind, None)) is not None:
+            raise ValueError(f"number {more[0]} of token {token} has no placeholders in the prompt")
     text_until(len(ids))
     return torch.from_numpy(positions_3T), position
 

@@ -24,7 +24,8 @@ def cut_patches(
     view consecutive rows as one. Within a patch: channel, frame, row, column. A still picture fills all frames.
 
     Args:
-        planes: of each picture uint8 [3, height, width], contiguous; heights and widths of whole patches.
+        planes: of each picture uint8 [3, height, width], contiguous; heights and widths of whole patches. Of a piece of
+            a video [frames, 3, height, width].
         sides: of a patch in pixels, of a merged square in patches, and how many frames a patch has.
         mean, std: of each channel, for values from 0 to 1.
         dtype: of the result; the arithmetic is fp32.
@@ -33,7 +34,7 @@ def cut_patches(
         from qwen3vl_moe.ops.kernels.patches import cut_patches as cut_picture
 
         patch, _, frames = sides
-        counts = [each.shape[1] * each.shape[2] // patch**2 for each in planes]
+        counts = [each.shape[-2] * each.shape[-1] // patch**2 for each in planes]
         patches_PC = planes[0].new_empty(sum(counts), 3 * frames * patch**2, dtype=dtype)
         for each, out_PC in zip(planes, patches_PC.split(counts), strict=True):
             cut_picture(each, out_PC, sides, mean, std)

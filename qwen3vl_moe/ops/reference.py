@@ -154,14 +154,17 @@ def cut_patches(
 ) -> Tensor:
     """See :func:`qwen3vl_moe.ops.patches.cut_patches`."""
     patch, merge, frames = sides
-    grids = [(each.shape[1] // patch, each.shape[2] // patch) for each in planes]
-    counts = [rows * columns for rows, columns in grids]
-    values_P3S = planes[0].new_empty(sum(counts), 3, patch**2, dtype=torch.float32)
-    for (rows, columns), each, values in zip(grids, planes, values_P3S.split(counts), strict=True):
-        blocks = each.view(3, rows // merge, merge, patch, columns // merge, merge, patch).permute(1, 4, 2, 5, 0, 3, 6)
-        values.view(blocks.shape).copy_(blocks)
-    mean_31, std_31 = (torch.tensor(values, device=planes[0].device)[:, None] for values in (mean, std))
+    counts = [each.shape[-2] * each.shape[-1] // patch**2 for each in planes]
+    moving = any(each.ndim == 4 for each in planes)  # else one frame is made, and repeated
+    values_P3FS = planes[0].new_empty(sum(counts), 3, frames if moving else 1, patch**2, dtype=torch.float32)
+    for each, values in zip(planes, values_P3FS.split(counts), strict=True):
+        clip = each.view(
+            -1, 3, each.shape[-2] // patch // merge, merge, patch, each.shape[-1] // patch // merge, merge, patch
+        )
+        blocks = clip.permute(2, 5, 3, 6, 1, 0, 4, 7)
+        values.view(*blocks.shape[:5], -1, patch, patch).copy_(blocks)
+    mean_311, std_311 = (torch.tensor(values, device=planes[0].device)[:, None, None] for values in (mean, std))
     # Dividing by 255 rounds as transformers' fp64 product with 1/255 does, for all 256 values, and the other two steps
     # are its own. A fused scale and shift would save a pass and be off by one unit in the last place.
-    values_P3S.div_(255).sub_(mean_31).div_(std_31)
-    return values_P3S.to(dtype)[:, :, None].expand(-1, -1, frames, -1).reshape(sum(counts), -1)
+    values_P3FS.div_(255).sub_(mean_311).div_(std_311)
+    return values_P3FS.to(dtype).expand(-1, -1, frames, -1).reshape(sum(counts), -1)

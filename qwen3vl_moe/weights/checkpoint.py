@@ -171,7 +171,7 @@ def load_model(
     with torch.device("meta"):
         model = Qwen3VLMoe(config, resolve_moe(moe, device, dtype, config.text, ranks.size), ranks).set_dtype(dtype)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    require_memory(device, model_bytes, directory, dtype)
+    require_memory(device, model_bytes, directory, dtype, divided=config if ranks.alone else None)
     model = model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     # In the order of the files: a disk reads forwards fastest, and shards end up one after the other.

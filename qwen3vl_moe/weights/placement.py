@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 import tma_moe
-from qwen3vl_moe.config import TextConfig
+from qwen3vl_moe.config import Qwen3VLMoeConfig, TextConfig
 from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.model.part import Part, why_not
+from qwen3vl_moe.ops import Ranks
 from qwen3vl_moe.weights.shards import DTYPES
 
 MOE_BACKENDS = ("auto", "tma", "reference")
@@ -105,18 +107,46 @@ def require_division(config: TextConfig, ranks: int) -> None:
         raise OptionError(f"tensor_parallel_size={ranks} cannot divide this model: {problem}; choose from {choice}")
 
 
-def require_memory(device: torch.device, model_bytes: int, name: str | Path, dtype: torch.dtype) -> None:
+def require_memory(
+    device: torch.device,
+    model_bytes: int,
+    name: str | Path,
+    dtype: torch.dtype,
+    divided: Qwen3VLMoeConfig | None = None,
+) -> None:
     """Refuse what cannot fit before the first allocation, with both numbers.
+
+    Args:
+        divided: of a model that could be divided among several GPUs: the refusal says among how many at least.
 
     Raises:
         OptionError: ``device`` has less than ``model_bytes`` free.
     """
     free = free_bytes(device)
-    if free is not None and model_bytes > free:
-        raise OptionError(
-            f"{name} takes {model_bytes / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, but {device} has "
-            f"{free / 1e9:.1f} GB free: free some, or use another device"
-        )
+    if free is None or model_bytes <= free:
+        return
+    way_out = "free some, or use another device"
+    if divided is not None and device.type == "cuda" and (found := ranks_that_fit(divided, dtype, free)):
+        way_out += f", or divide it: with tensor_parallel_size={found[0]}, {found[1] / 1e9:.1f} GB go to each GPU"
+    raise OptionError(
+        f"{name} takes {model_bytes / 1e9:.1f} GB in {str(dtype).removeprefix('torch.')}, but {device} has "
+        f"{free / 1e9:.1f} GB free: {way_out}"
+    )
+
+
+def rank_bytes(config: Qwen3VLMoeConfig, dtype: torch.dtype, ranks: int) -> int:
+    """Bytes of the parameters that the first of ``ranks`` ranks holds; no other holds more."""
+    with torch.device("meta"):
+        model = Qwen3VLMoe(config, ranks=Ranks(0, ranks)).set_dtype(dtype)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def ranks_that_fit(config: Qwen3VLMoeConfig, dtype: torch.dtype, free: int) -> tuple[int, int] | None:
+    """The least number of ranks of which each has room in ``free`` bytes, and what it holds; None: there is none."""
+    for ranks in range(2, config.text.num_heads + 1):
+        if why_not(config.text, ranks) is None and (needed := rank_bytes(config, dtype, ranks)) <= free:
+            return ranks, needed
+    return None
 
 
 def free_bytes(device: torch.device) -> int | None:

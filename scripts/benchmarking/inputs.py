@@ -1,4 +1,4 @@
-"""Requests to time: images as encoded bytes, random text, lengths drawn as sglang's bench_serving draws them."""
+"""Requests to time: images and videos as encoded bytes, random text, lengths drawn as in sglang's bench_serving."""
 
 from __future__ import annotations
 
@@ -77,16 +77,17 @@ class Images:
         content: what made-up images show: ``"drawn"`` shapes, ``"random"`` pixels, ``"blank"`` white.
         file_format: ``"jpeg"`` or ``"png"``.
         count: images a request needs.
+        video_frames: requests have videos instead, of which so many frames are taken, two of each second; 0: images.
 
     Raises:
         OptionError: an unknown name, or a directory with fewer images than a request needs.
     """
 
-    def __init__(self, directory: Path | None, content: str, file_format: str, count: int):
+    def __init__(self, directory: Path | None, content: str, file_format: str, count: int, video_frames: int = 0):
         for name, value, known in (("content", content, CONTENTS), ("format", file_format, FORMATS)):
             if value not in known:
                 raise OptionError(f"image {name} {value!r} is unknown; choose from {', '.join(known)}")
-        self.content, self.file_format, self.count = content, file_format, count
+        self.content, self.file_format, self.count, self.video_frames = content, file_format, count, video_frames
         self.files: list[bytes] = []
         self.names: list[str] = []
         if directory is not None:
@@ -106,7 +107,12 @@ class Images:
         self.names = [path.name for path in paths]
 
     def take(self, resolution: tuple[int, int], rng: np.random.Generator) -> bytes:
-        """The next image as the bytes of a file: one of the directory's, or made up at (height, width)."""
+        """The next image as the bytes of a file: one of the directory's, or made up at (height, width).
+
+        Of videos there is one of each size, as making one takes long; a request's own work does not depend on that.
+        """
+        if self.video_frames:
+            return make_video(resolution, self.video_frames)
         if self.files:
             self._next += 1
             return self.files[(self._next - 1) % len(self.files)]
@@ -127,6 +133,33 @@ def make_image(content: str, resolution: tuple[int, int], file_format: str, rng:
     return out.getvalue()
 
 
+@functools.lru_cache(maxsize=4)
+def make_video(resolution: tuple[int, int], frames: int) -> bytes:
+    """H.264 in MP4, 30 frames a second, a key frame every 2 s: shapes that move, so long that two frames of each second
+    make ``frames``.
+
+    Raises:
+        OptionError: PyAV is not installed.
+    """
+    try:
+        import av
+    except ImportError:
+        raise OptionError("--video-frames needs PyAV: pip install 'qwen3vl-moe[video]'") from None
+    height, width = (side // 2 * 2 for side in resolution)
+    still = Image.new("RGB", (2 * width, height), "white")
+    _draw(still, np.random.default_rng(0))
+    pixels, out = np.asarray(still), io.BytesIO()
+    with av.open(out, "w", format="mp4") as output:
+        stream = output.add_stream("libx264", rate=30, options={"g": "60", "preset": "ultrafast", "crf": "28"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(15 * frames):
+            left = number * 3 % width
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels[:, left : left + width]), format="rgb24")
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    return out.getvalue()
+
+
 def _draw(image: Image.Image, rng: np.random.Generator) -> None:
     pen, side = ImageDraw.Draw(image), min(image.size)
     for number in range(12):
@@ -137,9 +170,15 @@ def _draw(image: Image.Image, rng: np.random.Generator) -> None:
 
 
 def make_request(
-    tokenizer: Any, images: list[bytes], text_len: int, output_len: int, rng: np.random.Generator
+    tokenizer: Any,
+    images: list[bytes],
+    text_len: int,
+    output_len: int,
+    rng: np.random.Generator,
+    video_frames: int = 0,
 ) -> TimedRequest:
-    """Images, then about ``text_len`` tokens of random text."""
+    """Images, or videos of which so many frames are taken, then about ``text_len`` tokens of random text."""
     text = tokenizer.decode(plain_token_ids(tokenizer, text_len, rng))
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+    kind = {"type": "video", "num_frames": video_frames} if video_frames else {"type": "image"}
+    content = [{**kind, kind["type"]: image} for image in images] + [{"type": "text", "text": text}]
     return TimedRequest([{"role": "user", "content": content}], output_len)

@@ -102,7 +102,9 @@ def load_llm(
 
 def _standin(directory: Path) -> Qwen3VLMoeConfig:
     """The published sizes over a tokenizer of a few hundred tokens, which is written into a directory."""
-    ids = write_processor_dir(directory, vocab_size=151936, min_pixels=65536, max_pixels=1 << 24)
+    ids = write_processor_dir(
+        directory, vocab_size=151936, min_pixels=65536, max_pixels=1 << 24, video_pixels=(4096, 25165824)
+    )
     return dataclasses.replace(
         Qwen3VLMoeConfig.qwen3_vl_30b_a3b(),
         image_token_id=ids.image,

@@ -44,6 +44,8 @@ _CHAT_TEMPLATE = """\
         {%- for item in message.content -%}
             {%- if item.type in ('image', 'image_url') -%}
                 {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+            {%- elif item.type == 'video' -%}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
             {%- elif item.type == 'text' -%}
                 {{- item.text -}}
             {%- endif -%}
@@ -80,6 +82,7 @@ def write_processor_dir(
     merge_size: int = 2,
     min_pixels: int = 4096,
     max_pixels: int = 262144,
+    video_pixels: tuple[int, int] | None = None,
 ) -> TokenIds:
     """Write tokenizer.json, tokenizer_config.json, chat_template.jinja and preprocessor_config.json into ``path``.
 
@@ -91,6 +94,7 @@ def write_processor_dir(
             rows may be left without a token. At least 256 bytes + 7 special tokens.
         patch_size, temporal_patch_size, merge_size: of the vision tower that the images are cut for.
         min_pixels, max_pixels: an image is resized to an area between these, in pixels.
+        video_pixels: bounds of all frames of a video together; None: those of an image, as in transformers.
 
     Raises:
         OptionError: ``vocab_size`` has no room for the bytes and the special tokens.
@@ -110,18 +114,21 @@ def write_processor_dir(
         },
     )
     (path / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
-    _write_json(
-        path / "preprocessor_config.json",
-        {
-            "image_processor_type": "Qwen2VLImageProcessorFast",
-            "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
-            "patch_size": patch_size,
-            "temporal_patch_size": temporal_patch_size,
-            "merge_size": merge_size,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-        },
-    )
+    settings = {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
+        "patch_size": patch_size,
+        "temporal_patch_size": temporal_patch_size,
+        "merge_size": merge_size,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    _write_json(path / "preprocessor_config.json", settings)
+    if video_pixels is not None:
+        size = {"shortest_edge": video_pixels[0], "longest_edge": video_pixels[1]}
+        kind = {"video_processor_type": "Qwen3VLVideoProcessor", "size": size}
+        del settings["image_processor_type"]
+        _write_json(path / "video_preprocessor_config.json", settings | kind)
     ids = [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS]
     return TokenIds(*ids, size=tokenizer.get_vocab_size())
 

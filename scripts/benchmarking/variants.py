@@ -100,10 +100,10 @@ def host_us_per_layer(llm: LLM, request: TimedRequest, repeats: int = 5) -> floa
     and the host would wait in it. On a CPU it is the whole layer, and so it is for ``reference``, which waits for the
     device.
     """
-    image_token = llm.engine.model.config.image_token_id
+    config = llm.engine.model.config
+    markers = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
     tokens = llm.processor.chat(request.messages).token_ids
-    plain = next(token for token in tokens[::-1] if token != image_token)
-    markers = {image_token, llm.engine.model.config.vision_start_token_id, llm.engine.model.config.vision_end_token_id}
+    plain = next(token for token in tokens[::-1] if token not in markers)
     prompt = llm.processor.prompt([plain if token in markers else token for token in tokens])
     passes: list[float] = []
     for _ in range(repeats + 1):
@@ -155,13 +155,15 @@ class TransformersPeer:
         prompt = self.llm.processor.chat(request.messages)
         prepared = time.perf_counter()
         ids = torch.tensor([prompt.token_ids], device=device)
-        image_token = self.llm.engine.model.config.image_token_id
+        config = self.llm.engine.model.config
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs["mm_token_type_ids"] = (ids == image_token).int()
-        if prompt.images:
-            pictures = [image.picture for image in prompt.images]
-            inputs["pixel_values"] = cut_patches(copy_pixels(pictures, device), pictures)
-            inputs["image_grid_thw"] = torch.tensor([image.grid_thw for image in prompt.images], device=device)
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+        names = (False, "pixel_values", "image_grid_thw"), (True, "pixel_values_videos", "video_grid_thw")
+        for of_video, pixels, grids in names:
+            if images := [image for image in prompt.images if image.of_video == of_video]:
+                pictures = [image.picture for image in images]
+                inputs[pixels] = cut_patches(copy_pixels(pictures, device), pictures)
+                inputs[grids] = torch.tensor([image.grid_thw for image in images], device=device)
         self.twin(**inputs, logits_to_keep=1).logits[0, -1].argmax().item()
         stop = time.perf_counter()
         vision = sum(image.num_tokens + 2 for image in prompt.images)

@@ -94,6 +94,7 @@ class Load:
                 text_len,
                 output_len,
                 contents,
+                images.video_frames,
             )
             for text_len, output_len in zip(input_lens, output_lens, strict=True)
         ]
@@ -110,7 +111,7 @@ def single_grid(
             records = []
             for _ in range(repeats + 2):
                 data = images.files[number] if images.files else images.take(parse_resolution(source), rng)
-                request = make_request(llm.processor.tokenizer, [data], text_len, 1, rng)
+                request = make_request(llm.processor.tokenizer, [data], text_len, 1, rng, images.video_frames)
                 records.append(single_stream(llm, request))
                 step("single stream")
             yield _cell(source, text_len, records[2:])
@@ -136,7 +137,8 @@ def cold_request(llm: LLM, images: Images, load: Load, load_seconds: float) -> d
     [request] = load.requests(llm, images, 1, turn=10**6)
     record = single_stream(llm, TimedRequest(request.messages, 1))
     age, since = process_age(), time.perf_counter() - record.token_times[0]
-    what = f"{load.image_count} image(s) of {images.names[0] if images.names else load.image_resolution}"
+    kind = f"video(s) of {images.video_frames} frames" if images.video_frames else "image(s)"
+    what = f"{load.image_count} {kind} of {images.names[0] if images.names else load.image_resolution}"
     start_to_first_token = None if age is None else age - since
     return {
         **record.as_dict(),

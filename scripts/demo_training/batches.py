@@ -167,7 +167,7 @@ def collate(rows: Sequence[Row], encoder: Encoder, budget: Budget) -> TrainingBa
         ids[at : at + n] = torch.tensor(row.ids)
         valid[at : at + n] = True
         grids = [(1, size[1] // PATCH, size[0] // PATCH) for _, size in row.scenes]
-        positions[:, at : at + n] = mrope_positions(row.ids, grids, MERGE, encoder.image)[0]
+        positions[:, at : at + n] = mrope_positions(row.ids, {encoder.image: grids}, MERGE)[0]
         before = (labels != IGNORE).nonzero().flatten() - 1  # a row starts with no answer
         part = slice(done, done + len(before))
         learned[part], targets[part] = at + before, labels[before + 1]

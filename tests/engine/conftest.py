@@ -12,7 +12,8 @@ from PIL import Image
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.engine import LLM, scheduler
 from qwen3vl_moe.engine.defaults import GenerationDefaults
-from qwen3vl_moe.inputs.processor import IMAGE_PLACEHOLDER, Processor
+from qwen3vl_moe.inputs.processor import Processor
+from qwen3vl_moe.inputs.tokenizer import IMAGE_PLACEHOLDER
 from qwen3vl_moe.model import Qwen3VLMoe
 
 MakeLLM = Callable[..., LLM]

@@ -15,10 +15,15 @@ def oracle_tokens(checkpoint, prompt, max_tokens=64):
     """What transformers generates greedily after one of our prepared prompts, end-of-text ignored."""
     ids = torch.tensor([prompt.token_ids])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if prompt.images:
-        inputs["pixel_values"] = torch.cat([image.pixel_values for image in prompt.images])
-        inputs["image_grid_thw"] = torch.tensor([image.grid_thw for image in prompt.images])
-        inputs["mm_token_type_ids"] = (ids == checkpoint.oracle.config.image_token_id).int()
+    config = checkpoint.oracle.config
+    inputs["mm_token_type_ids"] = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+    for of_video, pixels, grids in (
+        (False, "pixel_values", "image_grid_thw"),
+        (True, "pixel_values_videos", "video_grid_thw"),
+    ):
+        if images := [image for image in prompt.images if image.of_video == of_video]:
+            inputs[pixels] = torch.cat([image.pixel_values for image in images])
+            inputs[grids] = torch.tensor([image.grid_thw for image in images])
     with torch.no_grad():
         # No end-of-text token at all, so that all of them are generated.
         out = checkpoint.oracle.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, eos_token_id=-1)

@@ -17,7 +17,7 @@ def pictures(tmp_path, monkeypatch):
     for name in ("inside", "outside"):
         (tmp_path / name).mkdir()
         Image.new("RGBA", (64, 64)).save(tmp_path / name / "clear.png")
-    monkeypatch.setattr("qwen3vl_moe.engine.llm.Engine", lambda *_: None)
+    monkeypatch.setattr("qwen3vl_moe.engine.llm.Engine", lambda *_: SimpleNamespace(max_model_len=1000))
     monkeypatch.setattr("qwen3vl_moe.engine.llm.load_model", lambda *_, **__: SimpleNamespace(moe="tma"))
     return tmp_path
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from qwen3vl_moe.engine import SamplingParams
-from qwen3vl_moe.inputs.processor import IMAGE_PLACEHOLDER
+from qwen3vl_moe.inputs.tokenizer import IMAGE_PLACEHOLDER
 from tests.engine.conftest import PROMPTS, check_leaks, mixed_prompt, picture
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

@@ -9,7 +9,7 @@ from PIL import Image
 from lm import EngineLM
 from qwen3vl_moe import LLM, SamplingParams
 from qwen3vl_moe.errors import OptionError, PromptError
-from qwen3vl_moe.inputs.processor import IMAGE_PLACEHOLDER
+from qwen3vl_moe.inputs.tokenizer import IMAGE_PLACEHOLDER
 from tests.eval.conftest import instance
 
 TEXT = "The picture shows a large green triangle above a small yellow circle. How many blue circles are there? "

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from qwen3vl_moe.errors import CheckpointError, ConfigError, OptionError, PromptError
 from qwen3vl_moe.inputs.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, load_chat_template
-from qwen3vl_moe.inputs.messages import split_images
+from qwen3vl_moe.inputs.messages import split_media
 from qwen3vl_moe.inputs.processor import Processor
 from tests.inputs.parts import CONVERSATIONS, picture, user
 
@@ -56,6 +56,31 @@ FULL = """
     {%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n' }}{%- endif %}
 {%- endif %}{{- strftime_now('') ~ (eos_token or '') ~ 'a,b'.split(',')[-1] ~ [3, 1]|sort|join('-') }}"""
 
+# What templates of Thinking checkpoints do beside: the answer begins within its reasoning; that of earlier turns is cut
+# off what is said, and shown again only in the turn that is still going on.
+THINKING = """
+{%- set ns = namespace(going_on=true, last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.going_on and message.role == 'user' and not message.content.startswith('<tool_response>') %}
+        {%- set ns.going_on = false %}{%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content, reasoning = message.content, '' %}
+    {%- if message.reasoning_content is string %}{%- set reasoning = message.reasoning_content %}
+    {%- elif '</think>' in content %}
+        {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.role == 'assistant' and loop.index0 > ns.last %}
+        {{- '<think>\n' + reasoning.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+    {%- else %}{{- content }}{%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"""
+
 CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "ü": ["<", None]}}}]
 AGENT = [
     {"role": "user", "content": " What is 1 + 2? "},
@@ -83,7 +108,7 @@ def ours(tokenizer: PreTrainedTokenizerFast, template: str, messages: list, **op
         "continue_final_message": False,
     } | options
     parsed = ChatTemplate(template, tokenizer.special_tokens_map)
-    return parsed.render(split_images(messages, (), parsed.names)[0], ("<|image_pad|>",), **options)
+    return parsed.render(split_media(messages, (), parsed.names)[0], ("<|image_pad|>",), **options)
 
 
 def theirs(tokenizer: PreTrainedTokenizerFast, template: str, messages: list, variables=None, **options) -> str:
@@ -118,6 +143,21 @@ class TestEqualToTransformers:
             assert ours(processor.tokenizer, FULL, messages, **options) == theirs(
                 processor.tokenizer, FULL, messages, **options
             )
+
+    def test_a_template_of_a_thinking_checkpoint(self, processor):
+        messages = [
+            {"role": "user", "content": "1 + 2?"},
+            {"role": "assistant", "content": "<think>\nI add.\n</think>\n\nIt is 3."},
+            {"role": "user", "content": "Sure?"},
+            {"role": "assistant", "content": "\nYes.", "reasoning_content": "I look again."},
+        ]
+        for end, add_generation_prompt in ((3, True), (4, False), (4, True)):
+            options = {"add_generation_prompt": add_generation_prompt}
+            text = ours(processor.tokenizer, THINKING, messages[:end], **options)
+            assert text == theirs(processor.tokenizer, THINKING, messages[:end], **options)
+            assert text.endswith("<think>\n") == add_generation_prompt
+            assert "I add." not in text
+            assert ("I look again." in text) == (end == 4)
 
     def test_published_template(self, published):
         for messages, _ in CONVERSATIONS.values():

@@ -14,7 +14,7 @@ from PIL import Image
 
 from qwen3vl_moe.errors import PromptError
 from qwen3vl_moe.inputs import fetch
-from qwen3vl_moe.inputs.fetch import is_base64_picture
+from qwen3vl_moe.inputs.fetch import is_base64_media
 from qwen3vl_moe.inputs.image_source import describe, open_image
 from tests.pictures import encoded, noise, rgb
 
@@ -73,14 +73,14 @@ def test_every_spelling_gives_the_same_pixels(tmp_path):
 def test_bare_base64_of_every_format(form):
     text = base64.b64encode(encoded(noise(16, 9), form)).decode()
     assert rgb(text).size == (16, 9)
-    assert is_base64_picture(text)
+    assert is_base64_media(text)
 
 
 @pytest.mark.parametrize(
     "text", ["", "a.png", "iVBORw0KGgo", "/9j/a.jpg", "/data/pictures/of/cats/and/dogs.png", "x" * 5000]
 )
 def test_a_path_is_not_base64(text):
-    assert not is_base64_picture(text)
+    assert not is_base64_media(text)
 
 
 @pytest.mark.parametrize(

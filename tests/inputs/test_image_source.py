@@ -319,7 +319,7 @@ class TestReading:
 
     def test_pixels_are_bounded_together(self, monkeypatch):
         """Eight threads that decode at once: never more than the budget, and a picture above it comes through alone."""
-        monkeypatch.setattr(image_source, "_DECODING", image_source.Budget(3 * 12 * 40 * 30))
+        monkeypatch.setattr(image_source, "DECODING", image_source.Budget(3 * 12 * 40 * 30))
         held, most, lock = [], [], threading.Lock()
 
         def work(number):

@@ -8,7 +8,7 @@ import pytest
 
 from qwen3vl_moe.errors import PromptError
 from qwen3vl_moe.inputs.images import ImageSize
-from qwen3vl_moe.inputs.messages import ImageRequest, split_images
+from qwen3vl_moe.inputs.messages import ImageRequest, split_media
 
 URL = "https://example.org/a.png"
 READ = frozenset(("tool_calls", "name", "reasoning_content"))
@@ -22,7 +22,7 @@ CIRCLE.append(CIRCLE)
 
 def split(*content, **message):
     messages = [{"role": "user", "content": list(content), **message}]
-    return split_images(messages, ("<|image_pad|>",), READ)
+    return split_media(messages, ("<|image_pad|>",), READ)
 
 
 class TestItems:
@@ -76,14 +76,15 @@ class TestItems:
             ({"type": "input_image", "file_id": "f"}, "has the key 'file_id'; image_url, "),
             ({"type": "image", "image": URL, "url": URL}, "gives image and url; one of"),
             ({"type": "image", "image": None}, "gives no image; one of"),
-            ({"type": "video", "video": URL}, "is a video; video is not supported yet"),
-            ({"type": "video_url", "video_url": {"url": URL}}, "is a video"),
-            ({"type": "input_audio", "input_audio": {"data": ""}}, "is audio; the model takes text and images"),
+            ({"type": "input_audio", "input_audio": {"data": ""}}, "is audio; the model takes text, images and videos"),
             ({"type": "file", "file": {"file_id": "f"}}, "is a file; give its text"),
-            ({"type": "tool_result", "content": "x"}, "has the type 'tool_result'; text, image and image_url"),
+            (
+                {"type": "tool_result", "content": "x"},
+                "has the type 'tool_result'; text, image, image_url, video",
+            ),
             ({"type": 3, "text": "x"}, "has no type"),
             ({"text": "x", "image": URL}, "has no type"),
-            ({"video": URL}, "has no type"),
+            ({"image": URL, "video": URL}, "has no type"),
             ([URL], "is ['https://ex"),
         ],
     )
@@ -137,13 +138,13 @@ class TestMessages:
     def test_media_beside_the_content(self, key):
         # Ollama's form, and its relatives: refused even where a template reads such a name
         messages = [{"role": "user", "content": "What is this?", key: [URL]}]
-        with pytest.raises(PromptError, match=rf"messages\[0\] has the key '{key}': images are items of the content"):
-            split_images(messages, (), {*READ, key})
+        with pytest.raises(PromptError, match=rf"messages\[0\] has the key '{key}': images and videos are items"):
+            split_media(messages, (), {*READ, key})
 
     def test_keys_that_the_template_reads(self):
         call = {"type": "function", "function": {"name": "f", "arguments": {"x": [1, 2.5, None, True]}}}
         messages = [{"role": "assistant", "content": None, "tool_calls": [call], "name": "a", "reasoning": "hm"}]
-        [plain], _ = split_images(messages, (), READ)
+        [plain], _ = split_media(messages, (), READ)
         assert plain == {
             "role": "assistant",
             "content": "",
@@ -175,7 +176,7 @@ class TestMessages:
     )
     def test_refused(self, message, error):
         with pytest.raises(PromptError) as caught:
-            split_images([{"role": "assistant", **message}], ("<|image_pad|>",), READ)
+            split_media([{"role": "assistant", **message}], ("<|image_pad|>",), READ)
         assert error in str(caught.value)
 
     def test_values_whose_text_fails(self):
@@ -185,5 +186,5 @@ class TestMessages:
 
         for value in (Broken(), DEEP, CIRCLE, "x" * 10**6):
             with pytest.raises(PromptError) as caught:
-                split_images([{"role": value, "content": "x"}], ())
+                split_media([{"role": value, "content": "x"}], ())
             assert len(str(caught.value)) < 300

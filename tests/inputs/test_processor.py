@@ -154,8 +154,8 @@ class TestChat:
             ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0] has text of type NoneType"),
             ([{"role": "user", "content": [{"type": "audio"}]}], "messages[0].content[0] is audio; the model"),
             (
-                [{"role": "user", "content": "x"}, {"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}],
-                "messages[1].content[0] is a video; video is not supported yet",
+                [{"role": "user", "content": "x"}, {"role": "user", "content": [{"type": "video", "image": "a.mp4"}]}],
+                "messages[1].content[0] has the key 'image'; video, video_url, url, path, base64",
             ),
             ([{"role": "user", "content": [{"type": "image"}]}], "messages[0].content[0] gives no image"),
             (
@@ -269,8 +269,8 @@ class TestPrompt:
             ({"prompt": "a", "prompt_token_ids": [1]}, "the prompt gives prompt and prompt_token_ids"),
             ({"prompt": "a", "images": []}, "the prompt has the key 'images'"),
             ({"prompt": "a", "multi_modal_data": []}, "multi_modal_data is a list"),
-            ({"prompt": "a", "multi_modal_data": {"video": []}}, "video is not supported yet"),
-            ({"prompt": "a", "multi_modal_data": {"audio": []}}, "holds 'audio'; only 'image' is supported"),
+            ({"prompt": "a", "multi_modal_data": {"video": ["a.mp4"]}}, "0 video placeholders"),
+            ({"prompt": "a", "multi_modal_data": {"audio": []}}, "holds 'audio'; only 'image' and 'video' are"),
             (PLACEHOLDER, "1 image placeholders"),
             ({"prompt": PLACEHOLDER * 2, "multi_modal_data": {"image": picture(8, 8)}}, "2 image placeholders"),
             ({"prompt": "a", "multi_modal_data": {"image": picture(8, 8)}}, "0 image placeholders"),
@@ -280,7 +280,7 @@ class TestPrompt:
             ("<|image_pad|><|vision_end|>", "the <|image_pad|> at token 0"),
             ("<|vision_start|>", "the <|vision_start|> at token 0 is not followed by <|image_pad|>"),
             ("a<|vision_start|><|vision_end|>", "the <|vision_start|> at token 1 is not followed"),
-            ("<|vision_start|><|video_pad|><|vision_end|>", "video is not supported yet"),
+            ("<|vision_start|><|video_pad|><|vision_end|>", "1 video placeholders"),
             (
                 {
                     "prompt": "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>",

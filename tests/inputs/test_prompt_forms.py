@@ -208,7 +208,7 @@ class TestTooLong:
     )
     def test_images_are_counted_before_one_is_fetched(self, tmp_path, monkeypatch, count, item, message):
         short = make(tmp_path, max_model_len=60)
-        monkeypatch.setattr("qwen3vl_moe.inputs.processor.open_image", lambda *_: pytest.fail("an image was fetched"))
+        monkeypatch.setattr("qwen3vl_moe.inputs.media.open_image", lambda *_: pytest.fail("an image was fetched"))
         content = [{"type": "image", "image": "no.png", **item}] * count
         template = "{% for item in messages[0].content %}<|vision_start|><|image_pad|><|vision_end|>{% endfor %}x"
         short = Processor(short.tokenizer, template, short.image_settings, short.config, max_model_len=60)

@@ -9,7 +9,7 @@ from benchmarking.random_weights import random_model
 from qwen3vl_moe.model import Batch, Qwen3VLMoe, VisionFeatures
 from qwen3vl_moe.model.rope import mrope_positions
 from qwen3vl_moe.ops import Segments
-from tests.model.prompts import CASES, assert_close_to_scale, make_prompt, oracle_logits
+from tests.model.prompts import CASES, VIDEO_CASES, assert_close_to_scale, make_prompt, oracle_logits
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +18,9 @@ def models(tiny):
 
 
 @pytest.mark.parametrize("layout", ["transformers5", "published"])
-@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("case", [*CASES, *VIDEO_CASES])
 def test_logits_equal_transformers(tiny, models, layout, case):
-    prompt = make_prompt(tiny.oracle.config, CASES[case])
+    prompt = make_prompt(tiny.oracle.config, (CASES | VIDEO_CASES)[case])
     ours = models[layout].logits(*prompt.our_inputs())
     assert_close_to_scale(ours, oracle_logits(tiny.oracle, prompt))
 
@@ -40,7 +40,7 @@ def steps_of(model, prompts, cuts, block_size=4):
     )
     cache = cache.to(model.dtype).to(model.device)
     features = [model.encode_images(p.pixels, p.grids) if p.grids else None for p in prompts]
-    positions = [mrope_positions(p.ids, p.grids, config.vision.merge_size, config.image_token_id)[0] for p in prompts]
+    positions = [mrope_positions(p.ids, p.our_grids(config), config.vision.merge_size)[0] for p in prompts]
     out = [[] for _ in prompts]
     done = [0] * len(prompts)
     for cut in cuts:
@@ -98,7 +98,7 @@ def test_chunks_equal_the_whole(tiny, models, cut):
 def test_wanted_rows_are_the_same_logits(tiny, models):
     prompt = make_prompt(tiny.oracle.config, [])
     model = models["published"]
-    positions, _ = mrope_positions(prompt.ids, [], 2, model.config.image_token_id)
+    positions, _ = mrope_positions(prompt.ids, {}, 2)
     batch = Batch(torch.tensor(prompt.ids), positions, Segments.build([len(prompt.ids)]))
     rows = torch.tensor([4, 1])
     some = model(dataclasses.replace(batch, logit_rows=rows))
@@ -116,7 +116,7 @@ def broken_logits(model, prompt, *, section=None, deepstack=True, shift=0):
     if shift:
         features = VisionFeatures(features.embeds_MH, features.deepstack_LMH.roll(shift, dims=1))
     ids = torch.tensor(prompt.ids)
-    positions, _ = mrope_positions(prompt.ids, prompt.grids, config.vision.merge_size, config.image_token_id)
+    positions, _ = mrope_positions(prompt.ids, prompt.our_grids(config), config.vision.merge_size)
     rows = (ids == config.image_token_id).nonzero().flatten()
     try:
         return model(Batch(ids, positions, Segments.build([len(ids)]), visual=features.at(rows)))
@@ -154,6 +154,8 @@ def test_pixels_and_grids_go_together(models, tiny):
         model.logits(prompt.ids, prompt.pixels)
     with pytest.raises(ValueError, match="belong to no image"):
         model.logits(prompt.ids)
+    with pytest.raises(ValueError, match="pixel_values_videos and video_grid_thw go together"):
+        model.logits(prompt.ids, *prompt.our_inputs()[1:3], prompt.pixels)
 
 
 @pytest.mark.gpu

@@ -16,20 +16,18 @@ from qwen3vl_moe.model.rope import (
     vision_positions,
 )
 from qwen3vl_moe.ops.reference import rotate
-from tests.model.prompts import CASES, make_prompt
+from tests.model.prompts import CASES, VIDEO_CASES, make_prompt
 
 
-@pytest.mark.parametrize("images", [*CASES.values(), [(2, 2), (2, 2)], [(1, 1)], [(9, 1)]])
+@pytest.mark.parametrize("images", [*CASES.values(), *VIDEO_CASES.values(), [(2, 2), (2, 2)], [(1, 1)], [(9, 1)]])
 def test_positions_equal_transformers(tiny, images):
     config = tiny.oracle.config
     prompt = make_prompt(config, images)
     inputs = prompt.oracle_inputs(config)
     theirs, delta = tiny.oracle.model.get_rope_index(
-        inputs["input_ids"], inputs["mm_token_type_ids"], inputs.get("image_grid_thw")
+        inputs["input_ids"], inputs["mm_token_type_ids"], inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
     )
-    ours, next_position = mrope_positions(
-        prompt.ids, prompt.grids, config.vision_config.spatial_merge_size, config.image_token_id
-    )
+    ours, next_position = mrope_positions(prompt.ids, prompt.our_grids(config), config.vision_config.spatial_merge_size)
     assert torch.equal(ours, theirs[:, 0])
     assert next_position == len(prompt.ids) + int(delta)
 
@@ -37,7 +35,7 @@ def test_positions_equal_transformers(tiny, images):
 def test_positions_of_a_prompt_worked_by_hand():
     image = 9
     ids = [1, 2, image, image, image, image, image, image, 3]
-    positions, next_position = mrope_positions(ids, [(1, 4, 6)], 2, image)
+    positions, next_position = mrope_positions(ids, {image: [(1, 4, 6)]}, 2)
     assert positions.tolist() == [
         [0, 1, 2, 2, 2, 2, 2, 2, 5],
         [0, 1, 2, 2, 2, 3, 3, 3, 5],
@@ -48,7 +46,7 @@ def test_positions_of_a_prompt_worked_by_hand():
 
 def test_images_without_text_between_them_keep_their_own_grids():
     image = 9
-    positions, next_position = mrope_positions([image] * 4, [(1, 2, 2), (1, 2, 6)], 2, image)
+    positions, next_position = mrope_positions([image] * 4, {image: [(1, 2, 2), (1, 2, 6)]}, 2)
     assert positions.tolist() == [[0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 2, 3]]
     assert next_position == 4
 
@@ -60,18 +58,21 @@ def test_images_without_text_between_them_keep_their_own_grids():
         ([9, 9, 1, 9, 9], [(1, 4, 4)], "needs 4 consecutive"),
         ([1, 9, 9], [(1, 2, 2)], "1 placeholder tokens"),
         ([1, 9], [], "belong to no image"),
+        ([1, 2], [(1, 2, 2)], "number 0 of token 9 has no placeholders"),
+        ([1, 9, 8], [(1, 2, 2)], "1 placeholder tokens .id 8. belong to no image"),
+        ([1, 9, 8], [(1, 2, 4)], "needs 2 consecutive"),
     ],
 )
 def test_placeholders_and_grids_must_match(ids, grids, message):
     with pytest.raises(ValueError, match=message):
-        mrope_positions(ids, grids, 2, 9)
+        mrope_positions(ids, {9: grids, 8: []}, 2)
 
 
 def test_angles_and_rotation_equal_transformers(tiny):
     config = tiny.oracle.config.text_config
     prompt = make_prompt(tiny.oracle.config, [(3, 4), (2, 7)])
     merge = tiny.oracle.config.vision_config.spatial_merge_size
-    positions, _ = mrope_positions(prompt.ids, prompt.grids, merge, tiny.oracle.config.image_token_id)
+    positions, _ = mrope_positions(prompt.ids, prompt.our_grids(tiny.oracle.config), merge)
     section = tuple(config.rope_parameters["mrope_section"])
     frequencies = inverse_frequencies(config.head_dim, config.rope_parameters["rope_theta"])
     cos, sin = mrope_angles(positions, frequencies, section)
@@ -103,7 +104,7 @@ from qwen3vl_moe.ops.transfer import _fill
 torch.set_num_threads(3)
 threads = lambda: len(os.listdir("/proc/self/task"))
 before = threads()
-mrope_positions([0, *[9] * 16384, 0], [(1, 256, 256)], 2, 9)
+mrope_positions([0, *[9] * 16384, 0], {9: [(1, 256, 256)]}, 2)
 _places((1, 256, 256), 48, 2, torch.device("cpu"))
 _fill(torch.empty(1 << 22), torch.from_numpy(np.ones(1 << 22, np.float32)))
 assert threads() == before, "torch's threads were woken"

@@ -101,7 +101,7 @@ def test_norm_rotate_and_store(sizes):
 
 def test_patches_and_positions():
     mean = std = (0.5, 0.25, 0.125)
-    arguments = (torch.empty(16, dtype=torch.uint8), BF16, 36, 36, *mean, *std)
+    arguments = (torch.empty(16, dtype=torch.uint8), BF16, 36, 36, 5, *mean, *std)
     made = compile_for_hopper(patches._cut_patches, arguments, (16, 2, 2, 256), {"num_warps": 2})
     assert made.spilled == 0
     assert made.count("div.rn.f32") >= 2  # as the host divides

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from qwen3vl_moe.inputs.images import ImageSettings, copy_pixels, cut_patches
+from qwen3vl_moe.ops import reference
 from qwen3vl_moe.ops.kernels import patches as kernels
 from qwen3vl_moe.ops.reference import mix_positions
 from tests.interpreted import DEVICE, DTYPES, runs_kernels
@@ -33,6 +34,20 @@ def test_patches_equal_those_of_the_host(patch, merge, frames, dtype):
     sides = patch, merge, frames
     kernels.cut_patches(pixels[0].to(DEVICE), ours, sides, settings.mean, settings.std)
     assert torch.equal(ours.cpu(), expected)
+
+
+@runs_kernels
+def test_frames_of_a_video():
+    """Each frame of a piece of a video goes to its place in the patches; beside it, a still picture fills them all."""
+    sides, mean, std = (4, 2, 2), (0.5, 0.25, 0.125), (0.5, 1.0, 2.0)
+    clip = torch.randint(0, 256, (2, 3, 8, 16), dtype=torch.uint8)
+    expected = reference.cut_patches([clip, clip[0]], sides, mean, std, torch.float32)
+    still = [reference.cut_patches([frame], sides, mean, std, torch.float32).view(-1, 3, 2, 16) for frame in clip]
+    assert torch.equal(expected[:8].view(-1, 3, 2, 16), torch.stack([still[0][:, :, 0], still[1][:, :, 1]], dim=2))
+    assert torch.equal(expected[8:].view(-1, 3, 2, 16), still[0])
+    ours = torch.full_like(expected[:8], torch.nan).to(DEVICE)
+    kernels.cut_patches(clip.to(DEVICE), ours, sides, mean, std)
+    assert torch.equal(ours.cpu(), expected[:8])
 
 
 @runs_kernels

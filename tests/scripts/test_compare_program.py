@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests.fp8 import write_fp8
+from tests.inputs.clips import make_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,11 +22,13 @@ def run(*args):
 def test_our_bf16_is_as_good_as_transformers(plain, tmp_path):
     image = tmp_path / "green.png"
     Image.new("RGB", (40, 30), "green").save(image)
-    out = tmp_path / "figures.json"
-    done = run("--model", plain.published, "--image", image, "--json", out, "--device", "cpu")
+    out, clip = tmp_path / "figures.json", tmp_path / "clip.mp4"
+    clip.write_bytes(make_clip())
+    arguments = ["--image", image, "--video", clip, "--json", out, "--device", "cpu"]
+    done = run("--model", plain.published, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(out.read_text())
-    assert [row["verdict"] for row in rows] == ["right", "the peer"] * 2
+    assert [row["verdict"] for row in rows] == ["right", "the peer"] * 3
     assert all(0 < row["relative"] < 1 and 0 <= row["top1"] <= 1 for row in rows)
 
 

@@ -309,6 +309,21 @@ def test_the_program_measures_and_reports(app, tmp_path):
     assert results["profiler"]["trace_ms"] > 0
 
 
+def test_videos_are_timed_like_images(app, tmp_path):
+    pytest.importorskip("av", reason="videos need PyAV")
+    json_file = tmp_path / "out.json"
+    arguments = [*SMALL, "--video-frames", "4", "--sizes", "64x64", "--text-lens", "16", "--repeats", "2"]
+    arguments += ["--workload", "single", "--json", str(json_file)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    [cell] = json.loads(json_file.read_text())["single"]
+    assert cell["vision_tokens"] == 2 * (4 + 2)  # two pairs of frames of 2 x 2 tokens, and their markers
+    assert cell["stages_over_total"] == pytest.approx(1, abs=0.05)
+    compared = [*arguments[:-2], "--compare", "reference", "--against", "transformers", "--rounds", "1"]
+    done = CliRunner().invoke(app, compared)
+    assert done.exit_code == 0, done.output
+
+
 @pytest.mark.parametrize(
     ("failing", "kept"), [("run_closed_loop", {"single"}), ("profiler_check", {"single", "closed_loop"})]
 )
@@ -366,6 +381,8 @@ def test_the_program_compares(app, tmp_path):
         (["--model", "demo", "--text-lens", "a"], "--text-lens 'a'"),
         (["--model", "demo", "--images", "no/such/place"], "no/such/place is not a directory"),
         (["--model", "demo", "--images", str(SCRIPTS)], "holds 0 images"),
+        (["--model", "demo", "--video-frames", "-1"], "--video-frames -1: 0 or more"),
+        (["--model", "demo", "--video-frames", "2", "--images", str(SCRIPTS)], "no --images beside it"),
         (["--model", "demo", "--compare", "warp"], "'warp' is unknown"),
         (["--model", "demo", "--compare", "eager,eager"], "named twice"),
         (["--model", "demo", "--against", "vllm"], "--against 'vllm'"),

@@ -10,12 +10,13 @@ from qwen3vl_moe.ops.kernels.launch import row_block, run_kept
 from tma_moe.pdl import take_turn
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+@triton.jit(do_not_specialize=["rows", "columns", "next_frame"])
 def _cut_patches(
-    pixels_ptr,  # [3, rows * PATCH, columns * PATCH] uint8
+    pixels_ptr,  # [frames, 3, rows * PATCH, columns * PATCH] uint8
     out_ptr,  # [rows * columns, 3, FRAMES, PATCH, PATCH]
     rows,
     columns,
+    next_frame,  # from one frame to the next, in bytes; 0: a still picture, the same in all of them
     mean_0,
     mean_1,
     mean_2,
@@ -35,34 +36,36 @@ def _cut_patches(
     i = tl.arange(0, BLOCK)
     inside = i < PATCH * PATCH
     at = ((c * rows + row) * PATCH + i // PATCH) * (columns * PATCH) + column * PATCH + i % PATCH
-    values = tl.load(pixels_ptr + at, mask=inside, other=0).to(tl.float32)
     mean = tl.where(c == 0, mean_0, tl.where(c == 1, mean_1, mean_2))
-    std = tl.where(c == 0, std_0, tl.where(c == 1, std_1, std_2))
-    # Three steps, each rounded as the processor on the host does.
-    values = tl.div_rn(tl.div_rn(values, tl.full([BLOCK], 255, tl.float32)) - mean, tl.zeros([BLOCK], tl.float32) + std)
+    std = tl.zeros([BLOCK], tl.float32) + tl.where(c == 0, std_0, tl.where(c == 1, std_1, std_2))
+    white = tl.full([BLOCK], 255, tl.float32)
     out_at = out_ptr + (p.to(tl.int64) * 3 + c) * (FRAMES * PATCH * PATCH) + i
     for frame in tl.static_range(FRAMES):
+        values = tl.load(pixels_ptr + at + frame * next_frame, mask=inside, other=0).to(tl.float32)
+        # Three steps, each rounded as the processor on the host does.
+        values = tl.div_rn(tl.div_rn(values, white) - mean, std)
         tl.store(out_at + frame * (PATCH * PATCH), values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def cut_patches(
-    pixels_3HW: Tensor,
+    planes: Tensor,
     out_PC: Tensor,
     sides: tuple[int, int, int],
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
 ) -> None:
-    """Normalised patches of one still picture: see :func:`qwen3vl_moe.ops.patches.cut_patches`.
+    """Normalised patches of one picture: see :func:`qwen3vl_moe.ops.patches.cut_patches`.
 
     Args:
-        pixels_3HW: uint8, contiguous.
+        planes: uint8, contiguous: [3, height, width], or [frames, 3, height, width].
         out_PC: contiguous [P, 3 * frames * patch * patch], filled here; any float dtype.
         sides: of a patch in pixels, of a merged square in patches, and frames of a patch.
         mean, std: of each channel, for values from 0 to 1.
     """
-    rows, columns = (side // sides[0] for side in pixels_3HW.shape[1:])
-    numbers, constants = (rows, columns, *mean, *std), (*sides, triton.next_power_of_2(sides[0] ** 2))
-    run_kept(_cut_patches, (rows * columns, 3, 1), (pixels_3HW, out_PC), numbers, constants, 2, early=False)
+    rows, columns = (side // sides[0] for side in planes.shape[-2:])
+    next_frame = planes.stride(0) if planes.ndim == 4 else 0
+    numbers, constants = (rows, columns, next_frame, *mean, *std), (*sides, triton.next_power_of_2(sides[0] ** 2))
+    run_kept(_cut_patches, (rows * columns, 3, 1), (planes, out_PC), numbers, constants, 2, early=False)
 
 
 @triton.jit
