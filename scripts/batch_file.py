@@ -180,12 +180,12 @@ class _Reader:
         _check_characters(content, line, but="id")
         if self._options.prompt is not None and not content.keys() & {"prompt", "messages"}:
             content = content | {"prompt": self._options.prompt}
-        return _conversation(content, self._folder), replace(self._defaults, **_sampling(content))
+        return _conversation(content, self._folder), replace(self._defaults, **sampling_of(content))
 
     def _openai_line(self, content: dict[str, Any], line: bytes) -> tuple[list[dict], SamplingParams]:
         _check_characters(content, line, but="custom_id")
         messages, sampling = chat_request(content, self._options.model_names)
-        return [_located(message, self._folder) for message in messages], replace(self._defaults, **sampling)
+        return [located(message, self._folder) for message in messages], replace(self._defaults, **sampling)
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes]:
@@ -249,7 +249,7 @@ def _check_characters(content: dict[str, Any], line: bytes, but: str) -> None:
                     raise PromptError(f"{key} holds half of a surrogate pair, which is no character") from None
 
 
-def _sampling(content: dict[str, Any]) -> dict[str, Any]:
+def sampling_of(content: dict[str, Any]) -> dict[str, Any]:
     """Sampling parameters as a line gives them. One that is left out keeps its default, and lifts no limit."""
     given = {key: content[key] for key in SAMPLING_KEYS if key in content}
     return {key: _whole(value) if key in _INTEGER_KEYS else value for key, value in given.items()}
@@ -278,14 +278,14 @@ def _conversation(content: dict[str, Any], folder: Path) -> list[dict]:
         lacking = next((number for number, message in enumerate(messages) if "role" not in message), None)
         if lacking is not None:
             raise PromptError(f"messages[{lacking}] has no role")
-        return [_located(message, folder) for message in messages]
+        return [located(message, folder) for message in messages]
     if not isinstance(content["prompt"], str):
         raise PromptError(f"prompt is of type {type(content['prompt']).__name__}; a text is needed")
-    items = [{"type": "image", "image": _locate(image, folder)} for image in images]
+    items = [{"type": "image", "image": locate(image, folder)} for image in images]
     return [{"role": "user", "content": [*items, {"type": "text", "text": content["prompt"]}]}]
 
 
-def _located(message: dict[str, Any], folder: Path) -> dict[str, Any]:
+def located(message: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A message with every relative path of an image counted from ``folder``; the processor checks its form."""
     content = message.get("content")
     if not isinstance(content, list):
@@ -296,12 +296,13 @@ def _located(message: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _located_item(item: Any, folder: Path) -> Any:
     if not isinstance(item, dict):
         return item
-    return {key: _locate(value, folder) if key in _PATH_KEYS else value for key, value in item.items()}
+    return {key: locate(value, folder) if key in _PATH_KEYS else value for key, value in item.items()}
 
 
-def _locate(source: Any, folder: Path) -> Any:
+def locate(source: Any, folder: Path) -> Any:
+    """What an image is read from, with a relative path counted from ``folder``."""
     if isinstance(source, dict):  # {"image_url": {"url": ...}}
-        return {key: _locate(value, folder) if key == "url" else value for key, value in source.items()}
+        return {key: locate(value, folder) if key == "url" else value for key, value in source.items()}
     if not isinstance(source, str) or not source or _URL.match(source) or is_base64_picture(source):
         return source
     return str(folder / source)

@@ -61,7 +61,7 @@ class PlainForm:
             record["error"] = one_line(str(result))
         if self._keep_input:
             row = request.row() if callable(request.row) else request.row
-            record["input"] = None if row is None else _without_bytes(row)
+            record["input"] = None if row is None else without_bytes(row)
         return record
 
     def identity(self, record: Mapping[str, Any]) -> tuple[int, str, bool]:
@@ -106,9 +106,10 @@ def _answer(output: CompletionOutput) -> dict[str, Any]:
     return {"text": output.text, "finish_reason": output.finish_reason, "answer_tokens": len(output.token_ids)}
 
 
-def _without_bytes(value: Any) -> Any:
+def without_bytes(value: Any) -> Any:
+    """A value of a row without the bytes in it, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _without_bytes(inner) for key, inner in value.items() if not isinstance(inner, bytes)}
+        return {key: without_bytes(inner) for key, inner in value.items() if not isinstance(inner, bytes)}
     if isinstance(value, list):
-        return [_without_bytes(inner) for inner in value if not isinstance(inner, bytes)]
+        return [without_bytes(inner) for inner in value if not isinstance(inner, bytes)]
     return value
