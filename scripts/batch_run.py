@@ -87,7 +87,7 @@ def answer_input(
         check_columns(source.schema(), output.prefix)
     journal = output.path.with_name(f"{output.path.name}.partial.jsonl") if output.table else output.path
     if output.table and output.path.exists() and not journal.exists():
-        errors = _check_table(output, requests, source.path)
+        errors = check_table(output, requests, source.path)
         console.print(_complete(name, len(requests), errors, "nothing to do"))
         return 1 if errors else 0
     with AnswerFile(journal, requests, source.path, output.form) as answers:
@@ -117,7 +117,7 @@ def _complete(name: str, count: int, errors: int, speed: str) -> str:
     return f"{name} is complete: {count - errors} answers, {errors} errors; {speed}"
 
 
-def _check_table(output: Output, requests: list[FileRequest], source: Path) -> int:
+def check_table(output: Output, requests: list[FileRequest], source: Path) -> int:
     """How many errors there are in a table of answers to just these requests."""
     from batch_tables import answered_rows
 

@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-import batch_options as batch
+import program_options as options
 from program import any_text, json_line
 from qwen3vl_moe.errors import PromptError, UserError
 
@@ -36,7 +36,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = "demo",
+    model: options.Model = "demo",
     image: Annotated[list[str] | None, typer.Option(help="Image file or URL, before the text; repeatable.")] = None,
     prompt: Annotated[
         str | None,
@@ -70,42 +70,26 @@ def main(
     shard: Annotated[
         str | None, typer.Option(help="Only this part of --input: 3/16 is the fourth of sixteen, as ranks count.")
     ] = None,
-    prompt_column: batch.PromptColumn = None,
-    image_column: batch.ImageColumn = None,
-    id_column: batch.IdColumn = None,
-    keep_input: batch.KeepInput = False,
-    drop: batch.Drop = None,
-    prefix: batch.Prefix = "",
-    served_model_name: batch.ServedModelName = None,
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy. [default: the checkpoint's]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
-    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
-    max_pixels: Annotated[int | None, typer.Option(help="Resize larger images to this many pixels.")] = None,
-    media_root: Annotated[
-        Path | None, typer.Option(help="Read image files from this directory and those in it alone.")
-    ] = None,
-    allow_hosts: Annotated[
-        str | None,
-        typer.Option(
-            help="Download images from these hosts alone: names with commas between them, .example.org for all below "
-            "it; '' for none."
-        ),
-    ] = None,
-    allow_private_hosts: Annotated[
-        bool | None,
-        typer.Option(
-            "--allow-private-hosts/--no-private-hosts",
-            help="Download images from this machine and from private networks too. [default: not for --input]",
-        ),
-    ] = None,
-    expert_layout: Annotated[
-        str | None, typer.Option(help="published or transformers5, if the checkpoint asks.")
-    ] = None,
+    prompt_column: options.PromptColumn = None,
+    image_column: options.ImageColumn = None,
+    id_column: options.IdColumn = None,
+    keep_input: options.KeepInput = False,
+    drop: options.Drop = None,
+    prefix: options.Prefix = "",
+    served_model_name: options.ServedModelName = None,
+    max_tokens: options.MaxTokens = 512,
+    temperature: options.Temperature = None,
+    seed: options.Seed = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    moe: options.Moe = "auto",
+    max_model_len: options.MaxModelLen = None,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
+    max_pixels: options.MaxPixels = None,
+    media_root: options.MediaRoot = None,
+    allow_hosts: options.AllowHosts = None,
+    allow_private_hosts: options.AllowPrivateHosts = None,
+    expert_layout: options.ExpertLayout = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,
 ) -> None:
     """Ask the model a question, with or without pictures, or chat with it, or answer a file of requests.
@@ -128,8 +112,7 @@ def main(
 
         if allow_private_hosts is None:  # a file of requests may come from anyone
             allow_private_hosts = requests is None
-        hosts = None if allow_hosts is None else [name for name in allow_hosts.split(",") if name.strip()]
-        limits = {"media_root": media_root, "allow_hosts": hosts, "allow_private_hosts": allow_private_hosts}
+        limits = options.media_limits(media_root, allow_hosts, allow_private_hosts)
         access = media_access(**limits)
         for number, source in enumerate(image or []):
             if "://" not in source:
@@ -155,9 +138,8 @@ def main(
             from batch_inputs import Job, open_input, parse_shard
             from batch_run import Output, answer_input, is_table
 
-            options = batch.input_options(model, prompt, *columns)
-            table = is_table(answers)
-            job = Job(params, {"model": model, "max_pixels": max_pixels}, options, rows=not table)
+            table, understood = is_table(answers), options.input_options(model, prompt, *columns)
+            job = Job(params, {"model": model, "max_pixels": max_pixels}, understood, rows=not table)
             source = open_input(requests, job)
             for note in source.notes:
                 stderr.print(note, style="dim")

@@ -1,0 +1,292 @@
+"""Answer a batch on many GPUs and many machines, with Ray Data doing the distribution.
+
+    pip install -e '.[ray]'
+    python scripts/batch_ray.py --model Qwen/Qwen3-VL-30B-A3B-Instruct --actors 8 --input 'data/*.parquet' --output out
+
+Inputs and answers are those of generate.py (docs/batches.md). The input is cut into parts of some hundred rows. An
+actor, which holds a GPU and a model, works on several parts at a time and writes a file for each; nothing but their
+names passes through the driver. --output x.parquet or x.jsonl becomes one file of all in the end; a folder keeps the
+parts. The same command goes on after an interruption of any kind with the parts that are not there. All machines have
+to see input, model and output under the same paths, and to have this package installed.
+
+For a dataset of your own, ``from batch_worker import Worker`` gives the class for ``map_batches`` (docs/scale.md).
+
+Exit status: as of generate.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import pickle
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+import program_options as options
+from program import any_text
+from qwen3vl_moe.errors import OptionError, UserError, one_line
+
+if TYPE_CHECKING:
+    from batch_parts import Parts
+
+SECONDS_BETWEEN_LINES = 30.0  # of progress
+PARTS_AT_A_TIME = 3  # of an actor: while one ends and is written, the others keep the engine full
+
+stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    source: Annotated[
+        Path, typer.Option("--input", help="What to answer: a file, folder or pattern, as generate.py reads it.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="A file in .parquet or .jsonl, or a folder, which keeps a file for each part.")
+    ],
+    model: options.Model = "demo",
+    actors: Annotated[int, typer.Option(min=1, help="How many models answer at a time.")] = 1,
+    num_gpus: Annotated[int, typer.Option(min=0, max=1, help="GPUs of an actor: 1, or 0 to compute on CPUs.")] = 1,
+    address: Annotated[
+        str | None,
+        typer.Option(help="The cluster's, 'auto' for this machine's. [default: RAY_ADDRESS, or none]"),
+    ] = None,
+    rows_per_part: Annotated[int, typer.Option(min=1, help="About how many rows an actor takes at a time.")] = 256,
+    format: Annotated[str, typer.Option(help="Of the files in a folder: parquet or jsonl.")] = "parquet",
+    prompt: Annotated[str | None, typer.Option(help="What is asked of rows that bring no prompt.")] = None,
+    prompt_column: options.PromptColumn = None,
+    image_column: options.ImageColumn = None,
+    id_column: options.IdColumn = None,
+    keep_input: options.KeepInput = False,
+    drop: options.Drop = None,
+    prefix: options.Prefix = "",
+    served_model_name: options.ServedModelName = None,
+    max_tokens: options.MaxTokens = 512,
+    temperature: options.Temperature = None,
+    seed: options.Seed = None,
+    dtype: options.Dtype = "auto",
+    moe: options.Moe = "auto",
+    max_model_len: options.MaxModelLen = None,
+    kv_cache_dtype: options.KVCacheDtype = "auto",
+    max_pixels: options.MaxPixels = None,
+    media_root: options.MediaRoot = None,
+    allow_hosts: options.AllowHosts = None,
+    allow_private_hosts: options.AllowPrivateHosts = None,
+    expert_layout: options.ExpertLayout = None,
+) -> None:
+    """Answer a batch on many GPUs and many machines, with Ray Data doing the distribution.
+
+    Exit status: 0 done, 1 some requests could not be answered, 2 an error in the call, 130 interrupted.
+    """
+    try:
+        if importlib.util.find_spec("ray") is None:
+            raise UserError("Ray is not installed: pip install -e '.[ray]' (scripts/generate.py needs none)")
+        if format not in ("parquet", "jsonl"):
+            raise OptionError(f"--format {format}: parquet or jsonl is needed")
+        from batch_inputs import Job, open_input
+        from batch_parts import Parts
+        from batch_run import Output, ended_by_signals, is_table
+        from qwen3vl_moe.engine import SamplingParams
+
+        one_file = is_table(output) or output.suffix.lower() == ".jsonl"
+        understood = options.input_options(
+            model, prompt, prompt_column, image_column, id_column, keep_input, drop, served_model_name
+        )
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        table = is_table(output) if one_file else format == "parquet"
+        job = Job(params, {"model": model, "max_pixels": max_pixels}, understood, rows=not table)
+        opened = open_input(source.absolute(), job)  # other processes have other working directories
+        for note in opened.notes:
+            stderr.print(note, style="dim")
+        if opened.kind == "openai" and not one_file:
+            table = False
+        keeps = keep_input or opened.kind not in ("lines", "openai")
+        form = Output.of(output.absolute(), opened.kind, served_model_name or model, keeps, prefix, table)
+        if table:
+            from batch_tables import check_columns
+
+            check_columns(opened.schema(), prefix)
+        folder = output.with_name(f"{output.name}.parts").absolute() if one_file else output.absolute()
+        if one_file and output.exists() and not folder.exists():
+            raise typer.Exit(_finished(form, opened))
+        parts = Parts(folder, opened, job, form, rows_per_part)
+        limits = options.media_limits(media_root, allow_hosts, bool(allow_private_hosts))
+        limits |= {"media_root": None if media_root is None else media_root.absolute()}
+        load = partial(
+            _load,
+            str(Path(model).absolute()) if Path(model).is_dir() else model,
+            device="cuda" if num_gpus else "cpu",
+            dtype=dtype,
+            moe=moe,
+            max_model_len=max_model_len,
+            kv_cache_dtype=kv_cache_dtype,
+            max_pixels=max_pixels,
+            expert_layout=expert_layout,
+            **limits,
+        )
+        with parts.locked(), ended_by_signals():
+            speed = _answer(parts, load, actors, num_gpus, address, len(opened)) if parts.todo else "nothing to do"
+            errors = parts.count_errors()
+            if one_file:
+                parts.join(output.absolute())
+                parts.remove()
+        name = one_line(str(output))
+        stderr.print(f"{name} is complete: {len(opened) - errors} answers, {errors} errors; {speed}")
+        raise typer.Exit(1 if errors else 0)
+    except UserError as error:
+        stderr.print(f"error: {error}")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        stderr.print("interrupted: the same command goes on")
+        raise typer.Exit(130) from None
+
+
+def _load(model: str, **arguments: Any) -> Any:
+    from qwen3vl_moe.engine import LLM
+
+    return LLM(model, progress=False, **arguments)
+
+
+def _finished(output: Any, source: Any) -> int:
+    """The exit status of a job whose one file is there.
+
+    Raises:
+        UserError: the file holds something else, or lacks answers.
+    """
+    from batch_answers import AnswerFile
+    from batch_run import check_table
+
+    requests = source.requests(0, len(source))
+    if output.table:
+        errors = check_table(output, requests, source.path)
+    else:
+        with AnswerFile(output.path, requests, source.path, output.form) as answers:
+            errors = answers.num_errors
+            if answers.todo:
+                raise UserError(
+                    f"{output.path} has {len(answers.done)} of {len(requests)} answers: scripts/generate.py, with the "
+                    "same options, adds the others to it"
+                )
+    name = one_line(str(output.path))
+    stderr.print(f"{name} is complete: {len(requests) - errors} answers, {errors} errors; nothing to do")
+    return 1 if errors else 0
+
+
+def _answer(parts: Parts, load: Any, actors: int, num_gpus: int, address: str | None, rows: int) -> str:
+    """Have all parts that are left answered; how fast that was, in words."""
+    if parts.done:
+        stderr.print(f"{parts.folder} has {parts.done} parts; going on with the other {len(parts.todo)}")
+    counts, begun, said = Counts(rows), time.monotonic(), time.monotonic()
+    for done in answered_parts(parts, load, actors, num_gpus, address):
+        if done["problem"]:
+            raise UserError(f"{done['problem']} (worker {done['worker']})")
+        if counts.add(done):
+            stderr.print(f"worker {done['worker']}: {done['settings']}", style="dim")
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            stderr.print(counts.line(said - begun))
+    for line in counts.by_worker():
+        stderr.print(line, style="dim")
+    return counts.speed(time.monotonic() - begun)
+
+
+def answered_parts(
+    parts: Parts, load: Any, actors: int, num_gpus: int, address: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """What :class:`.PartWorker` says of each part that is left, as soon as it is written.
+
+    Args:
+        load: gives an actor its model.
+        actors: how many there are; no more than parts.
+        num_gpus: of each; on none, an actor has one CPU.
+        address: of the cluster; None: RAY_ADDRESS, else Ray is started here, and ended.
+    """
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    import ray
+    import ray.data
+
+    from batch_worker import PartWorker
+
+    scripts = str(Path(__file__).resolve().parent)
+    local = address is None and not os.environ.get("RAY_ADDRESS")
+    started = not ray.is_initialized()
+    if started:
+        # Every worker has to find the modules beside this file; on other machines they arrive as its working directory.
+        here = {"include_dashboard": False} if local else {"runtime_env": {"working_dir": scripts}}
+        paths = {"env_vars": {"PYTHONPATH": os.pathsep.join([scripts, *filter(None, [os.environ.get("PYTHONPATH")])])}}
+        here = here | ({"runtime_env": paths} if local else {})
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
+    try:
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        todo = [{"part": pickle.dumps(part)} for part in parts.todo]
+        pool = ray.data.ActorPoolStrategy(
+            size=min(actors, len(todo)),
+            max_concurrent_calls_per_actor=PARTS_AT_A_TIME,
+            max_tasks_in_flight_per_actor=PARTS_AT_A_TIME + 1,
+        )
+        done = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+            PartWorker,
+            batch_size=1,
+            compute=pool,
+            fn_constructor_kwargs={"load": load},
+            **({"num_gpus": num_gpus} if num_gpus else {"num_cpus": 1}),
+        )
+        yield from done.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise UserError(
+            f"Ray has given up: {_last_line(error)}; /tmp/ray/session_latest/logs has more"
+        ) from None
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class Counts:
+    """What has been answered so far, of all and by worker."""
+
+    def __init__(self, rows: int):
+        self._all, self.rows, self.errors, self.tokens = rows, 0, 0, 0
+        self._workers: dict[str, list[float]] = {}  # rows, tokens, when it began and ended
+
+    def add(self, done: dict[str, Any]) -> bool:
+        """Count a part; whether its worker is a new one."""
+        new = done["worker"] not in self._workers
+        row = self._workers.setdefault(done["worker"], [0, 0, done["begun"], done["ended"]])
+        row[0] += done["rows"]
+        row[1] += done["tokens"]
+        row[2], row[3] = min(row[2], done["begun"]), max(row[3], done["ended"])
+        self.rows += done["rows"]
+        self.errors += done["errors"]
+        self.tokens += done["tokens"]
+        return new
+
+    def speed(self, seconds: float) -> str:
+        return f"{self.rows / max(seconds, 1e-9):.1f} rows/s, {self.tokens / max(seconds, 1e-9):.0f} answer tokens/s"
+
+    def line(self, seconds: float) -> str:
+        return f"{self.rows} of {self._all} rows, {self.errors} errors, {self.speed(seconds)}"
+
+    def by_worker(self) -> Iterator[str]:
+        """A line for each worker, of the time in which it had work: without loading and waiting."""
+        for name, (rows, tokens, begun, ended) in self._workers.items():
+            seconds = max(ended - begun, 1e-9)
+            yield f"worker {name}: {rows:.0f} rows, {rows / seconds:.1f} rows/s, {tokens / seconds:.0f} answer tokens/s"
+
+
+def _last_line(error: Exception) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
+if __name__ == "__main__":
+    any_text()
+    sys.exit(app())
