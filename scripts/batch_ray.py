@@ -22,7 +22,7 @@ import os
 import pickle
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +36,7 @@ from qwen3vl_moe.errors import OptionError, UserError, one_line
 
 if TYPE_CHECKING:
     from batch_parts import Parts
+    from batch_worker import Part
 
 SECONDS_BETWEEN_LINES = 30.0  # of progress
 PARTS_AT_A_TIME = 3  # of an actor: while one ends and is written, the others keep the engine full
@@ -122,7 +123,7 @@ def main(
         limits |= {"media_root": None if media_root is None else media_root.absolute()}
         load = partial(
             _load,
-            str(Path(model).absolute()) if Path(model).is_dir() else model,
+            str(Path(model).absolute()) if model != "demo" and Path(model).is_dir() else model,
             device="cuda" if num_gpus else "cpu",
             dtype=dtype,
             moe=moe,
@@ -185,7 +186,7 @@ def _answer(parts: Parts, load: Any, actors: int, num_gpus: int, address: str | 
     if parts.done:
         stderr.print(f"{parts.folder} has {parts.done} parts; going on with the other {len(parts.todo)}")
     counts, begun, said = Counts(rows), time.monotonic(), time.monotonic()
-    for done in answered_parts(parts, load, actors, num_gpus, address):
+    for done in answered_parts(parts.todo, load, actors, num_gpus, address):
         if done["problem"]:
             raise UserError(f"{done['problem']} (worker {done['worker']})")
         if counts.add(done):
@@ -199,42 +200,47 @@ def _answer(parts: Parts, load: Any, actors: int, num_gpus: int, address: str | 
 
 
 def answered_parts(
-    parts: Parts, load: Any, actors: int, num_gpus: int, address: str | None = None
+    todo: Sequence[Part], load: Callable[[], Any], actors: int, num_gpus: int, address: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """What :class:`.PartWorker` says of each part that is left, as soon as it is written.
+    """What :class:`.PartWorker` says of each part, as soon as it is written.
 
     Args:
         load: gives an actor its model.
         actors: how many there are; no more than parts.
         num_gpus: of each; on none, an actor has one CPU.
-        address: of the cluster; None: RAY_ADDRESS, else Ray is started here, and ended.
+        address: of the cluster; None: RAY_ADDRESS, else Ray is started here. What is started here is ended.
+
+    Raises:
+        UserError: the cluster has nothing to run an actor on, or Ray has given up.
     """
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    # Each pool of actors would be told of as an error, "has constructor arguments in the object store".
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
     import ray.data
+    from ray.exceptions import RayError
 
     from batch_worker import PartWorker
 
-    scripts = str(Path(__file__).resolve().parent)
-    local = address is None and not os.environ.get("RAY_ADDRESS")
     started = not ray.is_initialized()
-    if started:
-        # Every worker has to find the modules beside this file; on other machines they arrive as its working directory.
-        here = {"include_dashboard": False} if local else {"runtime_env": {"working_dir": scripts}}
-        paths = {"env_vars": {"PYTHONPATH": os.pathsep.join([scripts, *filter(None, [os.environ.get("PYTHONPATH")])])}}
-        here = here | ({"runtime_env": paths} if local else {})
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
     try:
+        if started:
+            _connect(address or os.environ.get("RAY_ADDRESS", "local"))
+        unit, each = ("GPU", num_gpus) if num_gpus else ("CPU", 1)
+        there = int(ray.cluster_resources().get(unit, 0))
+        if not there:
+            raise UserError(f"no machine of the cluster has a {unit}" + ("; --num-gpus 0 takes CPUs" * bool(num_gpus)))
+        if there < actors * each:
+            stderr.print(f"the cluster has {there} {unit}s, so {actors - there} of {actors} actors wait for more")
         logging.getLogger("ray.data").setLevel(logging.WARNING)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        todo = [{"part": pickle.dumps(part)} for part in parts.todo]
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it tells of its own absence
+        ray.data.DataContext.get_current().enable_progress_bars = False
         pool = ray.data.ActorPoolStrategy(
             size=min(actors, len(todo)),
             max_concurrent_calls_per_actor=PARTS_AT_A_TIME,
             max_tasks_in_flight_per_actor=PARTS_AT_A_TIME + 1,
         )
-        done = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
+        items = [{"part": pickle.dumps(part)} for part in todo]
+        done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             PartWorker,
             batch_size=1,
             compute=pool,
@@ -242,13 +248,25 @@ def answered_parts(
             **({"num_gpus": num_gpus} if num_gpus else {"num_cpus": 1}),
         )
         yield from done.iter_rows()
-    except ray.exceptions.RayError as error:
-        raise UserError(
-            f"Ray has given up: {_last_line(error)}; /tmp/ray/session_latest/logs has more"
-        ) from None
+    except (RayError, ConnectionError) as error:
+        last = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise UserError(f"Ray has given up: {last.strip()}; /tmp/ray/session_latest/logs has more") from None
     finally:
         if started:
             ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    """Start Ray here, or join a cluster; workers find the modules beside this file either way."""
+    import ray
+
+    scripts = str(Path(__file__).resolve().parent)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        path = os.pathsep.join([scripts, *filter(None, [os.environ.get("PYTHONPATH")])])
+        ray.init("local", include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}}, **quiet)
+    else:
+        ray.init(address, runtime_env={"working_dir": scripts}, **quiet)  # which travels to the other machines
 
 
 class Counts:
@@ -281,10 +299,6 @@ class Counts:
         for name, (rows, tokens, begun, ended) in self._workers.items():
             seconds = max(ended - begun, 1e-9)
             yield f"worker {name}: {rows:.0f} rows, {rows / seconds:.1f} rows/s, {tokens / seconds:.0f} answer tokens/s"
-
-
-def _last_line(error: Exception) -> str:
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 if __name__ == "__main__":

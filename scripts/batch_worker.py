@@ -132,16 +132,19 @@ class PartWorker:
 
     Args:
         load: gives the model.
+
+    Attributes:
+        problem: why there is no model, or "".
     """
 
     def __init__(self, load: Callable[[], LLM]):
-        self._problem, self._settings = None, {}
+        self.problem, self._settings = "", {}
         self._name = f"{socket.gethostname()}:{os.getpid()}"
         try:
             self._llm = load()
             self._settings = self._llm.settings
         except Exception as error:  # raised, it would have Ray start the actor again and again
-            self._problem = _said(error)
+            self.problem = _said(error)
 
     async def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Work on parts.
@@ -159,7 +162,7 @@ class PartWorker:
         return {key: [each[key] for each in done] for key in done[0]}
 
     def _part(self, part: Part) -> dict[str, Any]:
-        begun, counts, problem = time.time(), (0, 0, 0), self._problem or ""
+        begun, counts, problem = time.time(), (0, 0, 0), self.problem
         if not problem:
             try:
                 counts = self._write(part)
