@@ -1,11 +1,13 @@
-"""batch_ray.py on a real Ray of this machine: two actors on CPUs, three formats, workers and drivers that are killed."""
+"""batch_ray.py on a real Ray of this machine: two actors on CPUs, three formats, actors and drivers that are killed."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def ray():
     ray = pytest.importorskip("ray", reason="Ray is not installed")
     pytest.importorskip("ray.data", reason="Ray Data is not installed")
     os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "scripts"))
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=80 << 20, log_to_driver=False)
     yield ray
     ray.shutdown()
 
@@ -121,17 +123,18 @@ def test_the_driver_is_killed(ray, run, inputs, expected, tmp_path):
     parts = tmp_path / "out.jsonl.parts"
     while not list(parts.glob("part-*")):
         assert driver.poll() is None, driver.stderr.read()
+        time.sleep(0.02)
     driver.kill()
     driver.communicate()
-    before = {path: path.read_bytes() for path in parts.glob("part-*")}
-    assert 0 < len(before) < 16
+    assert 0 < len(list(parts.glob("part-*"))) < 16
     assert not output.exists()
 
     status, stderr = run(batch_ray, *arguments, "--max-tokens", 5)
     assert (status, "begun with another model or other options" in stderr) == (2, True)
     status, stderr = run(batch_ray, *arguments)
     assert status == 1
-    assert f"parts has {len(before)} parts; going on with the other {16 - len(before)}" in stderr
+    done, left = re.search(r"out.jsonl.parts has (\d+) parts; going on with the other (\d+)", stderr).groups()
+    assert (int(done) > 0, int(done) + int(left)) == (True, 16)
     assert f"{output} is complete: 61 answers, 3 errors; " in stderr
     assert "rows/s" in stderr
     assert output.read_bytes() == expected["tars"].read_bytes()
