@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,17 @@ class Parts:
                 raise UserError(f"{self.folder} is being written by another run; wait for it") from None
             except OSError:
                 pass  # some network file systems have no locks; two runs would write the same files
-            yield
+            try:
+                yield
+            finally:
+                self._leave_nothing_begun()
+
+    def _leave_nothing_begun(self) -> None:
+        """Without a part, as after a mistake in the options, the folder would hold other options up."""
+        if self.folder.exists() and {path.name for path in self.folder.iterdir()} == {_ABOUT}:
+            with suppress(OSError):
+                (self.folder / _ABOUT).unlink()
+                self.folder.rmdir()
 
     def _part(self, number: int) -> Part:
         start, stop = self._cuts[number]

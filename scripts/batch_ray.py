@@ -196,7 +196,7 @@ def _answer(parts: Parts, load: Any, actors: int, num_gpus: int, address: str | 
             stderr.print(counts.line(said - begun))
     for line in counts.by_worker():
         stderr.print(line, style="dim")
-    return counts.speed(time.monotonic() - begun)
+    return f"{counts.speed(time.monotonic() - begun)}, with starting and loading"
 
 
 def answered_parts(

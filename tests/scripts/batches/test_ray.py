@@ -141,3 +141,14 @@ def test_the_driver_is_killed(ray, run, inputs, expected, tmp_path):
     assert not parts.exists()
     status, stderr = run(batch_ray, *arguments)
     assert (status, "nothing to do" in stderr) == (1, True)
+
+
+def test_a_mistake_leaves_nothing_behind(ray, run, inputs, tmp_path):
+    """The options can be mended, and the same output given again."""
+    arguments = ["--input", inputs["tars"], "--output", tmp_path / "out.jsonl", *NEEDS["tars"]]
+    status, stderr = run(batch_ray, "--model", "demo", *arguments)
+    assert (status, stderr.splitlines()[-1]) == (
+        2,
+        "error: no machine of the cluster has a GPU; --num-gpus 0 takes CPUs",
+    )
+    assert list(tmp_path.iterdir()) == []
