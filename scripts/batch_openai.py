@@ -100,6 +100,8 @@ def _chat_body(body: dict[str, Any], model_names: tuple[str, ...]) -> tuple[list
     lacking = next((number for number, message in enumerate(messages) if "role" not in message), None)
     if lacking is not None:
         raise PromptError(f"body.messages[{lacking}] has no role")
+    # OpenAI's later name of the system's role.
+    messages = [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
     sampling = {key: body[key] for key in _SAMPLING if key in body}
     most = {body[key] for key in _MAX_TOKENS if isinstance(body.get(key), int)}
     if len(most) > 1:

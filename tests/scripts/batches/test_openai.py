@@ -74,6 +74,11 @@ def test_what_is_refused_is_named(read, change, message):
     assert re.search(message, refused.error)
 
 
+def test_the_developer_is_the_system(read):
+    (request,) = read(line("a", messages=[{"role": "developer", "content": "Be brief."}, *MESSAGES]))
+    assert request.conversation == [{"role": "system", "content": "Be brief."}, *MESSAGES]
+
+
 def test_a_line_of_another_format_among_them(read):
     _, other = read(line("a"), {"id": "b", "prompt": "Hi"})
     assert "the key 'id' is unknown" in other.error
