@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ class FolderSource(Source):
 
     def __init__(self, given: Path, files: list[Path], job: Job):
         self.path = given
-        self._base = given if given.is_dir() else Path()
+        self._base = given if given.is_dir() else _before_the_pattern(given)
         for name in ("prompt_column", "image_column", "id_column"):
             if getattr(job.options, name) is not None:
                 raise OptionError(f"--{name.replace('_', '-')} is for parquet and tars; {given} is images")
@@ -100,3 +101,10 @@ class FolderSource(Source):
             return self._files[index - self._first].stat().st_size
         except OSError:
             return None
+
+
+def _before_the_pattern(given: Path) -> Path:
+    """The folder that names count from: the last one that is named without a pattern."""
+    parts = given.parts
+    plain = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return Path(*parts[:plain])

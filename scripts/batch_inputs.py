@@ -15,13 +15,14 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from batch_file import FileRequest, LineOptions, is_openai_file, read_requests
 from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.errors import OptionError, UserError
+from qwen3vl_moe.json_files import check_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,6 +48,7 @@ class InputOptions:
         keep_input: JSON lines: whether unknown keys are kept rather than refused, and the line stands with its answer.
         drop: columns that are not kept with the answers.
         model_names: what ``body.model`` may be in OpenAI's format.
+        served_model_name: the option that set these, if one did.
     """
 
     prompt: str | None = None
@@ -56,6 +58,7 @@ class InputOptions:
     keep_input: bool = False
     drop: tuple[str, ...] = ()
     model_names: tuple[str, ...] = ()
+    served_model_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,20 @@ class LineSource(Source):
         self._drop, self._first = job.options.drop, 0
         self._requests = read_requests(path, job.params, job.settings, options)
         self._length = len(self._requests)
-        unknown = Counter(key for request in self._requests for key in request.row or ())
-        missing = [name for name in self._drop if name not in unknown]
+        if self._drop:
+            self._leave_out(job)
+
+    def _leave_out(self, job: Job) -> None:
+        known = {key for request in self._requests for key in request.row or ()}
+        missing = [name for name in self._drop if name not in known]
         if missing:
-            raise OptionError(f"--drop {missing[0]}: no line of {path} has that key")
+            raise OptionError(f"--drop {missing[0]}: no line of {self.path} has that key")
+        if job.rows and not job.options.keep_input:
+            raise OptionError("--drop goes with --keep-input, or with an output in .parquet: nothing is kept otherwise")
+        for place, request in enumerate(self._requests):
+            if isinstance(request.row, Mapping):
+                row = {key: value for key, value in request.row.items() if key not in self._drop}
+                self._requests[place] = replace(request, row=row)
 
     def __len__(self) -> int:
         return self._length
@@ -175,7 +188,22 @@ def open_input(given: Path, job: Job) -> Source:
                 raise OptionError(
                     f"--{name.replace('_', '-')} is for parquet and tars; the keys of JSON lines are fixed"
                 )
-        return LineSource(files[0], job)
+        source = LineSource(files[0], job)
+        given_options = {
+            "--prompt": job.options.prompt,
+            "--keep-input": job.options.keep_input,
+            "--drop": job.options.drop,
+        }
+        idle = next((name for name, value in given_options.items() if value), None)
+        if source.kind == "openai" and idle:
+            raise OptionError(f"{idle} means nothing for OpenAI's batch format, which {given} is in")
+        if source.kind != "openai" and job.options.served_model_name is not None:
+            raise OptionError(f"--served-model-name is for OpenAI's batch format, which {given} is not in")
+        return source
+    if job.options.served_model_name is not None:
+        raise OptionError(f"--served-model-name is for OpenAI's batch format, which {given} is not in")
+    for path in files:
+        check_regular(path, UserError, most=1 << 60)
     if kind == "folder":
         from batch_folders import FolderSource
 

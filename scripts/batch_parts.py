@@ -71,7 +71,7 @@ class Parts:
         try:
             with replacing(path) as file:
                 if self._output.table:
-                    _join_tables(parts, file)
+                    _join_tables(parts, self._source, self._output, file)
                 else:
                     for part in parts:
                         with open(part, "rb") as opened:
@@ -150,12 +150,12 @@ def _digest(source: Source, job: Job, output: Output, size: int) -> str:
     return hashlib.sha256(json.dumps([said, output.prefix, type(output.form).__name__, size]).encode()).hexdigest()
 
 
-def _join_tables(parts: list[Path], file: Any) -> None:
+def _join_tables(parts: list[Path], source: Source, output: Output, file: Any) -> None:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(parts[0]) as first:
-        schema = first.schema_arrow
-    with pq.ParquetWriter(file, schema) as writer:
+    from batch_tables import schema_of_answers
+
+    with pq.ParquetWriter(file, schema_of_answers(source.schema(), output.prefix)) as writer:
         for part in parts:
             with pq.ParquetFile(part) as opened:
                 for batch in opened.iter_batches(1024):

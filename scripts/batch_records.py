@@ -6,6 +6,7 @@ A form also reads its records back, which is how a job is taken up again (batch_
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -107,9 +108,9 @@ def _answer(output: CompletionOutput) -> dict[str, Any]:
 
 
 def without_bytes(value: Any) -> Any:
-    """A value of a row without the bytes in it, which JSON does not have."""
+    """A value of a row without the bytes in it, which JSON does not have; nor does it have NaN, which becomes null."""
     if isinstance(value, Mapping):
         return {key: without_bytes(inner) for key, inner in value.items() if not isinstance(inner, bytes)}
     if isinstance(value, list):
         return [without_bytes(inner) for inner in value if not isinstance(inner, bytes)]
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

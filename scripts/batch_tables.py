@@ -62,13 +62,18 @@ def write_table(
     Raises:
         OSError: it cannot be written.
     """
-    answers = pa.schema([pa.field(f"{prefix}{name}", kind) for name, kind in ANSWER_COLUMNS.items()])
-    schema = pa.schema([*kept, *answers], metadata=_metadata(kept, prefix))
+    schema = schema_of_answers(kept, prefix)
     left = iter(records)
     with replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
         for batch in batches:
             columns = _columns(list(islice(left, batch.num_rows)))
             writer.write_batch(pa.RecordBatch.from_arrays([*batch.columns, *columns], schema=schema))
+
+
+def schema_of_answers(kept: pa.Schema, prefix: str) -> pa.Schema:
+    """The columns of a table of answers: those that are kept of the input, and those of the answers."""
+    answers = [pa.field(f"{prefix}{name}", kind) for name, kind in ANSWER_COLUMNS.items()]
+    return pa.schema([*kept, *answers], metadata=_metadata(kept, prefix))
 
 
 def answered_rows(path: Path, prefix: str) -> list[tuple[int, str, bool]]:

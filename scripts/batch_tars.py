@@ -19,6 +19,7 @@ from batch_file import FileRequest, common_part, fingerprint_of
 from batch_inputs import IMAGE_SUFFIXES, Job, Source
 from batch_records import without_bytes
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
+from qwen3vl_moe.inputs.fetch import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -174,6 +175,10 @@ class TarSource(Source):
                         key, column = _split(member.name)
                         if key != sample.key:
                             break
+                        if member.size > MAX_FILE_BYTES:
+                            raise PromptError(
+                                f"{self._where(index)} has a file of more than {MAX_FILE_BYTES >> 20} MiB"
+                            )
                         content = tar.extractfile(member) if member.isreg() else None
                         if content is not None:
                             row[column] = _value(column, content.read())

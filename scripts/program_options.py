@@ -86,4 +86,5 @@ def input_options(
     from batch_inputs import InputOptions  # slow to import: not before --help has been answered
 
     names = (model, Path(model).name) if served_model_name is None else (served_model_name,)
-    return InputOptions(prompt, prompt_column, image_column, id_column, keep_input, tuple(drop or ()), names)
+    columns = prompt_column, image_column, id_column
+    return InputOptions(prompt, *columns, keep_input, tuple(drop or ()), names, served_model_name)

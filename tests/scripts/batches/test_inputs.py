@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 
 import pyarrow as pa
 import pytest
 
 from batch_inputs import parse_shard
+from batch_records import PlainForm, line_of
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
+from qwen3vl_moe.json_files import parse_json
 from tests.scripts.batches.conftest import QUESTION, picture, write_lines, write_parquet, write_tar
 
 
@@ -145,6 +148,8 @@ def test_a_folder_of_images(opened, tmp_path):
     assert tables(source, 1, 3) == [{"path": "b.png"}, {"path": "sub/c.webp"}]
     assert [r.id for r in pickle.loads(pickle.dumps(source.part(2, 3))).requests(2, 3)] == ["sub/c.webp"]
     (tmp_path / "b.png").write_bytes(b"another picture")
+    patterned = opened(tmp_path / "**/*.webp", prompt=QUESTION).requests(0, 1)
+    assert [request.id for request in patterned] == ["sub/c.webp"]
     assert [a.fingerprint == b.fingerprint for a, b in zip(requests, source.requests(0, 3), strict=True)] == [
         True,
         False,
@@ -166,6 +171,8 @@ def test_lines_in_parts_and_as_columns(opened, tmp_path):
     rows = tables(part, 2, 5)
     assert [row["id"] for row in rows] == [2, None, 4]
     assert rows[0] == {"id": 2, "prompt": "2?", "n": 1, "extra": "[2]"}
+    fewer = opened(tmp_path / "a.jsonl", keep_input=True, rows=True, drop=("extra", "n"))
+    assert fewer.requests(0, 1)[0].row == {"id": 0, "prompt": "0?"}
     strict = opened(tmp_path / "a.jsonl")
     assert "the key 'extra' is unknown" in strict.requests(0, 1)[0].error
 
@@ -189,6 +196,15 @@ def test_a_prompt_for_lines_that_bring_none(opened, tmp_path):
         ({"a.png": b""}, "*.jpg", {"prompt": "x"}, "no file is of that pattern"),
         ({"a.jsonl": b"{}"}, "a.jsonl", {"image_column": "x"}, "--image-column is for parquet and tars"),
         ({"a.jsonl": b"{}"}, "a.jsonl", {"drop": ("x",)}, "--drop x: no line of .* has that key"),
+        ({"a.jsonl": b'{"n": 1}'}, "a.jsonl", {"drop": ("n",), "rows": True}, "--drop goes with --keep-input"),
+        (
+            {"a.jsonl": b'{"custom_id": "a", "body": 1}'},
+            "a.jsonl",
+            {"prompt": "x"},
+            "--prompt means nothing for OpenAI",
+        ),
+        ({"a.jsonl": b"{}"}, "a.jsonl", {"served_model_name": "x"}, "--served-model-name is for OpenAI's batch format"),
+        ({"a.png": b""}, "", {"prompt": "x", "served_model_name": "x"}, "--served-model-name is for OpenAI's"),
     ],
 )
 def test_inputs_that_cannot_be_used(opened, tmp_path, files, given, options, message):
@@ -223,3 +239,20 @@ def test_shards_are_all_rows_once():
     for text, message in (("16/16", "from 0/16 to 15/16"), ("3", "such as 3/16"), ("0/0", "such as"), ("-1/2", "such")):
         with pytest.raises(OptionError, match=message):
             parse_shard(text, 9)
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_not_waited_for(opened, tmp_path):
+    for name in ("a.tar", "a.parquet", "a.jsonl"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}.* is not a regular file"):
+            opened(tmp_path / name, prompt=None if name == "a.jsonl" else "x")
+
+
+def test_numbers_that_json_does_not_have(opened, tmp_path):
+    """An answer that held NaN could not be read back."""
+    columns = {"prompt": ["a", "b"], "score": [float("nan"), 1.5], "list": [[float("inf")], [b"x", b"y"][:0]]}
+    source = opened(write_parquet(tmp_path / "a.parquet", columns), rows=True)
+    records = [PlainForm(True).record(request, "no") for request in source.requests(0, 2)]
+    assert [record["input"]["score"] for record in records] == [None, 1.5]
+    assert parse_json(line_of(records[0]))["input"]["list"] == [None]
