@@ -202,8 +202,11 @@ def open_input(given: Path, job: Job) -> Source:
         return source
     if job.options.served_model_name is not None:
         raise OptionError(f"--served-model-name is for OpenAI's batch format, which {given} is not in")
-    for path in files:
-        check_regular(path, UserError, most=1 << 60)
+    try:
+        for path in files:
+            check_regular(path, UserError, most=1 << 60)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
     if kind == "folder":
         from batch_folders import FolderSource
 

@@ -292,13 +292,23 @@ class Counts:
         return f"{self.rows / max(seconds, 1e-9):.1f} rows/s, {self.tokens / max(seconds, 1e-9):.0f} answer tokens/s"
 
     def line(self, seconds: float) -> str:
-        return f"{self.rows} of {self._all} rows, {self.errors} errors, {self.speed(seconds)}"
+        """All so far, and the range of the workers: one that is slow, or has its requests cut short, stands out."""
+        spans = [(rows, tokens, max(ended - begun, 1e-9)) for rows, tokens, begun, ended in self._workers.values()]
+        each = [
+            f"{_range([n[at] / n[2] for n in spans])} {unit}" for at, unit in enumerate(("rows/s", "answer tokens/s"))
+        ]
+        total = f"{self.rows} of {self._all} rows, {self.errors} errors, {self.speed(seconds)}"
+        return f"{total}; {len(spans)} workers, each {', '.join(each)}"
 
     def by_worker(self) -> Iterator[str]:
         """A line for each worker, of the time in which it had work: without loading and waiting."""
         for name, (rows, tokens, begun, ended) in self._workers.items():
             seconds = max(ended - begun, 1e-9)
             yield f"worker {name}: {rows:.0f} rows, {rows / seconds:.1f} rows/s, {tokens / seconds:.0f} answer tokens/s"
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.1f} to {max(values):.1f}"
 
 
 if __name__ == "__main__":

@@ -123,6 +123,14 @@ def test_shards_are_the_whole(generated, inputs, plain, tmp_path):
     assert (status, "line 1 answers another request" in stderr) == (2, True)
 
 
+def test_nothing_to_answer(generated, plain, tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [])
+    for name in ("out.jsonl", "out.parquet"):
+        status, stderr = generated(plain.path, source, tmp_path / name)
+        assert (status, "0 answers, 0 errors; nothing to do" in stderr) == (0, True)
+    assert pq.read_table(tmp_path / "out.parquet").num_rows == 0
+
+
 def test_keys_of_lines_are_kept_if_they_are_asked_for(generated, plain, tmp_path):
     line = {"id": "a", "prompt": "Hi", "label": [1, {"b": None}]}
     source = write_lines(tmp_path / "a.jsonl", [line, "{"])

@@ -9,6 +9,7 @@ import pickle
 import pyarrow as pa
 import pytest
 
+import batch_tars
 from batch_inputs import parse_shard
 from batch_records import PlainForm, line_of
 from qwen3vl_moe.errors import OptionError, PromptError, UserError
@@ -136,6 +137,13 @@ def test_samples_of_a_tar(opened, tar):
     assert [row["png"] for row in tables(source, 2, 5)] == [picture(2), None, picture(4)]
 
 
+def test_a_file_in_a_tar_that_is_too_large_is_not_read(opened, tar, monkeypatch):
+    monkeypatch.setattr(batch_tars, "MAX_FILE_BYTES", 100)
+    (request,) = opened(tar, prompt="x").requests(0, 1)
+    with pytest.raises(PromptError, match=r"sample .*000 of rows.tar has a file of more than"):
+        request.conversation()
+
+
 def test_a_folder_of_images(opened, tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.png", "a.JPG", "sub/c.webp", "notes.txt", "more.txt", ".hidden.png"):
@@ -188,6 +196,7 @@ def test_a_prompt_for_lines_that_bring_none(opened, tmp_path):
         ({"a.parquet": b"x"}, "a.parquet", {"prompt": "x"}, "a.parquet cannot be read as parquet"),
         ({"a.tar": b"x" * 600}, "a.tar", {"prompt": "x"}, "a.tar cannot be read as a tar"),
         ({"a.tar": b""}, "a.tar", {"prompt": "x"}, "a.tar"),
+        ({}, "no.parquet", {"prompt": "x"}, "no.parquet cannot be read: No such file"),
         ({"a.tar.gz": b""}, "a.tar.gz", {}, "a.tar.gz is compressed; unpack it"),
         ({"a.tar": b"", "b.jsonl": b""}, "", {}, "more than one kind, 'a.tar' among them; give a pattern"),
         ({"a.jsonl": b"", "b.jsonl": b""}, "", {}, "2 files of JSON lines; give one, or join them"),

@@ -33,6 +33,20 @@ def test_ray_is_absent(run, tmp_path, monkeypatch):
     assert stderr == "error: Ray is not installed: pip install -e '.[ray]' (scripts/generate.py needs none)\n"
 
 
+def test_progress_tells_workers_apart():
+    counts = batch_ray.Counts(100)
+    for worker, begun, ended, rows in (("a", 0.0, 2.0, 8), ("a", 1.0, 4.0, 8), ("b", 10.0, 12.0, 4)):
+        counts.add({"worker": worker, "begun": begun, "ended": ended, "rows": rows, "errors": 1, "tokens": 10 * rows})
+    assert counts.line(4.0) == (
+        "20 of 100 rows, 3 errors, 5.0 rows/s, 50 answer tokens/s; "
+        "2 workers, each 2.0 to 4.0 rows/s, 20.0 to 40.0 answer tokens/s"
+    )
+    assert list(counts.by_worker()) == [
+        "worker a: 16 rows, 4.0 rows/s, 40 answer tokens/s",
+        "worker b: 4 rows, 2.0 rows/s, 20 answer tokens/s",
+    ]
+
+
 @pytest.fixture(scope="module")
 def ray():
     """One Ray for all tests here."""
