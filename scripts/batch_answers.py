@@ -8,27 +8,28 @@ data.
 from __future__ import annotations
 
 import fcntl
-import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from batch_file import MAX_LINE_BYTES, FileRequest, lines_of
-from qwen3vl_moe.engine.outputs import CompletionOutput, RequestOutput
-from qwen3vl_moe.errors import UserError, one_line
+from batch_records import PlainForm, RecordForm, Result, line_of
+from qwen3vl_moe.errors import UserError
 from qwen3vl_moe.json_files import parse_json
 from replace_file import replace_file
 
-_RECORD_START = b'{"index": '
-# What JSON may hold as it is, but a terminal may act on, or a reader of lines take for the end of one.
-_UNSEEN = re.compile("[\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_PLAIN = PlainForm()
 
 
 class AnswerFile:
     """The answers to ``requests``: those that are there already, and those that :meth:`write` adds.
 
     Use it as a context manager. While it is open, nobody else can open it for the same job.
+
+    Args:
+        requests: all of a job, or a part of one without gaps.
+        source: the file of requests; a folder does as well.
+        form: how a record looks.
 
     Attributes:
         done: index of every request that has its record, error records included.
@@ -40,8 +41,9 @@ class AnswerFile:
             process writes to it, or it cannot be written.
     """
 
-    def __init__(self, path: Path, requests: list[FileRequest], source: Path):
-        self.path, self.requests, self._source = path, requests, source
+    def __init__(self, path: Path, requests: list[FileRequest], source: Path, form: RecordForm = _PLAIN):
+        self.path, self.requests, self._source, self._form = path, requests, source, form
+        self._first = requests[0].index if requests else 0
         self.done: set[int] = set()
         self.num_errors, self.repaired = 0, False
         try:
@@ -71,34 +73,34 @@ class AnswerFile:
         """Requests without a record, in order."""
         return [request for request in self.requests if request.index not in self.done]
 
-    def write(self, request: FileRequest, result: RequestOutput | Exception | str) -> None:
+    def write(self, request: FileRequest, result: Result) -> None:
         """Append the record of one request: its answer, or the error in its place. It survives the process.
 
         Raises:
             UserError: the file cannot be written.
         """
-        record = {"index": request.index, "id": request.id, "request": request.fingerprint}
-        if isinstance(result, RequestOutput):
-            counts = {"prompt_tokens": len(result.prompt_token_ids), "image_tokens": result.num_image_tokens}
-            answers = [_answer(output) for output in result.outputs]
-            record |= {**answers[0], **counts, **({"choices": answers} if len(answers) > 1 else {})}
-        else:
-            record["error"] = one_line(str(result))
-        # An id may hold half of a surrogate pair, which UTF-8 cannot say and JSON writes as \udXXX.
-        text = _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False))
-        line = text.encode("utf-8", "backslashreplace") + b"\n"
+        record = self._form.record(request, result)
+        line = line_of(record)
         try:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
-        self._count(record)
+        self._count(*self._form.identity(record))
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """All records, as they stand in the file."""
+        with open(self.path, "rb") as file:
+            for line in lines_of(file):
+                if b"\0" not in line:
+                    yield parse_json(line)
 
     def sort(self) -> None:
         """Put the records of a complete job in the order of the requests; at once, or not at all."""
         self._file.seek(0)
         lines = self._file.read().splitlines(keepends=True)
-        ordered = sorted((line for line in lines if b"\0" not in line), key=lambda line: parse_json(line)["index"])
+        kept = (line for line in lines if b"\0" not in line)
+        ordered = sorted(kept, key=lambda line: self._form.identity(parse_json(line))[0])
         if ordered == lines:
             return
         try:
@@ -126,11 +128,11 @@ class AnswerFile:
                     raise UserError(f"{self.path}, line {number} is no answer; give another --output")
                 if line.endswith(b"\n"):
                     whole += len(line)
-                    if b"\0" in line and _was_a_record(line):
+                    if b"\0" in line and _was_a_record(line, self._form.start):
                         self.repaired = True  # it stays where it is until all are put in order
                     else:
                         self._check(number, line)
-                elif _was_a_record(line):
+                elif _was_a_record(line, self._form.start):
                     self.repaired = True
                     self._file.truncate(whole)
                 else:
@@ -139,36 +141,30 @@ class AnswerFile:
     def _check(self, number: int, line: bytes) -> None:
         where = f"{self.path}, line {number}"
         try:
-            record = parse_json(line)
-            index, fingerprint = record["index"], record["request"]
-            if type(index) is not int or not ("error" in record or "text" in record):
-                raise ValueError
+            index, fingerprint, is_error = self._form.identity(parse_json(line))
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{where} is no answer; give another --output") from None
-        if not 0 <= index < len(self.requests) or self.requests[index].fingerprint != fingerprint:
+        place = index - self._first
+        if not 0 <= place < len(self.requests) or self.requests[place].fingerprint != fingerprint:
             raise UserError(
                 f"{where} answers another request than {self._source} has there (index {index}), or was made with "
                 "another model, or other sampling or image options: go on with the same ones, or give another --output"
             )
         if index in self.done:
             raise UserError(f"{where} repeats the answer to request {index}; delete one of the two")
-        self._count(record)
+        self._count(index, fingerprint, is_error)
 
-    def _count(self, record: Mapping[str, Any]) -> None:
-        self.done.add(record["index"])
-        self.num_errors += "error" in record
-
-
-def _answer(output: CompletionOutput) -> dict[str, Any]:
-    return {"text": output.text, "finish_reason": output.finish_reason, "answer_tokens": len(output.token_ids)}
+    def _count(self, index: int, fingerprint: str, is_error: bool) -> None:
+        self.done.add(index)
+        self.num_errors += is_error
 
 
-def _was_a_record(line: bytes) -> bool:
+def _was_a_record(line: bytes, start: bytes) -> bool:
     """Whether a line is a record, or several, of which an end or blocks in the middle were lost: zeros stand for these.
 
     A record has no zero byte. What stands before the first and after the last tells whether it was written here; any
     other file is none of ours to mend. A line without its end may end in anything.
     """
     pieces = line.split(b"\0")
-    begins = pieces[0].startswith(_RECORD_START) or _RECORD_START.startswith(pieces[0])
+    begins = pieces[0].startswith(start) or start.startswith(pieces[0])
     return begins and (not line.endswith(b"\n") or pieces[-1] == b"\n" or pieces[-1].endswith(b"}\n"))

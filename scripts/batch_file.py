@@ -22,6 +22,9 @@ of the options that its answer depends on; it ties an answer to its request. Ans
 put in order when the last is there. Where more than one answer was asked for (``n``), ``choices`` holds them all, and
 ``text`` is that of the first. The file itself says what is left to do: nothing else is kept, and a record that is
 deleted from it is asked for again.
+
+A file whose first line has ``custom_id`` and ``body`` is in OpenAI's batch format, and so are all of its lines, and the
+answers to them: batch_openai.py.
 """
 
 from __future__ import annotations
@@ -29,11 +32,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from batch_openai import chat_request, is_openai_line
 from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.errors import PromptError, UserError, one_line
 from qwen3vl_moe.inputs.fetch import is_base64_media
@@ -48,31 +52,54 @@ _PATH_KEYS = ("image", "video", "path", "url", "image_url", "video_url")  # of a
 _URL = re.compile(r"\s*(data:|file:|[a-z][a-z0-9+.-]*://)", re.I)
 _INTEGER_KEYS = {f.name for f in fields(SamplingParams) if str(f.type).startswith("int")}
 _HALF_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape that may be half of a surrogate pair
-_ID_FIRST = re.compile(rb'\s*\{\s*"id"\s*:\s*("(?:[^"\\\x00-\x1f]|\\.)*"|-?[0-9]{1,40})\s*[,}]')
+_ID_FIRST = re.compile(rb'\s*\{\s*("id"|"custom_id")\s*:\s*("(?:[^"\\\x00-\x1f]|\\.)*"|-?[0-9]{1,40})\s*[,}]')
 
 
 @dataclass(frozen=True)
 class FileRequest:
-    """One line of the requests file.
+    """One line of the requests file, or one row of another input (batch_inputs.py).
 
     Attributes:
-        index: its number among the requests, from 0.
+        index: its number among the requests of the whole input, from 0.
         id: as given, None without one.
         fingerprint: of the line and of what else its answer depends on.
-        conversation: messages for ``LLM.chat``; None if ``error`` says why there are none.
+        conversation: messages for ``LLM.chat``, or a function that reads them (and raises a ``PromptError`` where they
+            cannot be used); None if ``error`` says why there are none.
         params: its sampling parameters.
         error: what is wrong with the line, else None.
+        row: what the input says of it, by key or column, or a function that reads that; None where nothing can be said.
     """
 
     index: int
     id: str | int | None
     fingerprint: str
-    conversation: list[dict] | None
+    conversation: list[dict] | Callable[[], list[dict]] | None
     params: SamplingParams
     error: str | None = None
+    row: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None
 
 
-def read_requests(path: Path, defaults: SamplingParams, settings: Mapping[str, Any]) -> list[FileRequest]:
+@dataclass(frozen=True)
+class LineOptions:
+    """How lines are understood.
+
+    Attributes:
+        prompt: what is asked in lines that bring neither prompt nor messages; None: such lines are errors.
+        keep_input: whether keys that mean nothing here are kept with the answer instead of refused.
+        model_names: what ``body.model`` may be in OpenAI's format.
+    """
+
+    prompt: str | None = None
+    keep_input: bool = False
+    model_names: tuple[str, ...] = ()
+
+
+_PLAIN = LineOptions()
+
+
+def read_requests(
+    path: Path, defaults: SamplingParams, settings: Mapping[str, Any], options: LineOptions = _PLAIN
+) -> list[FileRequest]:
     """The requests in a file. One that cannot be used says so in ``error``.
 
     Args:
@@ -83,46 +110,82 @@ def read_requests(path: Path, defaults: SamplingParams, settings: Mapping[str, A
     Raises:
         UserError: the file cannot be read.
     """
-    neutral = SamplingParams()
-    said = {f.name: str(getattr(defaults, f.name)) for f in fields(defaults)}
-    said = {name: value for name, value in said.items() if value != str(getattr(neutral, name))}
-    common = json.dumps([dict(settings), said]).encode()
-    requests: list[FileRequest] = []
-    first_with: dict[str | int, int] = {}
+    reader = _Reader(path.parent, defaults, common_part(defaults, settings, options.prompt), options)
     try:
         check_regular(path, UserError, most=MAX_FILE_BYTES)
         with open(path, "rb") as file:
             for number, line in enumerate(lines_of(file), start=1):
                 if line := line.removeprefix(b"\xef\xbb\xbf").strip():
-                    requests.append(_request(len(requests), number, line, common, defaults, path.parent, first_with))
+                    reader.add(number, line)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    return requests
+    return reader.requests
 
 
-def _request(
-    index: int,
-    number: int,
-    line: bytes,
-    common: bytes,
-    defaults: SamplingParams,
-    folder: Path,
-    first_with: dict[str | int, int],
-) -> FileRequest:
-    fingerprint = hashlib.sha256(common + b"\n" + line).hexdigest()[:16]
-    name = None
+def is_openai_file(path: Path) -> bool:
+    """Whether the first request of a file is in OpenAI's batch format, so that all of them have to be."""
     try:
-        content = _parse(line)
-        name = _id(content)
-        if name is not None and first_with.setdefault(name, number) != number:
-            raise PromptError(f"the id {name!r} is that of line {first_with[name]} too; ids are unique")
-        _check_keys(content, line)
-        params = replace(defaults, **_sampling(content))
-        return FileRequest(index, name, fingerprint, _conversation(content, folder), params)
-    except Exception as problem:  # whatever is wrong with a line is wrong with that line alone
-        name = _salvaged_id(line) if name is None else name
-        kind = "" if isinstance(problem, UserError) else f"it cannot be used: {type(problem).__name__}: "
-        return FileRequest(index, name, fingerprint, None, defaults, one_line(f"line {number}: {kind}{problem}"))
+        check_regular(path, UserError, most=MAX_FILE_BYTES)
+        with open(path, "rb") as file:
+            first = next((line for line in lines_of(file) if line.removeprefix(b"\xef\xbb\xbf").strip()), b"")
+        return is_openai_line(_parse(first.strip()))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except PromptError:
+        return False
+
+
+def common_part(defaults: SamplingParams, settings: Mapping[str, Any], prompt: str | None) -> bytes:
+    """What the answers to all requests of a job depend on, as the beginning of what a fingerprint is made of."""
+    neutral = SamplingParams()
+    said = {f.name: str(getattr(defaults, f.name)) for f in fields(defaults)}
+    said = {name: value for name, value in said.items() if value != str(getattr(neutral, name))}
+    return json.dumps([dict(settings), said, *([] if prompt is None else [prompt])]).encode()
+
+
+def fingerprint_of(common: bytes, line: bytes) -> str:
+    return hashlib.sha256(common + b"\n" + line).hexdigest()[:16]
+
+
+class _Reader:
+    """Lines of one file, in order, to requests."""
+
+    def __init__(self, folder: Path, defaults: SamplingParams, common: bytes, options: LineOptions):
+        self.requests: list[FileRequest] = []
+        self._folder, self._defaults, self._common, self._options = folder, defaults, common, options
+        self._openai = False
+        self._first_with: dict[str | int, int] = {}  # id -> number of its line
+
+    def add(self, number: int, line: bytes) -> None:
+        index, fingerprint = len(self.requests), fingerprint_of(self._common, line)
+        name, content = None, None
+        try:
+            content = _parse(line)
+            if not self.requests:
+                self._openai = is_openai_line(content)
+            name = _id(content, "custom_id" if self._openai else "id")
+            if name is not None and self._first_with.setdefault(name, number) != number:
+                raise PromptError(f"the id {name!r} is that of line {self._first_with[name]} too; ids are unique")
+            conversation, params = (self._openai_line if self._openai else self._line)(content, line)
+            request = FileRequest(index, name, fingerprint, conversation, params, row=content)
+        except Exception as problem:  # whatever is wrong with a line is wrong with that line alone
+            name = _salvaged_id(line, "custom_id" if self._openai else "id") if name is None else name
+            kind = "" if isinstance(problem, UserError) else f"it cannot be used: {type(problem).__name__}: "
+            error = one_line(f"line {number}: {kind}{problem}")
+            request = FileRequest(index, name, fingerprint, None, self._defaults, error, content)
+        self.requests.append(request)
+
+    def _line(self, content: dict[str, Any], line: bytes) -> tuple[list[dict], SamplingParams]:
+        _check_keys(content, line, self._options.keep_input)
+        _check_characters(content, line, but="id")
+        if self._options.prompt is not None and not content.keys() & {"prompt", "messages"}:
+            content = content | {"prompt": self._options.prompt}
+        return _conversation(content, self._folder), replace(self._defaults, **sampling_of(content))
+
+    def _openai_line(self, content: dict[str, Any], line: bytes) -> tuple[list[dict], SamplingParams]:
+        _check_characters(content, line, but="custom_id")
+        messages, sampling = chat_request(content, self._options.model_names)
+        return [located(message, self._folder) for message in messages], replace(self._defaults, **sampling)
 
 
 def lines_of(file: BinaryIO) -> Iterator[bytes]:
@@ -150,40 +213,43 @@ def _parse(line: bytes) -> dict[str, Any]:
     return {key: value for key, value in content.items() if value is not None}
 
 
-def _id(content: dict[str, Any]) -> str | int | None:
-    name = _whole(content.get("id"))
+def _id(content: dict[str, Any], key: str = "id") -> str | int | None:
+    name = _whole(content.get(key))
     if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
-        raise PromptError(f"the id is of type {type(name).__name__}; a text or an integer is needed")
+        raise PromptError(f"the {key} is of type {type(name).__name__}; a text or an integer is needed")
     return name
 
 
-def _salvaged_id(line: bytes) -> str | int | None:
+def _salvaged_id(line: bytes, key: str) -> str | int | None:
     """The id of a line that cannot be read as it should: by a reader that takes more, else where the line begins."""
     try:
         try:
             content = json.loads(line)
         except (ValueError, RecursionError):
             first = _ID_FIRST.match(line)
-            content = {"id": json.loads(first[1])} if first else {}
-        return _id(content) if isinstance(content, dict) else None
+            content = {json.loads(first[1]): json.loads(first[2])} if first else {}
+        return _id(content, key) if isinstance(content, dict) else None
     except ValueError:
         return None
 
 
-def _check_keys(content: dict[str, Any], line: bytes) -> None:
+def _check_keys(content: dict[str, Any], line: bytes, keep_input: bool) -> None:
     unknown = sorted(content.keys() - {*_OTHER_KEYS, *SAMPLING_KEYS})
-    if unknown:
+    if unknown and not keep_input:
         raise PromptError(f"the key {unknown[0]!r} is unknown; known are {', '.join((*_OTHER_KEYS, *SAMPLING_KEYS))}")
+
+
+def _check_characters(content: dict[str, Any], line: bytes, but: str) -> None:
     if _HALF_PAIR.search(line):
         for key, value in content.items():
             try:
                 json.dumps(value, ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                if key != "id":  # which is only handed on
+                if key != but:  # which is only handed on
                     raise PromptError(f"{key} holds half of a surrogate pair, which is no character") from None
 
 
-def _sampling(content: dict[str, Any]) -> dict[str, Any]:
+def sampling_of(content: dict[str, Any]) -> dict[str, Any]:
     """Sampling parameters as a line gives them. One that is left out keeps its default, and lifts no limit."""
     given = {key: content[key] for key in SAMPLING_KEYS if key in content}
     return {key: _whole(value) if key in _INTEGER_KEYS else value for key, value in given.items()}
@@ -210,10 +276,10 @@ def _conversation(content: dict[str, Any], folder: Path) -> list[dict]:
         lacking = next((number for number, message in enumerate(messages) if "role" not in message), None)
         if lacking is not None:
             raise PromptError(f"messages[{lacking}] has no role")
-        return [_located(message, folder) for message in messages]
+        return [located(message, folder) for message in messages]
     if not isinstance(content["prompt"], str):
         raise PromptError(f"prompt is of type {type(content['prompt']).__name__}; a text is needed")
-    items = [{"type": kind, kind: _locate(source, folder)} for kind, source in media]
+    items = [{"type": kind, kind: locate(source, folder)} for kind, source in media]
     return [{"role": "user", "content": [*items, {"type": "text", "text": content["prompt"]}]}]
 
 
@@ -227,7 +293,7 @@ def _sources(content: dict[str, Any], kind: str) -> list[str]:
     return sources
 
 
-def _located(message: dict[str, Any], folder: Path) -> dict[str, Any]:
+def located(message: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A message with every relative path counted from ``folder``; the processor checks its form."""
     content = message.get("content")
     if not isinstance(content, list):
@@ -238,14 +304,15 @@ def _located(message: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _located_item(item: Any, folder: Path) -> Any:
     if not isinstance(item, dict):
         return item
-    return {key: _locate(value, folder) if key in _PATH_KEYS else value for key, value in item.items()}
+    return {key: locate(value, folder) if key in _PATH_KEYS else value for key, value in item.items()}
 
 
-def _locate(source: Any, folder: Path) -> Any:
+def locate(source: Any, folder: Path) -> Any:
+    """What an image or video is read from, with a relative path counted from ``folder``."""
     if isinstance(source, list):  # the frames of a video
-        return [_locate(each, folder) for each in source]
+        return [locate(each, folder) for each in source]
     if isinstance(source, dict):  # {"image_url": {"url": ...}}
-        return {key: _locate(value, folder) if key == "url" else value for key, value in source.items()}
+        return {key: locate(value, folder) if key == "url" else value for key, value in source.items()}
     if not isinstance(source, str) or not source or _URL.match(source) or is_base64_media(source):
         return source
     return str(folder / source)

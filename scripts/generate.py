@@ -7,9 +7,10 @@
 The answer goes to stdout while it is being written, and nothing else does; settings, progress and errors go to stderr.
 
 With --input, each line of the file is a request, {"prompt": ..., "image": ...} or {"messages": ...}, and each line of
---output is an answer, or says what is wrong with the request; scripts/batch_file.py has all keys of both. The same
-command goes on after an interruption of any kind, and does nothing when all is done. Answers are written as they finish
-and are in the order of the requests when all are there.
+--output is an answer, or says what is wrong with the request; scripts/batch_file.py has all keys of both. The input may
+also be in OpenAI's batch format, or parquet, webdataset tars or a folder of images, and the output parquet:
+docs/batches.md. The same command goes on after an interruption of any kind, and does nothing when all is done. Answers
+are written as they finish and are in the order of the requests when all are there.
 
 Exit status: 0 done, 1 done but some requests of --input could not be answered, 2 something in the call has to be
 mended, 130 interrupted, 143 terminated.
@@ -17,24 +18,18 @@ mended, 130 interrupted, 143 terminated.
 
 from __future__ import annotations
 
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import batch_options as batch
 import cli_options as cli
 from chat import check_pictures, check_videos, opening, say_settings, stream, talk, user_message, write
 from program import any_text, json_line
-from qwen3vl_moe.errors import UserError, one_line
-
-SECONDS_BETWEEN_LINES = 30.0  # of progress, where stderr is no terminal
+from qwen3vl_moe.errors import UserError
 
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -58,10 +53,11 @@ def main(
             "--input",
             help='Answer a file of requests, a JSON object a line: "prompt" (with "image", "images", "video" or '
             '"videos": paths from the file\'s folder, or URLs) or "messages"; and, where wanted, "id", "max_tokens", '
-            '"temperature", "seed", "stop" and the other sampling parameters, which go before the options here. '
-            "Whoever writes the file chooses what is read as an image or video: any local file, and any host on the "
-            "internet, but none of this machine or of private networks. --media-root, --allow-hosts and "
-            "--allow-private-hosts set other limits: docs/trust.md.",
+            '"temperature", "seed", "stop" and the other sampling parameters, which go before the options here. Or '
+            "parquet, webdataset tars, a folder of images, a pattern of such, or OpenAI's batch format. Whoever writes "
+            "the file chooses what is read as an image or video: any local file, and any host on the internet, but "
+            "none of this machine or of private networks. --media-root, --allow-hosts and --allow-private-hosts set "
+            "other limits: docs/trust.md.",
         ),
     ] = None,
     answers: Annotated[
@@ -69,9 +65,20 @@ def main(
         typer.Option(
             "--output",
             help='Where the answers to --input go: "index", "id", and "text" with "finish_reason" and token counts, or '
-            '"error". The same command goes on where an interrupted one was.',
+            '"error"; or, in .parquet, those as columns beside the input\'s. The same command goes on where an '
+            "interrupted one was.",
         ),
     ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="Only this part of --input: 3/16 is the fourth of sixteen, as ranks count.")
+    ] = None,
+    prompt_column: batch.PromptColumn = None,
+    image_column: batch.ImageColumn = None,
+    id_column: batch.IdColumn = None,
+    keep_input: batch.KeepInput = False,
+    drop: batch.Drop = None,
+    prefix: batch.Prefix = "",
+    served_model_name: batch.ServedModelName = None,
     max_tokens: cli.MaxTokens = 512,
     temperature: cli.Temperature = None,
     top_p: cli.TopP = None,
@@ -118,10 +125,13 @@ def main(
     try:
         if (requests is None) != (answers is None):
             raise UserError("--input and --output go together: a file of requests, and one for their answers")
-        if requests is not None and (image or video or prompt is not None or system is not None or as_json):
+        if requests is not None and (image or video or system is not None or as_json):
             raise UserError(
-                "--input brings prompts and media of its own: leave out --prompt, --system, --image, --video and --json"
+                "--input brings media of its own and has an --output: leave out --system, --image, --video and --json"
             )
+        columns = prompt_column, image_column, id_column, keep_input, drop, served_model_name
+        if requests is None and any((shard, prefix, *columns)):
+            raise UserError("--shard, --keep-input, --drop, --prefix and names of columns and models go with --input")
         if fps is not None and not video:
             raise UserError("--fps is of videos: give --video")
         if as_json and prompt is None:
@@ -139,10 +149,21 @@ def main(
             say_settings(llm)
             return llm
 
-        if requests is not None:
+        if requests is not None and answers is not None:
+            from batch_inputs import Job, open_input, parse_shard
+            from batch_run import Output, answer_input, is_table
+
+            table, understood = is_table(answers), batch.input_options(model, prompt, *columns)
             settings = {"model": model, "max_pixels": max_pixels}  # what an answer depends on
             settings |= {name: given[name] for name in ("min_pixels", "engine") if given[name] is not None}
-            raise typer.Exit(_answer_file(load, requests, answers, params, settings))
+            job = Job(params, settings, understood, rows=not table)
+            source = open_input(requests, job)
+            for note in source.notes:
+                stderr.print(note, style="dim")
+            keep_input = keep_input or source.kind not in ("lines", "openai")
+            name = served_model_name or model
+            output = Output.of(answers, source.kind, name, keep_input, prefix, table)
+            raise typer.Exit(answer_input(load, source, parse_shard(shard, len(source)), output, stderr))
         llm = load()
         if prompt is None:
             talk(llm, media, params, system)
@@ -176,87 +197,6 @@ def _answer(llm: Any, conversation: list[dict], params: Any) -> dict:
         },
         **llm.settings,
     }
-
-
-def _answer_file(load: Callable, source: Path, target: Path, params: Any, settings: dict) -> int:
-    """Answer what is left of a file of requests; the exit status."""
-    from batch_answers import AnswerFile
-    from batch_file import read_requests
-
-    requests, name = read_requests(source, params, settings), one_line(str(target))
-    with AnswerFile(target, requests, source) as answers:
-        todo, before = answers.todo, len(answers.done)
-        if answers.repaired:
-            stderr.print(f"{name}: what was written in part only is answered again")
-        if before and todo:
-            stderr.print(f"{name} has {before} of {len(requests)} answers; going on with the other {len(todo)}")
-        try:
-            # The model first: a mistake in its options should leave no records behind that were made with them.
-            llm = load() if any(request.error is None for request in todo) else None
-            with _ended_by_signals():
-                speed = _answer_requests(llm, todo, answers) if todo else "nothing to do"
-                answers.sort()
-        except (KeyboardInterrupt, SystemExit):
-            stderr.print(f"interrupted: {len(answers.done)} of {len(requests)} are in {name}; the same command goes on")
-            raise
-        errors = answers.num_errors
-    again = "; delete the lines with an error to have those requests tried again" if errors else ""
-    stderr.print(f"{name} is complete: {len(requests) - errors} answers, {errors} errors; {speed}{again}")
-    return 1 if errors else 0
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """A signal to end ends the program as an exception does, so that nothing is left lying about half written.
-
-    Only while something is written: some modules in C++ do not survive an exception while they are being imported.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        sys.exit(128 + number)
-
-    # A job under nohup ignores one of them, and goes on doing so.
-    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_DFL]
-    try:
-        for number in numbers:
-            signal.signal(number, stop)
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _answer_requests(llm: Any, todo: list, answers: Any) -> str:
-    """Write a record for each request of ``todo``; how fast that was, in words."""
-    start = said = time.monotonic()
-    requests = tokens = 0
-
-    def speed() -> str:
-        seconds = max(time.monotonic() - start, 1e-9)
-        return f"{requests / seconds:.1f} requests/s, {tokens / seconds:.0f} answer tokens/s"
-
-    valid = [request for request in todo if request.error is None]
-    for request in todo:
-        if request.error is not None:
-            answers.write(request, request.error)
-    if not valid:
-        return "no request of this run could be read"
-    conversations, params = [request.conversation for request in valid], [request.params for request in valid]
-    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
-    with (
-        Progress(*columns, console=stderr, disable=not stderr.is_terminal) as progress,
-        closing(llm.as_completed(conversations, params, return_exceptions=True)) as results,
-    ):
-        bar = progress.add_task(speed(), total=len(valid))
-        for number, result in results:
-            answers.write(valid[number], result)
-            requests += 1
-            tokens += 0 if isinstance(result, Exception) else len(result.outputs[0].token_ids)
-            progress.update(bar, advance=1, description=speed())
-            if not stderr.is_terminal and time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                said = time.monotonic()
-                stderr.print(f"{requests} of {len(valid)}, {speed()}")
-    return speed()
 
 
 if __name__ == "__main__":

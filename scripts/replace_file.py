@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
@@ -20,6 +21,17 @@ def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
     Raises:
         OSError: it cannot be written, or cannot be given to the owner of the old one. What is there stays as it is.
     """
+    with replacing(path) as file:
+        file.writelines(pieces)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of ``path`` when the block ends, and is gone if it fails.
+
+    Raises:
+        OSError: as :func:`replace_file`.
+    """
     old = path.stat() if path.exists() else None
     # A name that nobody can have foreseen, and that is refused if it is there all the same, be it as a link.
     part = path.with_name(f".{secrets.token_hex(8)}.part")
@@ -31,7 +43,7 @@ def replace_file(path: Path, pieces: Iterable[bytes]) -> None:
                 if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
                     os.fchown(descriptor, old.st_uid, old.st_gid)
                 os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
-            file.writelines(pieces)
+            yield file
             file.flush()
             os.fsync(descriptor)
         os.replace(part, path)

@@ -103,7 +103,7 @@ class _Dealer(Feed):
             message = None
             if engine:
                 with contextlib.suppress(Exception):  # of an open file, say: nobody else can have it
-                    message = pickle.dumps((*self._how, item, params))
+                    message = pickle.dumps((*self._how, item() if callable(item) else item, params))
             if message is None:
                 self.add(number, (item, params))
             else:

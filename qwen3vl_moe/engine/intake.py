@@ -77,7 +77,12 @@ class Intake(Generic[Item, Result]):
 
 
 def needs_server(item: Any) -> bool:
-    """Whether a request holds the address of something to download: known from the request, not from the clock."""
+    """Whether a request holds the address of something to download: known from the request, not from the clock.
+
+    One that a function will make may hold anything.
+    """
+    if callable(item):
+        return True
     if isinstance(item, Mapping):
         return any(
             needs_server(value) or (_is_address(value) and key not in ("text", "content", "prompt"))

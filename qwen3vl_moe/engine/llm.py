@@ -312,7 +312,8 @@ class LLM:
 
         Args:
             conversations_or_prompts: one or a list; each is a conversation as in :meth:`chat`, or a prompt as in
-                :meth:`generate`.
+                :meth:`generate`. In a list, a function without arguments may stand for one: a thread calls it shortly
+                before the request begins, so that what a large job holds need not be in memory all at once.
             sampling_params: one for all, or one per request.
             return_exceptions: where a request cannot be used, yield the error in place of its output and go on.
 
@@ -386,6 +387,8 @@ class LLM:
         return partial(known[how], **asked)
 
     def _prepare_any(self, conversation_or_prompt: Any, keep: int | None) -> Prompt:
+        if callable(conversation_or_prompt):
+            conversation_or_prompt = conversation_or_prompt()
         is_chat = is_conversation(conversation_or_prompt)
         return (self._prepare_chat if is_chat else self._prepare_prompt)(conversation_or_prompt, keep)
 

@@ -224,3 +224,26 @@ def test_stages_of_prompts_made_ahead(llm):
         assert metrics.stages["queue"] == pytest.approx(waited - metrics.stages["preprocess"])
         assert min(metrics.stages["queue"], metrics.stages["preprocess"]) > 0
     assert outputs[-1].metrics.stages["queue"] > outputs[-1].metrics.stages["preprocess"]
+
+
+def test_functions_that_make_their_requests_when_it_is_their_turn(plain, make_llm):
+    """They are called in order, not all at once, and what one raises is its own error."""
+    llm, made = make_llm(plain, max_num_seqs=2), []
+
+    def request(number):
+        made.append(number)
+        if number == 3:
+            raise PromptError("no such row")
+        return [{"role": "user", "content": TEXT}]
+
+    (alone,) = llm.chat([{"role": "user", "content": TEXT}], greedy(4))
+    functions = [lambda number=number: request(number) for number in range(20)]
+    results, most_ahead = {}, 0
+    for number, result in llm.as_completed(functions, greedy(4), return_exceptions=True):
+        results[number] = result
+        most_ahead = max(most_ahead, len(made) - len(results))
+    assert sorted(made) == sorted(results) == list(range(20))
+    assert most_ahead <= 6, "two that run, two that are ready, two of another step"
+    assert str(results.pop(3)) == "no such row"
+    assert all(tokens(output) == tokens(alone) for output in results.values())
+    check_leaks(llm)

@@ -178,7 +178,7 @@ def test_an_error_that_nobody_foresaw_is_that_of_its_line(job, monkeypatch):
     def fail(message, folder):
         raise ZeroDivisionError("odd\n\x1b")
 
-    monkeypatch.setattr(batch_file, "_located", fail)
+    monkeypatch.setattr(batch_file, "located", fail)
     bad, good = job([{"id": "a", "messages": [{"role": "user", "content": []}]}, {"prompt": "Hi"}])
     assert (bad.id, bad.error) == ("a", r"line 1: it cannot be used: ZeroDivisionError: odd\n\x1b")
     assert good.error is None

@@ -142,7 +142,7 @@ def test_answers_to_something_else_are_left_alone(run, batch, tmp_path):
     [
         (["--input", "requests.jsonl"], "--input and --output go together"),
         (["--output", "answers.jsonl"], "--input and --output go together"),
-        (["--input", "requests.jsonl", "--output", "a", "--prompt", "Hi"], "--input brings prompts and media"),
+        (["--input", "requests.jsonl", "--output", "a", "--image", "a.png"], "--input brings media of its own"),
         (["--input", "nowhere.jsonl", "--output", "a"], "nowhere.jsonl cannot be read: No such file or directory"),
     ],
 )
