@@ -127,7 +127,7 @@ def test_unavailable_by_capability_and_dtype(pretend_gpu):
     ],
 )
 def test_layout_that_backend_tma_cannot_read(monkeypatch, change, message):
-    monkeypatch.setattr(op, "unavailable", lambda *_: None)
+    monkeypatch.setattr(op, "unavailable", lambda *_, **__: None)
     given = operands()
     change(given)
     with pytest.raises(ValueError, match=message):

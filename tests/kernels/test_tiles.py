@@ -21,7 +21,7 @@ needs_gluon = pytest.mark.skipif(support.gluon_problem() is not None, reason=f"n
 
 @pytest.fixture(autouse=True)
 def fresh_caches():
-    kept = (tiles._files, tiles._warn_unlisted, tiles._gluon_runs)
+    kept = (tiles._files, tiles._warn_untimed, tiles._gluon_runs)
     for function in kept:
         function.cache_clear()
     yield

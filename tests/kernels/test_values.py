@@ -49,6 +49,12 @@ CHOICES = [
         Tiles("weights_m", 64, 64, 32, 4, 3, ctas_per_sm=1, flatten=True),
         Tiles("weights_m", 128, 128, 16, 8, 3),
     ),
+    both(
+        "portable-weights_m",
+        Tiles("portable", 16, 64, 32, 4, 3, weights_m=True, keep=True),
+        Tiles("portable", 32, 16, 16, 4, 3, weights_m=True),
+    ),
+    both("portable-tokens_m", Tiles("portable", 64, 16, 16, 4, 3), Tiles("portable", 32, 64, 32, 4, 3, keep=True)),
 ]
 if not support.interpreting() and support.gluon_problem() is None:
     # Gluon has no interpreter: on a GPU only.
@@ -131,6 +137,14 @@ def test_token_counts_around_the_tile_edges(choice, T):
 )
 def test_shapes(choice, E, K, H, I):  # noqa: E741
     Problem(18, E, K, H, I).check(choice)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(("H", "I"), [(37, 19), (10, 33)])
+def test_sizes_that_no_tile_divides(choice, H, I):  # noqa: E741
+    if choice.up.kernel.startswith(("weights_m", "tokens_m")):
+        pytest.skip("TMA needs rows of whole 16 bytes")
+    Problem(18, H=H, I=I).check(choice)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
