@@ -4,6 +4,7 @@ A configuration file is JSON, one file for a device and a triton version:
 
     {
       "devices": ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"],   names as torch.cuda.get_device_name gives them
+      "capability": "9.0",                                         theirs; 9.0 where it is left out
       "measured_on": "NVIDIA H100 80GB HBM3",                      the one that was timed
       "timed": true,                                               false: tiles were chosen by sizes, no card timed them
       "note": "...",                                               anything a reader should know (optional)
@@ -194,8 +195,8 @@ def _warn_untimed(device: str, in_files: bool) -> None:
 
 
 def load(path: Path) -> dict:
-    """A configuration file: "devices", "triton", "shapes" as ((experts, topk, hidden, width), choices) pairs, whether
-    it was "timed", and whether it is of the "portable" kernels."""
+    """A configuration file: "devices" and their "capability", "triton", "shapes" as ((experts, topk, hidden, width),
+    choices) pairs, whether it was "timed", and whether it is of the "portable" kernels."""
     try:
         raw = json.loads(path.read_text())
         shapes = [
@@ -224,6 +225,7 @@ def load(path: Path) -> dict:
             "shapes": shapes,
             "timed": timed,
             "portable": portable,
+            "capability": tuple(map(int, raw.get("capability", "9.0").split("."))),
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a tile configuration: {type(error).__name__}: {error}") from error

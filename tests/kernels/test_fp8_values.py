@@ -39,6 +39,22 @@ CHOICES = [
         ),
         id="weights_m-persistent",
     ),
+    pytest.param(
+        Choice(
+            None,
+            Tiles("fp8_portable", 16, 128, 128, 4, 3, weights_m=True),
+            Tiles("fp8_portable", 32, 64, 128, 4, 3, weights_m=True, keep=True),
+        ),
+        id="portable-weights_m",
+    ),
+    pytest.param(
+        Choice(
+            None,
+            Tiles("fp8_portable", 64, 128, 128, 8, 3, keep=True),
+            Tiles("fp8_portable", 32, 128, 128, 4, 2),
+        ),
+        id="portable-tokens_m",
+    ),
 ]
 TOKENS_M = Choice(
     None,

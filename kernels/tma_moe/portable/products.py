@@ -27,7 +27,7 @@ from tma_moe.tiles import Tiles
 def load_step(rows_ptr, at, BLOCK_K: tl.constexpr, K: tl.constexpr):
     """Columns [at, at + BLOCK_K) of some rows [N, 1] of pointers; 0 from K on."""
     i = at + tl.arange(0, BLOCK_K)
-    if K % BLOCK_K == 0:
+    if (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K == K:
         return tl.load(rows_ptr + i[None, :])
     return tl.load(rows_ptr + i[None, :], mask=(i < K)[None, :], other=0.0)
 

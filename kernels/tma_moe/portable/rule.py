@@ -8,7 +8,7 @@ from tma_moe.portable.targets import LEAST_SHARED_MEMORY, SHARED_MEMORY
 from tma_moe.tiles import Choice, Tiles, listed
 
 GEMV = Tiles("gemv", 1, 4, 1024, 4, 1), Tiles("gemv", 1, 4, 256, 8, 1)
-FP8_GEMV = Tiles("fp8_gemv", 1, 4, 1024, 4, 1), Tiles("fp8_gemv", 1, 8, 128, 8, 1)
+FP8_GEMV = Tiles("fp8_gemv", 1, 4, 1024, 4, 1), Tiles("fp8_gemv", 1, 4, 256, 8, 1)
 _AMPERE = SHARED_MEMORY[8, 0]
 
 
