@@ -145,7 +145,7 @@ def _buckets(device: torch.device, dtypes: tuple, E: int, K: int, H: int, I: int
     return _Buckets(device, E, K, H, I, dtypes[1] == block_fp8.FP8, backend)
 
 
-def call_ends(experts: ExpertWeights, K: int, most: int, backend: str = "tma") -> list[int]:
+def call_ends(experts: ExpertWeights, K: int, most: int, backend: str) -> list[int]:
     """Numbers of tokens, `most` the last: calls of these launch every kernel that any call of up to `most` would.
 
     For :func:`tma_moe.launcher.compile_ahead`; `experts` on a GPU, with int32 ids and float32 weights as of `route`.

@@ -36,6 +36,12 @@ def has_pdl(device: torch.device) -> bool:
 
 
 @functools.cache
+def multiplies_from_shared_memory(device: torch.device) -> bool:
+    """Whether matrix instructions read shared memory (wgmma, tcgen05), so that operands take no registers."""
+    return capability(device)[0] in (9, 10)
+
+
+@functools.cache
 def has_fp8_products(device: torch.device) -> bool:
     """Whether tensor cores multiply FP8 there, and triton knows the type. The interpreter does."""
     return capability(device) >= FP8_PRODUCTS

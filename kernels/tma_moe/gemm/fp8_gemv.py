@@ -32,7 +32,7 @@ def _weight_scales(scale_ptr, row, i, width, K: tl.constexpr):
 
 
 @triton.jit
-def _activations(x, GROUPS: tl.constexpr, A8: tl.constexpr):
+def activations(x, GROUPS: tl.constexpr, A8: tl.constexpr):
     """Values [GROUPS * 128] in float32, with A8 as FP8 rounds them."""
     if A8:
         x = rounded(x.reshape([GROUPS, BLOCK]))
@@ -40,7 +40,7 @@ def _activations(x, GROUPS: tl.constexpr, A8: tl.constexpr):
 
 
 @triton.jit
-def _weights(w, A8: tl.constexpr):
+def wide_weights(w, A8: tl.constexpr):
     """FP8 values in float32; without A8 they are loaded as bytes."""
     return w.to(tl.float32) if A8 else widened(w, tl.float32)
 
@@ -86,9 +86,9 @@ def fp8_gemv_up(
         w_gate = tl.load(gate_rows + i[None, :], mask=read, other=0.0, eviction_policy="evict_first")
         w_up = tl.load(up_rows + i[None, :], mask=read, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptr + slot // TOPK * H + i, mask=i < H, other=0.0)
-        x = _activations(x, BLOCK_K // BLOCK, A8).reshape([1, BLOCK_K])
-        gate += tl.sum(_weights(w_gate, A8) * (x * _weight_scales(scales, first_gate, i, width, H)), axis=1)
-        up += tl.sum(_weights(w_up, A8) * (x * _weight_scales(scales, first_up, i, width, H)), axis=1)
+        x = activations(x, BLOCK_K // BLOCK, A8).reshape([1, BLOCK_K])
+        gate += tl.sum(wide_weights(w_gate, A8) * (x * _weight_scales(scales, first_gate, i, width, H)), axis=1)
+        up += tl.sum(wide_weights(w_up, A8) * (x * _weight_scales(scales, first_up, i, width, H)), axis=1)
     h = silu_times(gate, up)
     tl.store(h_ptr + slot * I + n, h, mask=n < columns)
 
@@ -134,8 +134,8 @@ def fp8_gemv_down(
         if at == 0:
             take_turn(PDL)
         h = tl.load(h_ptr + (t * TOPK + slot)[:, None] * I + i[None, :], mask=inside, other=0.0)
-        h = _activations(h, SLOTS * BLOCK_K // BLOCK, A8).reshape([SLOTS, BLOCK_K])
-        partial += tl.sum(_weights(w, A8) * (h * scale)[:, None, :], axis=2)
+        h = activations(h, SLOTS * BLOCK_K // BLOCK, A8).reshape([SLOTS, BLOCK_K])
+        partial += tl.sum(wide_weights(w, A8) * (h * scale)[:, None, :], axis=2)
     weights = tl.load(weights_ptr + t * TOPK + slot, mask=real, other=0.0).to(tl.float32)
     y = tl.sum(partial * weights[:, None], axis=0)
     tl.store(y_ptr + t * H + n, y.to(y_ptr.dtype.element_ty), mask=n < H)
