@@ -118,7 +118,8 @@ def main(
         limit = int(memory_limit * 1e9)
         if on_card and limit < total:
             torch.cuda.set_per_process_memory_fraction(limit / total, place)
-        total, free = min(total, limit), min(free, limit)
+        # A machine without a card stands for one that has a card of so much memory.
+        total, free = min(total, limit) if on_card else limit, min(free, limit)
     found: dict[str, Any] = {"machine": describe(place), "kernels": kernels(place, dtype)}
     found["notes"] = tile_notes(place, dtype)
     console.print(two_columns("This machine", found["machine"]))
@@ -128,8 +129,8 @@ def main(
     with torch.inference_mode():
         found["right"] = check_right(place, dtype, free)
         found["fast"] = check_fast(place, dtype, free) if timing else {}
-    what = "a card" if on_card else "(this machine's, as it has no card)"
-    found["fits"] = check_fits(total, what if memory_limit is None else "(a limit that was asked for)")
+    what = "a card" if on_card or memory_limit is not None else "(this machine's, as it has no card)"
+    found["fits"] = check_fits(total, what)
     if json_path is not None:
         json_path.write_text(json.dumps(found, indent=1) + "\n")
     wrong = [f"{row['operation']} by {row['by']}" for row in found["right"] if not row["right"]]

@@ -70,7 +70,7 @@ def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     found["FP8 weights are multiplied"] = multiplies if kernels_everywhere else "in plain torch"
     found["FP8 cache"] = fp8_cache_problem(device) or "can be used"
     if interpreting():
-        found["triton"] = "in its interpreter (TRITON_INTERPRET), on the CPU"
+        found["triton"] = "in its interpreter, on the CPU; FP8, which it rounds wrongly, is not checked"
     return found
 
 

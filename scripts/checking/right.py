@@ -86,7 +86,7 @@ def _experts(device: torch.device, dtype: torch.dtype, enough: bool) -> Iterator
     on_card = device.type == "cuda"
     base, tokens = (FULL if on_card and enough else SMALL), ((1, 8, 32, 200, 450, 2048) if on_card else (1, 18))
     kind = str(dtype).removeprefix("torch.")
-    for fp8 in (False, True):
+    for fp8 in (False,) if interpreting() else (False, True):  # triton's interpreter rounds to FP8 wrongly
         shape = MoeShape(*(base.num_experts, base.experts_per_token, base.hidden_size, base.expert_width), fp8=fp8)
         experts = random_experts(shape, str(device), dtype)
         exact_experts = dequantised(experts, torch.float32)
