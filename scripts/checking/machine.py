@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import warnings
 from collections.abc import Iterator
@@ -107,16 +108,17 @@ def fits(memory: int) -> Iterator[Fit]:
         for size in CARDS:
             if why_not(config.text, size) is not None:
                 continue
-            weights = max(_weight_bytes(config, rank, size) for rank in (0, size - 1))
+            weights = max(_weight_bytes(name, rank, size) for rank in (0, size - 1))
             text = config.text
             cached = 2 * text.num_layers * max(1, text.num_kv_heads // size) * text.head_dim * 2 * _CACHED_TOKENS
             needed = weights + cached + _STEP_BYTES
             yield Fit(name, size, weights, needed, needed <= usable)
 
 
-def _weight_bytes(config: Qwen3VLMoeConfig, rank: int, size: int) -> int:
+@functools.cache
+def _weight_bytes(checkpoint: str, rank: int, size: int) -> int:
     with torch.device("meta"):
-        model = Qwen3VLMoe(config, ranks=Ranks(rank, size)).set_dtype(torch.bfloat16)
+        model = Qwen3VLMoe(CHECKPOINTS[checkpoint], ranks=Ranks(rank, size)).set_dtype(torch.bfloat16)
     return sum(parameter.nbytes for parameter in model.parameters())
 
 

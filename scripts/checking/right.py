@@ -100,7 +100,9 @@ def _experts(device: torch.device, dtype: torch.dtype, enough: bool) -> Iterator
             for backend in _backends(device, dtype):
                 ours = tma_moe.fused_moe(x_TH, *route, experts, backend=backend)
                 assert isinstance(ours, Tensor)
-                result = _judged(f"experts, {'FP8' if fp8 else kind}, {T} tokens", backend, ours, plain, exact)
+                result = _judged(
+                    f"experts, {'FP8' if fp8 else kind}, {T} token{'s' * (T > 1)}", backend, ours, plain, exact
+                )
                 if fp8 and backend == "reference":  # what the format itself rounds
                     result = Result(result.operation, backend, result.error, 0.1)
                 yield result
@@ -177,7 +179,7 @@ def _block_linear(device: torch.device, dtype: torch.dtype) -> Iterator[Result]:
             @ (layer.weight.float() * scale.to(device).repeat_interleave(128, 0).repeat_interleave(128, 1)).T
         )
         plain = scaled_linear(*quantize_rows(x_TK), layer.weight, layer.scale).to(dtype)
-        result = _judged(f"linear layer in FP8, {T} rows", _runner(x_TK), layer(x_TK), plain, exact)
+        result = _judged(f"linear layer in FP8, {T} row{'s' * (T > 1)}", _runner(x_TK), layer(x_TK), plain, exact)
         yield Result(result.operation, result.by, result.error, 2 * relative_error(plain, exact))
 
 
