@@ -36,6 +36,7 @@ from benchmarking.moe import (
     MoeShape,
     dequantised,
     draw_routing,
+    first_that_runs,
     parse_tokens,
     random_experts,
     relative_error,
@@ -341,16 +342,12 @@ def main(
 ) -> None:
     """Finds the fastest tiles of the fused MoE on this GPU and writes them where the op looks them up."""
     started = time.monotonic()
-    if backend not in ("auto", *DEFAULT_TOKENS):
-        raise fail(f"--backend {backend!r} is unknown: choose auto, {', '.join(DEFAULT_TOKENS)}")
-    tried = list(DEFAULT_TOKENS) if backend == "auto" else [backend]
-    reasons = {name: tma_moe.unavailable("cuda", torch.bfloat16, backend=name) for name in tried}
-    backend = next((name for name in tried if reasons[name] is None), tried[-1])
     try:
+        backend, reason = first_that_runs(backend)
         moe_shape, counts = MoeShape.parse(shape, dtype), parse_tokens(tokens or DEFAULT_TOKENS[backend])
     except ValueError as error:
         raise fail(str(error)) from None
-    reason, max_seconds = reasons[backend], max_seconds or DEFAULT_SECONDS[backend]
+    max_seconds = max_seconds or DEFAULT_SECONDS[backend]
     deadline = started + max_seconds
     if reason is not None:
         raise fail(f"nothing to tune here: {reason}")
