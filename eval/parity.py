@@ -49,7 +49,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = "demo",
-    variants: Annotated[str, typer.Option(help="Of tma, reference, transformers; the first is on trial.")] = (
+    variants: Annotated[str, typer.Option(help="Of tma, triton, reference, transformers; the first is on trial.")] = (
         "tma,reference"
     ),
     limit: Annotated[int | None, typer.Option(help="Only the first so many problems.")] = None,

@@ -17,11 +17,11 @@ from qwen3vl_moe import LLM, Qwen3VLMoe, SamplingParams
 from qwen3vl_moe.model.batch import Batch
 from qwen3vl_moe.ops.segments import Segments
 
-OURS = ("tma", "reference")
+OURS = ("tma", "triton", "reference")
 VARIANTS = (*OURS, "transformers")
 # What each of ours is measured by: independent implementations in the same dtype. A peer with a fault is a loose
 # measure, so the kernel has to be as good as both of its peers.
-PEERS = {"tma": ("transformers", "reference"), "reference": ("transformers",)}
+PEERS = dict.fromkeys(("tma", "triton"), ("transformers", "reference")) | {"reference": ("transformers",)}
 
 
 def variant_lm(llm: LLM, variant: str) -> EngineLM:

@@ -70,7 +70,7 @@ def main(
     seed: Annotated[int | None, typer.Option(help="Same seed, same answer.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
-    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
+    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), triton (GPUs), reference, auto.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
     max_pixels: Annotated[int | None, typer.Option(help="Resize larger images to this many pixels.")] = None,

@@ -32,14 +32,14 @@ def run(plain, problems_dir):
 
 def plant(monkeypatch, fault, backend=None):
     """Plant a fault in our experts, for one backend or for all; transformers' own are left alone."""
-    monkeypatch.setattr(tma_moe, "unavailable", lambda device, dtype, sizes=None, weights=None: None)
+    monkeypatch.setattr(tma_moe, "unavailable", lambda *_, **__: None)
     route, fused_moe = tma_moe.route, tma_moe.fused_moe
 
-    def faulty_route(logits_TE, k, *, skip_T=None, backend="tma"):
+    def faulty_route(logits_TE, k, *, skip_T=None, first=0, backend="tma"):
         if fault == "not renormalised" and backend in sick:
             weights_TK, ids_TK = logits_TE.float().softmax(-1).topk(k)
             return ids_TK.int(), weights_TK
-        return route(logits_TE, k, skip_T=skip_T, backend="reference")
+        return route(logits_TE, k, skip_T=skip_T, first=first, backend="reference")
 
     def faulty_moe(x_TH, ids_TK, weights_TK, experts, *, backend="tma", combine=True):
         if fault == "experts swapped" and backend in sick:

@@ -406,3 +406,27 @@ def test_route_of_extreme_logits():
     # All but one probability underflow to zero in the first row: a tie, which the lowest id wins, as in torch.topk.
     assert ids.tolist() == [[0, 1], [0, 1]]
     assert weights.tolist() == [[1.0, 0.0], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if "portable" in str(choice.id)])
+@pytest.mark.parametrize("divided", ["experts", "width"])
+def test_ranks_that_hold_a_part_of_the_experts_add_up(choice, divided):
+    """Some experts each, with ids counted from the first of them, or a part of the width of every expert."""
+    whole = Problem(18, E=6)
+    E, H, I = whole.experts.down.shape  # noqa: E741
+    total, ids = torch.zeros(18, H, dtype=torch.float64), whole.ids
+    for rank in range(2):
+        part = Problem(18, E=6)
+        held = slice(rank * E // 2, (rank + 1) * E // 2) if divided == "experts" else slice(0, E)
+        width = slice(rank * I // 2, (rank + 1) * I // 2) if divided == "width" else slice(0, I)
+        gate, up = whole.experts.gate_up.data[held].chunk(2, dim=1)
+        rows = torch.cat([gate[:, width], up[:, width]], dim=1)
+        down = whole.experts.down.data[held][:, :, width].contiguous()
+        part.experts = tma_moe.ExpertWeights.from_checkpoint(rows, down, "transformers5")
+        part.ids = ids - held.start
+        rows_of_rank = part.run(choice, combine=False)
+        assert isinstance(rows_of_rank, tma_moe.Uncombined)
+        total += rows_of_rank.combined().double().cpu()
+    exact = whole.reference(torch.float64).cpu()
+    allowed = (whole.reference(whole.x.dtype).cpu() - exact).abs()
+    assert (total - exact).abs().max() <= 4 * allowed.max()  # twice that of each of two ranks
