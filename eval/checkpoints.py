@@ -43,7 +43,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints.json and lm-eval's files.")] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
-    moe: Annotated[str, typer.Option(help="tma, reference, auto.")] = "auto",
+    moe: Annotated[str, typer.Option(help="tma, triton, reference, auto.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
     max_num_seqs: Annotated[int | None, typer.Option(help="Most problems in a step; unset: by the cache.")] = None,

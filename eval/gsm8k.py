@@ -54,7 +54,7 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
-    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
+    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), triton (GPUs), reference, auto.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")] = 1,
     data_parallel_size: Annotated[

@@ -51,9 +51,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def main(
     model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = "demo",
-    variants: Annotated[str, typer.Option(help="Of tma, reference, transformers, tma@2...; the first is on trial.")] = (
-        "tma,reference"
-    ),
+    variants: Annotated[
+        str, typer.Option(help="Of tma, triton, reference, transformers, tma@2...; the first is on trial.")
+    ] = ("tma,reference"),
     limit: Annotated[int | None, typer.Option(help="Only the first so many problems.")] = None,
     num_fewshot: Annotated[int, typer.Option(help="Worked examples before each problem.")] = 5,
     split: Annotated[str, typer.Option(help="test or train.")] = "test",

@@ -21,12 +21,12 @@ from qwen3vl_moe.model.batch import Batch
 from qwen3vl_moe.ops.segments import Segments
 
 _ROWS = 256  # whose logits are on the device at once: 80 MB in bf16 at the published vocabulary
-OURS = ("tma", "reference")
+OURS = ("tma", "triton", "reference")
 VARIANTS = (*OURS, "transformers")
 RANKED = re.compile(rf"({'|'.join(OURS)})@([1-9][0-9]*)")  # one of ours, divided among so many ranks
 # What each of ours is measured by: independent implementations in the same dtype. A peer with a fault is a loose
 # measure, so the kernel has to be as good as both of its peers.
-PEERS = {"tma": ("transformers", "reference"), "reference": ("transformers",)}
+PEERS = dict.fromkeys(("tma", "triton"), ("transformers", "reference")) | {"reference": ("transformers",)}
 
 
 def peers_of(variant: str) -> tuple[str, ...]:

@@ -307,7 +307,7 @@ def main(
     ),
     routing: str = typer.Option("balanced", help="With dummy: balanced or skewed choice of experts."),
     device: str = typer.Option("auto", help="auto, cuda, cuda:1, cpu."),
-    moe: str = typer.Option("auto", help="tma, reference, auto."),
+    moe: str = typer.Option("auto", help="tma, triton, reference, auto."),
     kv_cache_dtype: str = typer.Option("auto", help="auto or fp8."),
     tensor_parallel_size: int = typer.Option(1, help="Divide every layer among so many GPUs."),
     eager: bool = typer.Option(False, help="Launch every kernel instead of replaying CUDA graphs."),

@@ -3,7 +3,8 @@
     python scripts/bench_moe.py --json moe.json --plot moe.png
 
 For every token count and routing, in one run and in turns: the op replayed from a CUDA graph, and launched eagerly
-under the three descriptor policies with the host's time per op, beside a baseline of torch parts. The weights rotate,
+under the three descriptor policies with the host's time per op, beside a baseline of torch parts and, where "fused_moe"
+is the Hopper kernels, beside the portable ones ("triton"); elsewhere "fused_moe" is these. The weights rotate,
 so that L2 never holds them; data are random; every timed result is first compared with the op in float32, and a wrong
 one makes the program fail. The floor uses the copy bandwidth and matrix rate measured at the start of the same run.
 Exit status: 0, 1 if a result is wrong, 2 for a bad option or a machine that cannot run the kernels.
@@ -31,6 +32,7 @@ from benchmarking.moe import (
     MoeShape,
     dequantised,
     draw_routing,
+    first_that_runs,
     floor_us,
     grouped_mm_moe,
     parse_tokens,
@@ -38,6 +40,7 @@ from benchmarking.moe import (
     relative_error,
     spread,
 )
+from benchmarking.moe_plot import plot
 from program import any_text
 from tma_moe.descriptor_policies import POLICIES, clear_descriptor_cache
 
@@ -84,6 +87,10 @@ class Point:
         route = self.routes[layer % ROTATION]
         return tma_moe.fused_moe(self.x_TH, *route, self.layers.experts[layer], backend=self.backend)
 
+    def portable(self, layer: int) -> Tensor:
+        route = self.routes[layer % ROTATION]
+        return tma_moe.fused_moe(self.x_TH, *route, self.layers.experts[layer], backend="triton")
+
     def baseline(self, layer: int) -> Tensor:
         experts = self.layers.plain[layer % len(self.layers.plain)]
         return grouped_mm_moe(self.x_TH, *self.routes[layer % ROTATION], experts.gate_up, experts.down)
@@ -113,6 +120,8 @@ class Point:
             with tma_moe.descriptor_policy(policy):
                 errors[policy] = relative_error(self.ours(0), exact)
         errors["graph"] = relative_error(timer.replayed(lambda: self.ours(0)), exact)
+        if self.backend == "tma":
+            errors["triton"] = relative_error(timer.replayed(lambda: self.portable(0)), exact)
         return errors
 
 
@@ -132,11 +141,14 @@ def measure(point: Point, timer: Any, floor: tuple[float, str], eager: bool) -> 
         "limit": floor[1],
     }
     row["errors"] = point.errors(timer)
-    row["correct"] = all(row["errors"][name] <= row["errors"]["allowed"] for name in (*POLICIES, "graph"))
+    checked = [name for name in (*POLICIES, "graph", "triton") if name in row["errors"]]
+    row["correct"] = all(row["errors"][name] <= row["errors"]["allowed"] for name in checked)
     graphs = {
         "fused_moe": point.candidate(point.ours, ROTATION),
         "grouped_mm": point.candidate(point.baseline, ROTATION),
     }
+    if point.backend == "tma":
+        graphs["triton"] = point.candidate(point.portable, ROTATION)
     row["graph"] = timer.graph_us(graphs)
     if eager:
         every = len(point.layers.experts)
@@ -169,6 +181,7 @@ def run(
     results |= {
         "shape": str(shape),
         "dtype": str(dtype).removeprefix("torch."),
+        "backend": backend,
         "layers": num_layers,
         "rotation": ROTATION,
         "card": timer.card(),
@@ -220,12 +233,23 @@ def print_header(results: dict[str, Any]) -> None:
 def graph_table(results: dict[str, Any]) -> Table:
     """Medians from CUDA-graph replay, the floor, the gain over grouped_mm, and the error beside the allowed one."""
     table = Table(title="CUDA-graph replay, whole op, microseconds (median, 20th-80th percentile)")
-    for name in ("routing", "tokens", "floor", "limit", "fused_moe", "p20-p80", "x floor", "grouped_mm", "gain"):
+    for name in (
+        "routing",
+        "tokens",
+        "floor",
+        "limit",
+        "fused_moe",
+        "p20-p80",
+        "x floor",
+        "triton",
+        "grouped_mm",
+        "gain",
+    ):
         table.add_column(name, justify="left" if name in ("routing", "limit") else "right")
     table.add_column("error / allowed", justify="right")
     for row in results["points"]:
         ours, baseline = (spread(row["graph"][name]) for name in ("fused_moe", "grouped_mm"))
-        worst = max(row["errors"][name] for name in (*POLICIES, "graph"))
+        worst = max(row["errors"].get(name, 0.0) for name in (*POLICIES, "graph", "triton"))
         error = f"{worst:.2e} / {row['errors']['allowed']:.2e}"
         table.add_row(
             row["routing"],
@@ -235,6 +259,7 @@ def graph_table(results: dict[str, Any]) -> Table:
             f"[bold]{ours['median']:.1f}[/]",
             f"{ours['p20']:.1f}-{ours['p80']:.1f}",
             f"{ours['median'] / row['floor_us']:.2f}",
+            f"{spread(row['graph']['triton'])['median']:.1f}" if "triton" in row["graph"] else "-",
             f"{baseline['median']:.1f}",
             f"{baseline['median'] / ours['median']:.2f}x",
             error if row["correct"] else f"[bold red]{error} WRONG[/]",
@@ -260,40 +285,6 @@ def eager_table(results: dict[str, Any]) -> Table:
         lru = f"{counts['lru']['hits']} / {counts['lru']['misses']}"
         table.add_row(str(row["tokens"]), *cells, built, lru)
     return table
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Time over tokens, one panel per routing, with the floor; saved to `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    routings = list(dict.fromkeys(row["routing"] for row in results["points"]))
-    figure, axes = pyplot.subplots(1, len(routings), figsize=(6.5 * len(routings), 5), sharey=True, squeeze=False)
-    for axis, routing in zip(axes[0], routings, strict=True):
-        rows = [row for row in results["points"] if row["routing"] == routing]
-        tokens = [row["tokens"] for row in rows]
-        for name, style in (("grouped_mm", "s-"), ("fused_moe", "o-")):
-            line = [spread(row["graph"][name]) for row in rows]
-            label = f"{'torch ' if name == 'grouped_mm' else ''}{name}, CUDA graph"
-            axis.plot(tokens, [point["median"] for point in line], style, label=label)
-            axis.fill_between(tokens, [point["p20"] for point in line], [point["p80"] for point in line], alpha=0.2)
-        if all("eager" in row for row in rows):
-            eager = [spread(row["eager"]["owned"]["total"])["median"] for row in rows]
-            axis.plot(tokens, eager, "^:", label="fused_moe, launched eagerly")
-        axis.plot(tokens, [row["floor_us"] for row in rows], "k--", label="floor (measured bandwidth and rate)")
-        axis.set(xscale="log", yscale="log", xlabel="tokens", title=f"{routing} routing")
-        axis.set_xticks(tokens, [str(count) for count in tokens], rotation=45)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("microseconds per layer")
-    axes[0][0].legend()
-    card = results["card"].get("name", "unknown card")
-    figure.suptitle(f"One MoE layer, E,K,H,I = {results['shape']}, {results['dtype']}, {card}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def fail(message: str) -> typer.Exit:
@@ -325,6 +316,7 @@ def main(
     tokens: str = typer.Option(DEFAULT_TOKENS, help="Token counts, comma separated."),
     shape: str = typer.Option("128,8,2048,768", help="E,K,H,I: experts, experts per token, hidden size, expert width."),
     dtype: str = typer.Option("bf16", help="Of the weights: bf16, or fp8 (with block scales; grouped_mm stays bf16)."),
+    backend: str = typer.Option("auto", help="What fused_moe is: tma, triton, or the first of these that runs."),
     routing: str = typer.Option("uniform,zipf", help="Routings: uniform, zipf or both."),
     layers: int = typer.Option(48, min=ROTATION, help="Weight sets for the eager passes (30B model: 48, 1.2 GB each)."),
     samples: int = typer.Option(30, min=3, help="Samples of every candidate."),
@@ -358,7 +350,10 @@ def main(
     routings = tuple(routing.split(","))
     if not set(routings) <= set(ROUTINGS):
         raise fail(f"--routing {routing!r}: choose uniform, zipf or uniform,zipf")
-    reason = tma_moe.unavailable("cuda", torch.bfloat16)
+    try:
+        backend, reason = first_that_runs(backend)
+    except ValueError as error:
+        raise fail(f"--backend: {error}") from None
     if reason is not None:
         raise fail(f"nothing to measure here: {reason}")
     per_layer = moe_shape.num_experts * moe_shape.expert_bytes(1 if moe_shape.fp8 else 2)
@@ -371,7 +366,15 @@ def main(
     results = {}
     try:
         with torch.inference_mode():
-            run(moe_shape, counts, routings, layers, CudaTimer(10 if quick else samples), results=results)
+            run(
+                moe_shape,
+                counts,
+                routings,
+                layers,
+                CudaTimer(10 if quick else samples),
+                backend=backend,
+                results=results,
+            )
     except BaseException:  # what has been measured is shown and kept
         if results.get("points"):
             report(results, json_path, None)

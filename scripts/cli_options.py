@@ -31,7 +31,7 @@ Sampling = Annotated[
 
 Device = Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")]
-Moe = Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")]
+Moe = Annotated[str, typer.Option(help="Experts: tma (Hopper), triton (GPUs), reference, auto.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")]
 MaxNumSeqs = Annotated[int | None, typer.Option(help="Most requests in a step. [default: by the cache]")]
 MaxPrefillTokens = Annotated[int | None, typer.Option(help="Most prompt tokens in a step. [default: 8192]")]

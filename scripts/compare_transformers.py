@@ -117,7 +117,7 @@ def main(
     video: Path | None = typer.Option(None, help="A video for a third prompt (with a real checkpoint)."),
     device: str = typer.Option("cuda" if torch.cuda.is_available() else "cpu"),
     dtype: str = typer.Option("bfloat16", help="bfloat16 or float16: what is judged."),
-    moe: str = typer.Option("auto", help="Comma-separated: tma, reference, auto."),
+    moe: str = typer.Option("auto", help="Comma-separated: tma, triton, reference, auto."),
     layers: int | None = typer.Option(None, help="Fewer decoder layers (with dummy)."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the figures here."),
 ) -> None:

@@ -34,7 +34,7 @@ def main(
     problems: Annotated[int, typer.Option(help="Training problems, the first of the file.")] = 200,
     device: Annotated[str, typer.Option(help="auto, cuda, cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
-    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
+    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), triton (GPUs), reference, auto.")] = "auto",
     against_transformers: Annotated[
         bool, typer.Option("--against-transformers", help="Ask transformers too: on the CPU, in fp32, one by one.")
     ] = False,

@@ -53,7 +53,7 @@ def main(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
-    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), reference (anywhere), auto.")] = "auto",
+    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), triton (GPUs), reference, auto.")] = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs among which every layer is divided.")] = 1,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most answers that are computed at a time.")] = None,

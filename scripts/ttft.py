@@ -44,7 +44,7 @@ def main(
     ] = "auto",
     routing: Annotated[str, typer.Option(help="With dummy: balanced or skewed choice of experts.")] = "balanced",
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
-    moe: Annotated[str, typer.Option(help="tma, reference, auto.")] = "auto",
+    moe: Annotated[str, typer.Option(help="tma, triton, reference, auto.")] = "auto",
     kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8.")] = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")] = 1,
     eager: Annotated[bool, typer.Option(help="Make no CUDA graphs.")] = False,

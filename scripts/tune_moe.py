@@ -2,6 +2,7 @@
 
     python scripts/tune_moe.py                          # Qwen3-VL-30B-A3B
     python scripts/tune_moe.py --shape 8,2,4096,14336   # Mixtral
+    python scripts/tune_moe.py --backend triton         # the portable kernels, also where the Hopper ones run
 
 For every token count: the candidates of tile_search.py, compiled in parallel before anything is timed; the whole op
 replayed from a CUDA graph over rotating weights; first the best tiles of the up product, then of the down product
@@ -35,22 +36,38 @@ from benchmarking.moe import (
     MoeShape,
     dequantised,
     draw_routing,
+    first_that_runs,
     parse_tokens,
     random_experts,
     relative_error,
     spread,
 )
-from benchmarking.tile_search import ROLES, compile_or_reason, families, same_kernel
+from benchmarking.tile_output import check_output, config_path, write_config
+from benchmarking.tile_search import HOPPER, ROLES, compile_or_reason, families, same_kernel
 from program import any_text
 from replace_file import replace_file
 from tma_moe import tiles as tile_files
+from tma_moe.portable.rule import portable_choices_for
+from tma_moe.portable.targets import shared_memory
 from tma_moe.recipe import make_recipe
+from tma_moe.support import FP8_PRODUCTS
 from tma_moe.tiles import Choice, Tiles
 
-DEFAULT_TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
+# By backend: what is tuned unless told otherwise, and for how many seconds at most.
+DEFAULT_TOKENS = {
+    "tma": "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192",
+    "triton": "1,4,16,64,128,256,512,1024,2048,8192",
+}
+DEFAULT_SECONDS = {"tma": 480.0, "triton": 170.0}
 ROTATION = 4  # weight sets, so that L2 never holds them
-KEEPING = ("weights_m", "weights_m_ws", "fp8_weights_m")  # kernels that can ask L2 to keep what they store
+# Kernels that can ask L2 to keep what they store.
+KEEPING = ("weights_m", "weights_m_ws", "fp8_weights_m", *tile_files.PORTABLE_KERNELS)
 AT_ONCE = 8  # candidates timed in turns; each holds a captured graph with its buffers
+CONTRIBUTE = """Others with this card would be glad of the file: please send it. First
+    pytest tests/kernels/test_tiles.py tests/kernels/test_codegen.py tests/kernels/test_portable_codegen.py
+then open a pull request with the file, and in its text what these print (docs/add_a_gpu.md says more):
+    python scripts/check.py
+    python scripts/bench_moe.py --layers 4 --quick"""
 console = Console(width=150 if not sys.stdout.isatty() else None)  # tables whole in a log file
 
 
@@ -113,11 +130,13 @@ class Search:
     timer: Any
     rejected: dict[tuple[str, Tiles], str]
     deadline: float
+    backend: str = "tma"
+    card: tuple[int, int] = HOPPER
 
     def best(self, num_tokens: int, current: Choice) -> dict[str, Any] | None:
         """The fastest right choice at `num_tokens` beside the current one; None if the time was up before."""
         finalists = [current]
-        for family in families(self.shape, num_tokens):
+        for family in families(self.shape, num_tokens, self.backend, self.card):
             ups, downs = ([t for t in family[role] if not self._rejected(role, t)] for role in ROLES)
             if not ups or not downs:
                 continue
@@ -148,8 +167,7 @@ class Search:
     @staticmethod
     def _seed(role: str, candidates: list[Tiles], current: Choice) -> Tiles:
         in_use = getattr(current, role)
-        gemv = candidates[0].kernel == "gemv"
-        return in_use if (in_use.kernel == "gemv") == gemv else candidates[0]
+        return in_use if any(in_use.kernel == tiles.kernel for tiles in candidates) else candidates[0]
 
     def _fastest(self, choices: list[Choice], num_tokens: int) -> Choice:
         medians = self._medians(choices, num_tokens)
@@ -186,12 +204,14 @@ def keeping(choice: Choice) -> list[Choice]:
     return [Choice(choice.max_tokens, up, down) for up in ways(choice.up) for down in ways(choice.down)]
 
 
-def compile_all(shape: MoeShape, tokens: list[int], jobs: int) -> dict[tuple[str, Tiles], str]:
+def compile_all(
+    shape: MoeShape, tokens: list[int], jobs: int, backend: str, card: tuple[int, int]
+) -> dict[tuple[str, Tiles], str]:
     """Compiles every candidate of every token count in worker processes; returns why the bad ones are bad."""
     wanted = {
         (role, same_kernel(tiles)): None
         for num_tokens in tokens
-        for family in families(shape, num_tokens)
+        for family in families(shape, num_tokens, backend, card)
         for role in ROLES
         for tiles in family[role]
     }
@@ -199,7 +219,7 @@ def compile_all(shape: MoeShape, tokens: list[int], jobs: int) -> dict[tuple[str
     start, rejected = time.monotonic(), {}
     # Workers are started afresh: a forked child of a process that has used CUDA cannot compile safely.
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(compile_or_reason, role, tiles, shape): (role, tiles) for role, tiles in wanted}
+        futures = {pool.submit(compile_or_reason, role, tiles, shape, card): (role, tiles) for role, tiles in wanted}
         for future in as_completed(futures):
             reason = future.result()
             if reason is not None:
@@ -248,47 +268,6 @@ def with_buckets(current: tuple[Choice, ...], tuned: dict[int, Choice]) -> tuple
     return tuple(Choice(limit, choice.up, choice.down) for limit, choice in last_of_run)
 
 
-def config_path(device: str, fp8: bool = False) -> Path:
-    """The file that was measured on this device with this triton; a new one, named after both, if there is none.
-
-    FP8 weights have files of their own.
-    """
-    for path in sorted(tile_files.CONFIG_DIR.glob("*.json")):
-        document = json.loads(path.read_text())
-        (_, choices), *_ = tile_files.load(path)["shapes"]
-        found = document.get("measured_on"), document.get("triton"), choices[0].fp8
-        if found == (device, triton.__version__, fp8):
-            return path
-    device = f"{device}-fp8" if fp8 else device
-    slug = re.sub(r"[^a-z0-9.]+", "-", f"{device}-triton-{triton.__version__}".lower())
-    return tile_files.CONFIG_DIR / f"{slug}.json"
-
-
-def check_output(path: Path) -> None:
-    """Raises ValueError unless results can be written to `path`."""
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"cannot write {path}: the folder {path.resolve().parent} does not exist")
-    if path.exists() and (version := tile_files.load(path)["triton"]) != triton.__version__:
-        raise ValueError(
-            f"{path} was measured with triton {version}, this is {triton.__version__}: give another --output"
-        )
-
-
-def write_config(path: Path, device: str, shape: MoeShape, choices: tuple[Choice, ...]) -> None:
-    """Puts the choices of one shape into a configuration file, keeping its other shapes and device names."""
-    document = {"devices": [device], "measured_on": device, "triton": triton.__version__, "shapes": []}
-    if path.exists():
-        document |= json.loads(path.read_text())
-        document["devices"] = sorted({*document["devices"], device})
-    key = {"experts": shape.num_experts, "topk": shape.experts_per_token}
-    key |= {"hidden": shape.hidden_size, "width": shape.expert_width}
-    others = [entry for entry in document["shapes"] if any(entry[name] != value for name, value in key.items())]
-    document["shapes"] = [*others, {**key, "buckets": tile_files.dump_buckets(choices)}]
-    text = json.dumps(document, indent=1)
-    tiles_in_one_line = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), text)
-    replace_file(path, [tiles_in_one_line.encode() + b"\n"])
-
-
 def load_partial(path: Path, key: str) -> dict[int, dict[str, Any]]:
     """The finished token counts of an earlier run with the same key (device, triton, shape); empty if there is none."""
     try:
@@ -311,6 +290,7 @@ def tune(
     """Tunes every token count that is not done yet. Returns the rows by token count and whether all are there."""
     partial = output.with_name(output.name + ".partial")
     key = f"{device}, triton {triton.__version__}, shape {search.shape}"
+    key += f", backend {search.backend}" * (search.backend != "tma")
     rows = load_partial(partial, key)
     for num_tokens in tokens:
         if num_tokens in rows:
@@ -326,7 +306,7 @@ def tune(
     complete = all(count in rows for count in tokens)
     if rows:
         tuned = {count: row["choice"] for count, row in rows.items()}
-        write_config(output, device, search.shape, with_buckets(current, tuned))
+        write_config(output, device, search.shape, with_buckets(current, tuned), search.card)
     if complete:
         partial.unlink(missing_ok=True)
     return rows, complete
@@ -352,38 +332,49 @@ def fail(message: str) -> typer.Exit:
 def main(
     shape: str = typer.Option("128,8,2048,768", help="E,K,H,I: experts, experts per token, hidden size, expert width."),
     dtype: str = typer.Option("bf16", help="Of the weights: bf16, or fp8 with block scales."),
-    tokens: str = typer.Option(DEFAULT_TOKENS, help="Token counts to tune; each serves calls up to its own size."),
+    backend: str = typer.Option("auto", help="tma (Hopper), triton (all cards from 8.0 on), or the first that runs."),
+    tokens: str | None = typer.Option(None, help="Token counts to tune; each serves calls up to its own size."),
     output: Path | None = typer.Option(None, help="Configuration file; by default in tma_moe/configs, by device name."),
-    max_seconds: float = typer.Option(480.0, min=1.0, help="Stop after this long; start again to go on."),
+    max_seconds: float | None = typer.Option(
+        None, min=1.0, help="Stop after this long (tma: 480, triton: 170); start again to go on."
+    ),
     jobs: int = typer.Option(os.cpu_count() or 1, min=1, help="Processes that compile."),
 ) -> None:
     """Finds the fastest tiles of the fused MoE on this GPU and writes them where the op looks them up."""
-    deadline = time.monotonic() + max_seconds
+    started = time.monotonic()
     try:
-        moe_shape, counts = MoeShape.parse(shape, dtype), parse_tokens(tokens)
+        backend, reason = first_that_runs(backend)
+        moe_shape, counts = MoeShape.parse(shape, dtype), parse_tokens(tokens or DEFAULT_TOKENS[backend])
     except ValueError as error:
         raise fail(str(error)) from None
-    reason = tma_moe.unavailable("cuda", torch.bfloat16)
+    max_seconds = max_seconds or DEFAULT_SECONDS[backend]
+    deadline = started + max_seconds
     if reason is not None:
         raise fail(f"nothing to tune here: {reason}")
-    device = torch.cuda.get_device_name()
+    device, card = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     try:
-        output = output or config_path(device, moe_shape.fp8)
+        output = output or config_path(device, moe_shape.fp8, backend == "triton")
         check_output(output)
     except ValueError as error:
         raise fail(str(error)) from None
-    rejected = compile_all(moe_shape, counts, jobs)
+    rejected = compile_all(moe_shape, counts, jobs, backend, card)
     with torch.inference_mode():
         torch.manual_seed(0)
         op = GpuOp(moe_shape)
-        current = tile_files.choices_for(device, triton.__version__, *op.sizes, fp8=moe_shape.fp8)
-        search = Search(moe_shape, op, CudaTimer(samples=7, sample_us=1000.0), rejected, deadline)
+        if backend == "tma":
+            current = tile_files.choices_for(device, triton.__version__, *op.sizes, fp8=moe_shape.fp8)
+        else:
+            of_card = card >= FP8_PRODUCTS, shared_memory(card)
+            current = portable_choices_for(device, triton.__version__, op.sizes, moe_shape.fp8, *of_card)
+        search = Search(moe_shape, op, CudaTimer(samples=7, sample_us=1000.0), rejected, deadline, backend, card)
         try:
             rows, complete = tune(search, counts, current, output, device)
         except ValueError as error:
             raise fail(str(error)) from None
     console.print(table(rows))
     console.print(f"wrote {output}" if rows else "nothing finished, nothing written")
+    if rows:
+        console.print(CONTRIBUTE, markup=False)
     if not complete:
         typer.echo(f"error: {max_seconds:.0f} s were not enough for all token counts: run again to go on", err=True)
         raise typer.Exit(1)

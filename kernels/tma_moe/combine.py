@@ -7,7 +7,6 @@ import triton.language as tl
 
 from tma_moe.launcher import Launch
 from tma_moe.pdl import take_turn
-from tma_moe.support import interpreting
 
 
 @triton.jit
@@ -58,10 +57,10 @@ def combine(
 
 
 @functools.cache
-def combine_launch(H: int, E: int, K: int, kept: bool) -> tuple[Launch, int]:
-    """The launch of `combine`, and how many programs share a token; `kept` as in `Uncombined`."""
+def combine_launch(H: int, E: int, K: int, kept: bool, pdl: bool) -> tuple[Launch, int]:
+    """The launch of `combine`, and how many programs share a token; `kept` as in `Uncombined`, `pdl`: pdl.py."""
     # 256 columns per warp: each thread loads 16 bytes of each row, and no thread shares a column with another.
     block_topk = triton.next_power_of_2(K)
     cols = min(triton.next_power_of_2(H), max(256, 8192 // block_topk))
-    constants = (H, E, K, block_topk, cols, "evict_first" if kept else "", not interpreting())
-    return Launch(combine, constants, warps=max(1, min(8, cols // 256))), triton.cdiv(H, cols)
+    constants = (H, E, K, block_topk, cols, "evict_first" if kept else "", pdl)
+    return Launch(combine, constants, warps=max(1, min(8, cols // 256)), pdl=pdl), triton.cdiv(H, cols)

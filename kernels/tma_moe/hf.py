@@ -1,7 +1,8 @@
 """The fused MoE as an experts implementation of transformers.
 
-    import tma_moe.hf                                   # registers the two names below
+    import tma_moe.hf                                   # registers the three names below
     model.set_experts_implementation("tma_moe")         # the Hopper kernels
+    model.set_experts_implementation("tma_moe_triton")  # those for every CUDA GPU from compute capability 8.0 on
     model.set_experts_implementation("tma_moe_reference")  # the same op in plain torch, on any device
 
 Works with every transformers 5 model whose experts are the standard fused module (Qwen3-VL-MoE, Qwen3-MoE,
@@ -34,7 +35,7 @@ except ImportError as error:
         "tma_moe.hf needs transformers >= 5.17, whose experts registry it extends: pip install 'transformers>=5.17'"
     ) from error
 
-BACKENDS = {"tma_moe": "tma", "tma_moe_reference": "reference"}
+BACKENDS = {"tma_moe": "tma", "tma_moe_triton": "triton", "tma_moe_reference": "reference"}
 _SILU_TYPES = (nn.SiLU, type(ACT2FN["silu"]))
 # What the decorator of transformers says of a class: the value that the kernel computes, and why no other will do.
 _FLAGS = {
@@ -65,17 +66,25 @@ _weights_of: weakref.WeakKeyDictionary[nn.Module, tma_moe.ExpertWeights] = weakr
 
 
 def register() -> None:
-    """Adds both names to transformers' experts implementations. Done on import; doing it again changes nothing."""
+    """Adds the names to transformers' experts implementations. Done on import; doing it again changes nothing."""
     registry: Any
     for registry in (hf_moe.ALL_EXPERTS_FUNCTIONS, ALL_FP8_EXPERTS_FUNCTIONS):
         if registry is not None:
             registry.register("tma_moe", tma_experts_forward)
+            registry.register("tma_moe_triton", portable_experts_forward)
             registry.register("tma_moe_reference", reference_experts_forward)
 
 
 def tma_experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of one experts module by the Hopper kernels; see `experts_forward`."""
     return experts_forward(module, hidden_states, top_k_index, top_k_weights, "tma_moe")  # pyright: ignore
+
+
+def portable_experts_forward(
+    module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The forward of one experts module by the portable kernels; see `experts_forward`."""
+    return experts_forward(module, hidden_states, top_k_index, top_k_weights, "tma_moe_triton")  # pyright: ignore
 
 
 def reference_experts_forward(
@@ -103,7 +112,7 @@ def experts_forward(
         `[T, H]` in the dtype of `hidden_TH`.
 
     Raises:
-        RuntimeError: gradients are asked for, or `"tma_moe"` cannot run on this device.
+        RuntimeError: gradients are asked for, or the kernels cannot run on this device.
         ValueError: the module is not a standard experts module.
     """
     experts = _expert_weights(module, implementation, hidden_TH.dtype)
@@ -210,18 +219,19 @@ def _expert_weights(module: nn.Module, implementation: str, hidden_dtype: torch.
         if is_fp8(module):
             experts.gate_up_scale, experts.down_scale = bound["gate_up_proj_scale_inv"], bound["down_proj_scale_inv"]
         _weights_of[module] = experts
-    if BACKENDS[implementation] == "tma":
+    if BACKENDS[implementation] != "reference":
         weights = experts.down.dtype
-        _check_available(experts.down.device, hidden_dtype if weights == tma_moe.FP8 else weights, weights)
+        dtype = hidden_dtype if weights == tma_moe.FP8 else weights
+        _check_available(implementation, experts.down.device, dtype, weights)
     return experts
 
 
 @functools.cache  # asked once per layer and step; an exception is not cached
-def _check_available(device: torch.device, dtype: torch.dtype, weights: torch.dtype) -> None:
-    reason = tma_moe.unavailable(device, dtype, weights=weights)
+def _check_available(implementation: str, device: torch.device, dtype: torch.dtype, weights: torch.dtype) -> None:
+    reason = tma_moe.unavailable(device, dtype, weights=weights, backend=BACKENDS[implementation])
     if reason is not None:
         raise RuntimeError(
-            f"experts implementation 'tma_moe' cannot run here: {reason}. "
+            f"experts implementation {implementation!r} cannot run here: {reason}. "
             "model.set_experts_implementation('tma_moe_reference') computes the same in plain torch, slowly"
         )
 

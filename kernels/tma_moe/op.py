@@ -9,7 +9,7 @@ from tma_moe.reference import fused_moe_reference, route_reference
 from tma_moe.support import WAY_OUT, unavailable
 from tma_moe.uncombined import Uncombined
 
-BACKENDS = ("tma", "reference")
+BACKENDS = ("tma", "triton", "reference")
 _ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _SIZES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 8, FP8: 1}  # bytes of each dtype
 
@@ -17,8 +17,8 @@ _SIZES = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2, torch.float64: 
 def _check_backend(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"{op}: unknown backend {backend!r}; use one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "tma" and (problem := unavailable(device, dtype)):
-        raise RuntimeError(f'{op}: backend "tma" cannot run here: {problem}; {WAY_OUT}')
+    if backend != "reference" and (problem := unavailable(device, dtype, backend=backend)):
+        raise RuntimeError(f'{op}: backend "{backend}" cannot run here: {problem}; {WAY_OUT}')
 
 
 def route(
@@ -32,9 +32,10 @@ def route(
 
     Returns ids [T, K] int32, by falling probability, and weights [T, K] float32. A token that is skipped goes to no
     expert: its ids are -1, which `fused_moe` leaves out. Ids are counted from the expert `first` on, for experts that
-    are spread over several devices: an id that is none here is left out as well. Of equal probabilities backend "tma"
-    takes the lowest id, as torch.topk does on CUDA; backend "reference" does what torch.topk does on its device.
-    Raises TypeError, ValueError (shape, dtype, k) or RuntimeError (backend "tma" cannot run on this device).
+    are spread over several devices: an id that is none here is left out as well. Of equal probabilities
+    backends "tma" and "triton" (one kernel) take the lowest id, as torch.topk does on CUDA; backend "reference" does
+    what torch.topk does on its device.
+    Raises TypeError, ValueError (shape, dtype, k) or RuntimeError (this backend cannot run on this device).
     """
     if logits_TE.dim() != 2:
         raise ValueError(f"route: logits must be [T, E], got shape {tuple(logits_TE.shape)}")
@@ -42,8 +43,8 @@ def route(
         raise TypeError(f"route: logits must be floating point, got {logits_TE.dtype}")
     if not 1 <= k <= logits_TE.shape[1]:
         raise ValueError(f"route: k must be between 1 and the {logits_TE.shape[1]} experts, got {k}")
-    if backend == "tma" and logits_TE.dtype == torch.float64:
-        raise TypeError(f"route: backend 'tma' takes float32, bfloat16 or float16 logits, not float64; {WAY_OUT}")
+    if backend != "reference" and logits_TE.dtype == torch.float64:
+        raise TypeError(f"route: backend {backend!r} takes float32, bfloat16 or float16 logits, not float64; {WAY_OUT}")
     T, device = len(logits_TE), logits_TE.device
     if skip_T is not None and (skip_T.dtype != torch.bool or skip_T.shape != (T,) or skip_T.device != device):
         raise ValueError(
@@ -55,9 +56,9 @@ def route(
     if backend == "reference":
         ids_TK, weights_TK = route_reference(logits_TE, k, skip_T)
     else:
-        from tma_moe.routing import route_tma
+        from tma_moe.routing import route_kernel
 
-        ids_TK, weights_TK = route_tma(logits_TE, k, skip_T)
+        ids_TK, weights_TK = route_kernel(logits_TE, k, skip_T)
     return (ids_TK.sub_(first) if first else ids_TK), weights_TK
 
 
@@ -72,8 +73,8 @@ def fused_moe(
 ) -> Tensor | Uncombined:
     """y[t] = sum over k of weight[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t])), with e = ids[t, k].
 
-    | operand         | shape      | dtype                          | backend "tma" also needs         |
-    | x               | [T, H]     | bf16, float16, float32, ...    | bf16 or float16; H multiple of 8 |
+    | operand         | shape      | dtype                          | the kernels also need            |
+    | x               | [T, H]     | bf16, float16, float32, ...    | bf16 or float16; "tma": H % 8 = 0 |
     | topk_ids        | [T, K]     | int32 or int64                 | contiguous                       |
     | topk_weights    | [T, K]     | float32 (or the dtype of x)    | contiguous                       |
     | experts.gate_up | [E, 2I, H] | that of x, or float8_e4m3fn    | contiguous, 16-byte aligned      |
@@ -83,10 +84,13 @@ def fused_moe(
     a fixed order, and no atomics touch an output: the result is bitwise the same from run to run. Ids outside [0, E)
     contribute nothing. Experts in FP8 have block scales, and their products are those of block_fp8.py: x and the
     hidden values are quantised on the way. With `combine=False` the sum may be left to the caller, as `Uncombined`,
-    where it is a launch of its own (not for a few tokens, nor by the reference). Backend "tma" makes no host
-    synchronisation and can be captured in a CUDA graph (run once before capture, so that kernels are compiled).
-    Raises TypeError, ValueError (operands) or RuntimeError (backend "tma" cannot run there, or is asked for gradients),
-    each with one clear line.
+    where it is a launch of its own (not for a few tokens, nor by the reference).
+
+    Backend "tma" is for Hopper GPUs, "triton" for all from compute capability 8.0 on: there it takes any H and I, and
+    FP8 weights meet x and hidden values as they are where the tensor cores do not multiply FP8 (below 8.9). Neither
+    makes a host synchronisation, and both can be captured in a CUDA graph (run once before capture, so that kernels are
+    compiled). Raises TypeError, ValueError (operands) or RuntimeError (the backend cannot run there, or is asked for
+    gradients), each with one clear line.
     """
     operands = (x_TH, topk_ids_TK, topk_weights_TK, experts)
     sound = _sound(*operands)
@@ -97,17 +101,17 @@ def fused_moe(
         weights = experts.gate_up, experts.down, experts.gate_up_scale, experts.down_scale
         return fused_moe_reference(x_TH, topk_ids_TK, topk_weights_TK, *weights)
     if not sound:
-        _check_layout(*operands)
+        _check_layout(*operands, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x_TH, topk_weights_TK, *experts.parameters())):
         raise RuntimeError(
-            'fused_moe: backend "tma" computes no gradients, and an operand asks for one; '
+            f'fused_moe: backend "{backend}" computes no gradients, and an operand asks for one; '
             f"call it under torch.inference_mode() or torch.no_grad(), or {WAY_OUT}"
         )
     if x_TH.shape[0] == 0:
         return torch.empty_like(x_TH)
-    from tma_moe.recipe import fused_moe_tma
+    from tma_moe.recipe import fused_moe_kernels
 
-    return fused_moe_tma(*operands, combine)
+    return fused_moe_kernels(*operands, combine, backend)
 
 
 def _sound(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> bool:
@@ -194,11 +198,11 @@ def _check_operands(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: E
         )
 
 
-def _check_layout(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights) -> None:
+def _check_layout(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, backend: str) -> None:
     """What TMA and 16-byte loads need, beyond what the operation itself does."""
     H, I = experts.down.shape[1:]  # noqa: E741
     size = _SIZES[experts.down.dtype]
-    if H * size % 16 or I * size % 16:
+    if backend == "tma" and (H * size % 16 or I * size % 16):
         raise ValueError(
             f'fused_moe: backend "tma" needs rows of whole 16 bytes, so H and I must be multiples of {16 // size}; '
             f"got H = {H}, I = {I}; {WAY_OUT}"
@@ -211,9 +215,10 @@ def _check_layout(x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: Exp
     for name, tensor in zip(names, tensors, strict=True):
         if not tensor.is_contiguous():
             raise ValueError(
-                f'fused_moe: backend "tma" needs {name} contiguous, got strides {tensor.stride()}; call .contiguous()'
+                f'fused_moe: backend "{backend}" needs {name} contiguous, got strides {tensor.stride()}; '
+                "call .contiguous()"
             )
         if tensor.data_ptr() % 16:
             raise ValueError(
-                f'fused_moe: backend "tma" needs {name} at a multiple of 16 bytes; call .clone() on this slice'
+                f'fused_moe: backend "{backend}" needs {name} at a multiple of 16 bytes; call .clone() on this slice'
             )

@@ -14,7 +14,7 @@ from torch import Tensor
 from tma_moe import block_fp8
 from tma_moe.launcher import Launch
 from tma_moe.pdl import take_turn
-from tma_moe.support import interpreting
+from tma_moe.support import has_pdl
 
 BLOCK = tl.constexpr(block_fp8.BLOCK)
 LARGEST = tl.constexpr(block_fp8.LARGEST)
@@ -61,7 +61,8 @@ def quantise_rows(
 def _launch(device: torch.device, dtype: torch.dtype, K: int) -> Launch:
     # Device and dtype are only part of the key: a compiled kernel belongs to both.
     groups = triton.next_power_of_2(block_fp8.blocks(K))
-    return Launch(quantise_rows, (K, groups, not interpreting()), warps=max(1, min(8, groups // 4)))
+    pdl = has_pdl(device)
+    return Launch(quantise_rows, (K, groups, pdl), warps=max(1, min(8, groups // 4)), pdl=pdl)
 
 
 def quantize_rows(stream: int, x_TK: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What backend "tma" launches for a shape: grouping, two products, and the sum over experts.
+"""What backends "tma" and "triton" launch for a shape: grouping, two products, and the sum over experts.
 
 A `Recipe` is everything that does not depend on the call: kernels with their constants, block shapes, grids. It is made
 once per device, shape, dtype and bucket of token counts. A call then allocates its buffers and launches two kernels
@@ -6,8 +6,8 @@ once per device, shape, dtype and bucket of token counts. A call then allocates 
 over experts (`combine=False`), as the model does. Buffers come from torch's caching allocator at every
 call, so streams, threads and CUDA graphs each have their own, and nothing outlives the call.
 
-All kernels use programmatic dependent launch, under the contract of pdl.py: a kernel may start early, but never reads
-what the kernels before it have not finished writing.
+All kernels use programmatic dependent launch where the device has it, under the contract of pdl.py: a kernel may start
+early, but never reads what the kernels before it have not finished writing.
 """
 
 import bisect
@@ -24,8 +24,10 @@ from tma_moe.expert_weights import ExpertWeights
 from tma_moe.gemm import fp8_gemv, gemv
 from tma_moe.gemm.product import Product, Sizes, product
 from tma_moe.launcher import current_stream, device_guard
+from tma_moe.portable.rule import portable_choices_for
+from tma_moe.portable.targets import shared_memory
 from tma_moe.quantise import quantize_rows
-from tma_moe.support import interpreting
+from tma_moe.support import capability, has_fp8_products, has_pdl, interpreting
 from tma_moe.tiles import Choice, choices_for
 from tma_moe.uncombined import Uncombined
 
@@ -58,8 +60,8 @@ class GroupedRecipe:
         self.up: Product = product("up", choice.up, sizes)
         self.down: Product = product("down", choice.down, sizes)
         tiles = (choice.up.rows, self.up.step, choice.down.rows, self.down.step)
-        self.grouping = routing.Grouping(sizes.E, tiles)
-        self.combine, self.combine_columns = combine_launch(sizes.H, sizes.E, sizes.K, choice.down.keep)
+        self.grouping = routing.Grouping(sizes.E, tiles, sizes.pdl)
+        self.combine, self.combine_columns = combine_launch(sizes.H, sizes.E, sizes.K, choice.down.keep, sizes.pdl)
 
     def run(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool = True
@@ -82,7 +84,7 @@ class GroupedRecipe:
     def _hidden(self, pairs: int, x_TH: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Memory for what the products pass on, as both of them want it."""
         I = self.sizes.I  # noqa: E741
-        if not self.fp8:
+        if not self.fp8 or not self.sizes.a8:
             return x_TH.new_empty(pairs, I)
         if not self.up.quantised:
             return x_TH.new_empty(pairs, I, dtype=torch.float32)
@@ -102,16 +104,29 @@ def make_recipe(device: torch.device, E: int, K: int, H: int, I: int, choice: Ch
     """
     on_gpu = not interpreting()
     processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 2
-    sizes = Sizes(E, K, H, I, processors)
+    sizes = Sizes(E, K, H, I, processors, has_pdl(device), has_fp8_products(device))
     return (GroupedRecipe if choice.grouped else GemvRecipe)(sizes, choice)
 
 
 class _Buckets:
     """The recipes of one device, shape and dtype, by number of tokens."""
 
-    def __init__(self, device: torch.device, E: int, K: int, H: int, I: int, fp8: bool) -> None:  # noqa: E741
+    def __init__(
+        self,
+        device: torch.device,
+        E: int,
+        K: int,
+        H: int,
+        I: int,  # noqa: E741
+        fp8: bool,
+        backend: str = "tma",
+    ) -> None:
         name = "interpreter" if interpreting() else torch.cuda.get_device_name(device)
-        choices = choices_for(name, triton.__version__, E, K, H, I, fp8)
+        if backend == "tma":
+            choices = choices_for(name, triton.__version__, E, K, H, I, fp8)
+        else:
+            card = has_fp8_products(device), shared_memory(capability(device))
+            choices = portable_choices_for(name, triton.__version__, (E, K, H, I), fp8, *card)
         self.limits = [choice.max_tokens or 0 for choice in choices[:-1]]  # only the last one has none
         self.recipes = [make_recipe(device, E, K, H, I, choice) for choice in choices]
 
@@ -125,12 +140,12 @@ class _Buckets:
 
 
 @functools.cache
-def _buckets(device: torch.device, dtypes: tuple, E: int, K: int, H: int, I: int) -> _Buckets:  # noqa: E741
+def _buckets(device: torch.device, dtypes: tuple, E: int, K: int, H: int, I: int, backend: str) -> _Buckets:  # noqa: E741
     # Of activations, weights, ids and routing weights: compiled kernels belong to the dtypes they were compiled for.
-    return _Buckets(device, E, K, H, I, dtypes[1] == block_fp8.FP8)
+    return _Buckets(device, E, K, H, I, dtypes[1] == block_fp8.FP8, backend)
 
 
-def call_ends(experts: ExpertWeights, K: int, most: int) -> list[int]:
+def call_ends(experts: ExpertWeights, K: int, most: int, backend: str) -> list[int]:
     """Numbers of tokens, `most` the last: calls of these launch every kernel that any call of up to `most` would.
 
     For :func:`tma_moe.launcher.compile_ahead`; `experts` on a GPU, with int32 ids and float32 weights as of `route`.
@@ -139,18 +154,17 @@ def call_ends(experts: ExpertWeights, K: int, most: int) -> list[int]:
     weights = experts.down.dtype
     activations = torch.bfloat16 if weights == block_fp8.FP8 else weights  # no end depends on them
     dtypes = (activations, weights, torch.int32, torch.float32)
-    return _buckets(experts.down.device, dtypes, E, K, H, I).ends(K, most)
+    return _buckets(experts.down.device, dtypes, E, K, H, I, backend).ends(K, most)
 
 
-def fused_moe_tma(
-    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool
+def fused_moe_kernels(
+    x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool, backend: str
 ) -> Tensor | Uncombined:
-    """`fused_moe` on the GPU; arguments were checked by the caller."""
+    """`fused_moe` on the GPU by backend "tma" or "triton"; arguments were checked by the caller."""
     E, H, I = experts.parameter("down").shape  # noqa: E741
     T, K = ids_TK.shape
     device = x_TH.device
-    recipe = _buckets(
-        device, (x_TH.dtype, experts.parameter("down").dtype, ids_TK.dtype, weights_TK.dtype), E, K, H, I
-    ).recipe(T)
+    dtypes = x_TH.dtype, experts.parameter("down").dtype, ids_TK.dtype, weights_TK.dtype
+    recipe = _buckets(device, dtypes, E, K, H, I, backend).recipe(T)
     with device_guard(device):
         return recipe.run(x_TH, ids_TK, weights_TK, experts, combine)

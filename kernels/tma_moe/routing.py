@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tma_moe.launcher import Launch, current_stream, device_guard
 from tma_moe.pdl import take_turn
-from tma_moe.support import interpreting
+from tma_moe.support import has_pdl
 
 HEADER = tl.constexpr(16)  # words: two are used, and the slots behind them begin at a multiple of 64 bytes
 FEW_BLOCKS = (256, 2048, 4096)  # sizes of a block that holds all pairs of a call, which is then grouped in one launch
@@ -252,13 +252,14 @@ class Grouping:
     Args:
         E: experts.
         tiles: for the up and then the down product, the most rows of a tile and the step of its height.
+        pdl: whether to launch with programmatic dependent launch.
     """
 
-    def __init__(self, E: int, tiles: tuple[int, int, int, int]) -> None:
+    def __init__(self, E: int, tiles: tuple[int, int, int, int], pdl: bool) -> None:
         self.E, self.bins = E, triton.next_power_of_2(E)
-        self.sizes, self.pdl = (E, self.bins, *tiles), not interpreting()
+        self.sizes, self.pdl = (E, self.bins, *tiles), pdl
         self.few = {
-            size: Launch(group_few, (*self.sizes, size, SUB, self.pdl), warps=max(8, size // 256))
+            size: Launch(group_few, (*self.sizes, size, SUB, pdl), warps=max(8, size // 256), pdl=pdl)
             for size in FEW_BLOCKS
         }
         self.many: dict[int, tuple[Launch, Launch]] = {}
@@ -291,8 +292,8 @@ class Grouping:
         """The two launches for many pairs, in blocks of this size."""
         if block not in self.many:
             self.many[block] = (
-                Launch(count_pairs, (self.E, self.bins, block, self.pdl), warps=8),
-                Launch(group_many, (*self.sizes, block, SUB, CHUNK, self.pdl), warps=4),
+                Launch(count_pairs, (self.E, self.bins, block, self.pdl), warps=8, pdl=self.pdl),
+                Launch(group_many, (*self.sizes, block, SUB, CHUNK, self.pdl), warps=4, pdl=self.pdl),
             )
         return self.many[block]
 
@@ -306,10 +307,10 @@ def many_limits() -> Iterator[int]:
 def _route_launch(device: torch.device, dtype: torch.dtype, E: int, k: int, tokens: int, skips: bool) -> Launch:
     # Device and dtype are only part of the key: a compiled kernel belongs to both.
     sizes = (E, k, triton.next_power_of_2(E), triton.next_power_of_2(k), tokens, skips)
-    return Launch(route_topk, (*sizes, not interpreting()))
+    return Launch(route_topk, (*sizes, has_pdl(device)), pdl=has_pdl(device))
 
 
-def route_tma(logits_TE: Tensor, k: int, skip_T: Tensor | None) -> tuple[Tensor, Tensor]:
+def route_kernel(logits_TE: Tensor, k: int, skip_T: Tensor | None) -> tuple[Tensor, Tensor]:
     """`route` in one launch; arguments were checked by the caller."""
     T, E = logits_TE.shape
     device = logits_TE.device

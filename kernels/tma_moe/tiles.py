@@ -4,9 +4,11 @@ A configuration file is JSON, one file for a device and a triton version:
 
     {
       "devices": ["NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe"],   names as torch.cuda.get_device_name gives them
+      "capability": "9.0",                                         theirs; 9.0 where it is left out
       "measured_on": "NVIDIA H100 80GB HBM3",                      the one that was timed
+      "timed": true,                                               false: tiles were chosen by sizes, no card timed them
       "note": "...",                                               anything a reader should know (optional)
-      "triton": "3.6.0",                                           the version it was timed with
+      "triton": "3.6.0",                                           the version it was timed with (not if none was)
       "shapes": [
         {
           "experts": 128, "topk": 8, "hidden": 2048, "width": 768,
@@ -21,9 +23,10 @@ A configuration file is JSON, one file for a device and a triton version:
     }
 
 The meaning of the numbers is in `Tiles`. `scripts/tune_moe.py` measures and writes such files (`dump_buckets`).
-A shape that no file lists gets tiles from a rule on rows per expert; a GPU that no file lists gets the same and one
-warning per process. Where Gluon cannot be imported, tiles of kernels that are written in it are replaced, with one
-warning that says why.
+A shape that no file lists gets tiles from a rule on rows per expert, and so does a GPU that no file lists. One warning
+per process says so of a GPU, and of tiles that nobody timed. Backend "triton" has files of its own, whose kernels are
+those of portable/, and a rule of its own (portable/rule.py). Where Gluon cannot be imported, tiles of kernels that are
+written in it are replaced, with one warning that says why.
 """
 
 import functools
@@ -35,8 +38,10 @@ from pathlib import Path
 from tma_moe.support import GLUON_PRODUCTS, gluon_problem
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-KERNELS = ("gemv", "weights_m", "weights_m_ws", "tokens_m_ws")  # the files of gemm/, for weights of 16 bits
+KERNELS = ("gemv", "weights_m", "weights_m_ws", "tokens_m_ws")  # files of gemm/, for weights of 16 bits
 FP8_KERNELS = ("fp8_gemv", "fp8_weights_m", "fp8_tokens_m_ws")  # and for FP8
+PORTABLE_KERNELS = ("portable", "fp8_portable")  # of backend "triton", beside both gemv: portable/
+ALL_KERNELS = (*KERNELS, *FP8_KERNELS, *PORTABLE_KERNELS)
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Tiles:
     """One way to compute a product, and its tile. What a way takes of these numbers is checked by its file in gemm/.
 
     Attributes:
-        kernel: which file of gemm/.
+        kernel: which file of gemm/, or of portable/.
         rows: rows (token, choice pairs) of an output tile, at most; 1 for "gemv".
         cols: columns of an output tile; for the up product these are columns after SwiGLU, twice as many weight rows.
         block_k: step along the contraction.
@@ -54,6 +59,7 @@ class Tiles:
         flatten: fuse the tile loop with the loop over K (persistent launches of "weights_m").
         keep: store the product's output with evict_last, so that L2 holds it for the next kernel while weights stream
             past; useful where the rows fit into L2.
+        weights_m: of the portable kernels: the weights are the M operand, else the tokens.
     """
 
     kernel: str
@@ -65,10 +71,11 @@ class Tiles:
     ctas_per_sm: int = 0
     flatten: bool = False
     keep: bool = False
+    weights_m: bool = False
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNELS + FP8_KERNELS:
-            raise ValueError(f"tiles: kernel must be one of {', '.join(KERNELS + FP8_KERNELS)}, got {self.kernel!r}")
+        if self.kernel not in ALL_KERNELS:
+            raise ValueError(f"tiles: kernel must be one of {', '.join(ALL_KERNELS)}, got {self.kernel!r}")
         for name in ("rows", "cols", "block_k", "warps", "stages"):
             value = getattr(self, name)
             free = name == "stages" or (name == "rows" and self.kernel == "weights_m_ws")
@@ -80,6 +87,8 @@ _TOGETHER = {
     "gemv": "gemv keeps h by slot",
     "fp8_gemv": "fp8_gemv keeps h by slot",
     "fp8_tokens_m_ws": "fp8_tokens_m_ws keeps h in FP8",
+    "portable": "portable is of another backend",
+    "fp8_portable": "fp8_portable is of another backend",
 }
 
 
@@ -101,7 +110,7 @@ class Choice:
     @property
     def fp8(self) -> bool:
         """Whether these are for FP8 weights."""
-        return self.up.kernel in FP8_KERNELS
+        return self.up.kernel.startswith("fp8_")
 
     @property
     def grouped(self) -> bool:
@@ -124,19 +133,33 @@ def choices_for(
     A file of the same triton version is preferred, then any file of the device. Raises ValueError, naming the file, for
     a file that cannot be understood.
     """
-    files = [file for file in _files() if device in file["devices"]]
-    files.sort(key=lambda file: file["triton"] != triton)
-    for file in files:
-        for shape, choices in file["shapes"]:
-            if shape == (experts, topk, hidden, width) and choices[0].fp8 == fp8:
-                return choices if _gluon_runs() else tuple(map(_without_gluon, choices))
-    if not files:
-        _warn_unlisted(device)
+    found = listed(device, triton, (experts, topk, hidden, width), fp8, portable=False)
+    if found is not None:
+        return found if _gluon_runs() else tuple(map(_without_gluon, found))
     if not fp8:
         return default_choices(experts, topk, hidden, width)
     choices = fp8_default_choices(experts, topk, hidden, width)
     in_gluon = any(tiles.kernel in GLUON_PRODUCTS for choice in choices for tiles in (choice.up, choice.down))
     return choices if not in_gluon or _gluon_runs() else tuple(map(_without_gluon, choices))
+
+
+def listed(
+    device: str, triton: str, shape: tuple[int, int, int, int], fp8: bool, portable: bool
+) -> tuple[Choice, ...] | None:
+    """What the files say of a shape on a device, for one backend; None if nothing.
+
+    Tiles that were timed are preferred, then those of the same triton version. One warning says that the device is in
+    no file, or that its tiles were not timed.
+    """
+    files = [file for file in _files() if device in file["devices"] and file["portable"] == portable]
+    files.sort(key=lambda file: (not file["timed"], file["triton"] != triton))
+    if not files or not any(file["timed"] for file in files):
+        _warn_untimed(device, bool(files))
+    for file in files:
+        for entry, choices in file["shapes"]:
+            if entry == shape and choices[0].fp8 == fp8:
+                return choices
+    return None
 
 
 def _without_gluon(choice: Choice) -> Choice:
@@ -163,15 +186,17 @@ def _gluon_runs() -> bool:
 
 
 @functools.cache
-def _warn_unlisted(device: str) -> None:
+def _warn_untimed(device: str, in_files: bool) -> None:
+    instead = "tiles that were chosen for it and not timed" if in_files else "safe defaults"
     warnings.warn(
-        f"tma_moe has no measured tiles for {device!r} and uses safe defaults; run scripts/tune_moe.py to measure some",
-        stacklevel=2,
+        f"tma_moe has no measured tiles for {device!r} and uses {instead}; run scripts/tune_moe.py to measure some",
+        stacklevel=3,
     )
 
 
 def load(path: Path) -> dict:
-    """A configuration file: "devices", "triton", and "shapes" as ((experts, topk, hidden, width), choices) pairs."""
+    """A configuration file: "devices" and their "capability", "triton", "shapes" as ((experts, topk, hidden, width),
+    choices) pairs, whether it was "timed", and whether it is of the "portable" kernels."""
     try:
         raw = json.loads(path.read_text())
         shapes = [
@@ -189,7 +214,19 @@ def load(path: Path) -> dict:
             rising = [limit for limit in limits if limit is not None]
             if [*sorted(set(rising)), None] != limits:
                 raise ValueError(f"shape {shape}: max_tokens must rise and the last bucket must have none")
-        return {"devices": list(raw["devices"]), "triton": str(raw["triton"]), "shapes": shapes}
+        kinds = {choices[-1].up.kernel in PORTABLE_KERNELS for _, choices in shapes}
+        if len(kinds) != 1:
+            raise ValueError("all shapes must be of one backend")
+        (portable,), timed = kinds, raw.get("timed", True)
+        version = str(raw["triton"]) if timed else ""
+        return {
+            "devices": list(raw["devices"]),
+            "triton": version,
+            "shapes": shapes,
+            "timed": timed,
+            "portable": portable,
+            "capability": tuple(map(int, raw.get("capability", "9.0").split("."))),
+        }
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a tile configuration: {type(error).__name__}: {error}") from error
 

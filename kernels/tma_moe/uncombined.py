@@ -29,9 +29,10 @@ class Uncombined:
         """The sums [T, H], in the dtype of the rows: what `combine=True` would have given."""
         from tma_moe.combine import combine_launch
         from tma_moe.launcher import current_stream, device_guard
+        from tma_moe.support import has_pdl
 
         T, K, H = self.rows_TKH.shape
-        launch, columns = combine_launch(H, self.num_experts, K, self.kept)
+        launch, columns = combine_launch(H, self.num_experts, K, self.kept, has_pdl(self.rows_TKH.device))
         y_TH = self.rows_TKH.new_empty(T, H)
         with device_guard(y_TH.device):
             stream = current_stream(y_TH.device)

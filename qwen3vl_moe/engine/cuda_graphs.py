@@ -40,7 +40,7 @@ _IMAGES = 32  # in one graph of the vision tower
 def can_capture(model: Qwen3VLMoe) -> bool:
     """Whether every part of a step runs in kernels that need nothing from the host."""
     widths = model.config.text.head_dim, model.config.vision.head_dim
-    return takes_kernels(model.lm_head.weight) and model.moe == "tma" and all(map(attention_takes, widths))
+    return takes_kernels(model.lm_head.weight) and model.moe != "reference" and all(map(attention_takes, widths))
 
 
 def uses_graphs(model: Qwen3VLMoe, options: EngineOptions) -> bool:

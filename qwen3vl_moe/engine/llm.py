@@ -42,7 +42,7 @@ from qwen3vl_moe.inputs.processor import Processor, Prompt
 from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.ops.dispatch import kernels_in_use
 from qwen3vl_moe.weights import load_model, resolve
-from qwen3vl_moe.weights.placement import parse_device, require_division, settle_threads, tma_problem
+from qwen3vl_moe.weights.placement import not_taken, parse_device, require_division, settle_threads
 
 How = tuple[str, dict[str, Any]]  # see LLM.preparing
 Conversation = list[dict[str, Any]]  # messages: {"role": ..., "content": text or a list of text, image and video items}
@@ -66,7 +66,7 @@ class LLM:
         device: "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu". On a CPU, a narrow model such as the demo
             sets torch to one thread, unless the environment has OMP_NUM_THREADS or MKL_NUM_THREADS.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
-        moe: "tma" (Hopper), "reference" (plain torch), "auto".
+        moe: "tma" (Hopper), "triton" (any GPU from compute capability 8.0 on), "reference" (plain torch), "auto".
         min_pixels, max_pixels: area to which images are resized, in pixels; None: the checkpoint's.
         alpha: what transparent images become: "white", on a white ground; "drop", as transformers has them.
         media_root: the directory that the files of images have to lie in; None: anywhere.
@@ -138,10 +138,12 @@ class LLM:
             if self._workers is not None:
                 arguments["ranks"] = self._workers.ranks
             weights = load_model(**arguments)
-            if moe == "auto" and weights.moe == "reference":
-                self.moe_fallback = tma_problem(weights.device, weights.dtype, config.text, tensor_parallel_size)
-                if weights.device.type == "cuda":  # on a CPU nobody expects the kernel
-                    warnings.warn(f"moe='auto' runs the experts in plain torch: {self.moe_fallback}", stacklevel=2)
+            if moe == "auto":
+                taken = weights.moe, weights.device, weights.dtype, config.text, tensor_parallel_size
+                self.moe_fallback = not_taken(*taken)
+                if self.moe_fallback is not None and weights.device.type == "cuda":  # nobody expects kernels on a CPU
+                    what = "the portable kernels" if weights.moe == "triton" else "plain torch"
+                    warnings.warn(f"moe='auto' runs the experts in {what}: {self.moe_fallback}", stacklevel=2)
             self.engine = Engine(weights, tokenizer, defaults, options, progress, self._workers)
         # Perhaps less than was asked for: the cache has its say. What cannot fit is refused before it is decoded.
         self.processor.max_model_len = self.engine.max_model_len
@@ -191,7 +193,7 @@ class LLM:
     def settings(self) -> dict[str, Any]:
         """What "auto" and the size of the memory came to, and which kernels run.
 
-        ``moe_fallback`` is there only if moe="auto" could not take the fused kernel, and says why.
+        ``moe_fallback`` is there only if moe="auto" could not take the fastest kernels, and says why.
         """
         model, engine = self.engine.model, self.engine
         head_dims = model.config.text.head_dim, model.config.vision.head_dim

@@ -6,15 +6,20 @@ from qwen3vl_moe.engine.kv_cache import KVCache, cached_sizes, plan_cache
 from qwen3vl_moe.engine.memory import free_cache_bytes
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.warm_up import compile_kernels
+from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.model import Qwen3VLMoe
+from qwen3vl_moe.ops.dispatch import fp8_cache_problem
 
 
 def prepare(model: Qwen3VLMoe, options: EngineOptions, progress: bool) -> tuple[KVCache, EngineOptions, int]:
     """The cache, the options with the number of seats settled, and the longest sequence. All ranks have to call it.
 
     Raises:
-        OptionError: there is no memory for what was asked for.
+        OptionError: there is no memory for what was asked for, or the device cannot do it.
     """
+    problem = fp8_cache_problem(model.device) if options.kv_cache_dtype == "fp8" else None
+    if problem is not None:
+        raise OptionError(f"kv_cache_dtype='fp8' cannot be used here: {problem}; use kv_cache_dtype='auto'")
     on_gpu, ranks = model.device.type == "cuda", model.ranks
     most = options.with_seats(None, on_gpu)
     compile_kernels(model, most, progress)

@@ -71,9 +71,9 @@ def compile_kernels(model: Qwen3VLMoe, options: EngineOptions, progress: bool) -
 def walk(model: Qwen3VLMoe, cache: Tensor, options: EngineOptions) -> None:
     """Launch, whatever launching means here, every kernel that a step or an image may need."""
     layers = [cast(DecoderLayer, layer) for layer in model.text.layers]
-    kinds = {layer.moe.experts.down.dtype: layer.moe.experts for layer in layers} if model.moe == "tma" else {}
+    kinds = {layer.moe.experts.down.dtype: layer.moe.experts for layer in layers} if model.moe != "reference" else {}
     most, k = options.max_prefill_tokens + options.seats, model.config.text.experts_per_token
-    sizes = sizes_to_compile(most, kinds.values(), k)
+    sizes = sizes_to_compile(most, kinds.values(), k, model.moe)
     # The largest first, whose kernels take longest to compile.
     for step in steps(sizes[::-1], options.seats, cache.shape[3], model.device):
         model(step, cache)

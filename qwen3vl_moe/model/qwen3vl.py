@@ -23,7 +23,7 @@ class Qwen3VLMoe(nn.Module):
 
     Args:
         config: sizes.
-        moe: which implementation of the experts the layers call, ``"tma"`` or ``"reference"``.
+        moe: which implementation of the experts the layers call, ``"tma"``, ``"triton"`` or ``"reference"``.
         ranks: the processes that compute it together. Each of them makes all calls, with the same arguments.
 
     Attributes:

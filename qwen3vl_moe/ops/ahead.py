@@ -25,7 +25,7 @@ def compile_ahead(report: Callable[[int, int], None]) -> AbstractContextManager[
     return launcher.compile_ahead(report)
 
 
-def sizes_to_compile(most: int, experts: Iterable[ExpertWeights], k: int) -> list[int]:
+def sizes_to_compile(most: int, experts: Iterable[ExpertWeights], k: int, backend: str) -> list[int]:
     """Numbers of tokens that stand for all up to ``most``: a step of these launches every kernel that any step would.
 
     The experts' kernels change where their tiles do; all others where tokens pass some power of two.
@@ -33,10 +33,11 @@ def sizes_to_compile(most: int, experts: Iterable[ExpertWeights], k: int) -> lis
     Args:
         most: the last of them.
         experts: of every kind that runs in kernels, each token choosing ``k``.
+        backend: of ``tma_moe.fused_moe``.
     """
     sizes = {most, *(1 << power for power in range(most.bit_length()))}
     for each in experts:
         from tma_moe.recipe import call_ends  # needs triton
 
-        sizes.update(call_ends(each, k, most))
+        sizes.update(call_ends(each, k, most, backend))
     return sorted(sizes)

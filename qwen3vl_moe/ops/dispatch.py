@@ -15,7 +15,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from tma_moe.support import CAPABILITY
+from tma_moe.support import CAPABILITY, capability, has_fp8_products
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -23,6 +23,14 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 def takes_kernels(x: Tensor) -> bool:
     """Whether our small kernels take this tensor; if not, plain torch computes the same."""
     return x.is_cuda and x.dtype in KERNEL_DTYPES
+
+
+def fp8_cache_problem(device: torch.device) -> str | None:
+    """Why keys and values cannot be kept in FP8 on a device, or None: below 8.9 kernels cannot convert them."""
+    if device.type != "cuda" or has_fp8_products(device):
+        return None
+    major, minor = capability(device)
+    return f"it needs compute capability 8.9 or above, {device} has {major}.{minor}"
 
 
 def attention_takes(head_dim: int) -> bool:

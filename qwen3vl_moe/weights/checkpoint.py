@@ -146,7 +146,7 @@ def load_model(
         device: where the parameters go; ``"auto"``: a GPU where there is one.
         dtype: of all parameters but FP8 weights and their scales: a torch dtype, its name, or ``"auto"`` for what
             config.json declares. The files may hold another floating dtype of bf16, fp16, fp32; it is cast.
-        moe: ``"tma"``, ``"reference"`` or ``"auto"``, see :func:`qwen3vl_moe.weights.placement.resolve_moe`.
+        moe: ``"tma"``, ``"triton"``, ``"reference"``, ``"auto"``: :func:`qwen3vl_moe.weights.placement.resolve_moe`.
         expert_layout: ``"published"`` or ``"transformers5"``; needed only where an expert tensor has one shape in both.
         ranks: the processes that share the model. Each reads a part of the files: its own part of a tensor where that
             lies together, else some rows, whose columns the ranks then exchange.

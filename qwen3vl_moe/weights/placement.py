@@ -15,7 +15,7 @@ from qwen3vl_moe.model.part import Part, why_not
 from qwen3vl_moe.ops import Ranks
 from qwen3vl_moe.weights.shards import DTYPES
 
-MOE_BACKENDS = ("auto", "tma", "reference")
+MOE_BACKENDS = ("auto", "tma", "triton", "reference")  # the faster ones first
 _NARROW = 512  # hidden size: on a CPU, products of narrower models end before a second thread has begun
 _THREADS_CHOSEN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # the user's word on threads, in the environment
 
@@ -67,29 +67,37 @@ def parse_dtype(dtype: torch.dtype | str, declared: torch.dtype) -> torch.dtype:
 
 
 def resolve_moe(moe: str, device: torch.device | str, dtype: torch.dtype, config: TextConfig, ranks: int = 1) -> str:
-    """``"tma"`` or ``"reference"`` for a device, dtype and sizes; ``"auto"`` takes the fused kernel where it can run.
+    """``"tma"``, ``"triton"`` or ``"reference"`` for a device, dtype and sizes; ``"auto"`` takes the first that runs.
 
     Raises:
-        OptionError: an unknown name, or ``"tma"`` where something that it needs is missing.
+        OptionError: an unknown name, or kernels where something that they need is missing.
     """
     if moe not in MOE_BACKENDS:
         raise OptionError(f"moe={moe!r} is unknown; choose from {', '.join(MOE_BACKENDS)}")
+    if moe == "auto":
+        return next(each for each in MOE_BACKENDS[1:] if moe_problem(each, device, dtype, config, ranks) is None)
+    reason = moe_problem(moe, device, dtype, config, ranks)
+    if reason is not None:
+        raise OptionError(f"moe={moe!r} cannot run here: {reason}; use moe='auto' or moe='reference'")
+    return moe
+
+
+def moe_problem(
+    moe: str, device: torch.device | str, dtype: torch.dtype, config: TextConfig, ranks: int = 1
+) -> str | None:
+    """Why a backend cannot run a decoder of these sizes there, divided among so many ranks, or None."""
     if moe == "reference":
-        return moe
-    reason = tma_problem(device, dtype, config, ranks)
-    if reason is None:
-        return "tma"
-    if moe == "tma":
-        raise OptionError(f"moe='tma' cannot run here: {reason}; use moe='auto' or moe='reference'")
-    return "reference"
-
-
-def tma_problem(device: torch.device | str, dtype: torch.dtype, config: TextConfig, ranks: int = 1) -> str | None:
-    """Why the fused kernel cannot run a decoder of these sizes there, divided among so many ranks, or None."""
+        return None
     sizes = config.hidden_size, len(Part.of(config, 0, ranks).width)
     kinds = [tma_moe.FP8] * bool(config.fp8_experts) + [dtype] * (len(config.fp8_experts) < config.num_layers)
-    problems = (tma_moe.unavailable(device, dtype, sizes, weights) for weights in kinds)
+    problems = (tma_moe.unavailable(device, dtype, sizes, weights, moe) for weights in kinds)
     return next((problem for problem in problems if problem is not None), None)
+
+
+def not_taken(moe: str, device: torch.device, dtype: torch.dtype, config: TextConfig, ranks: int = 1) -> str | None:
+    """Why ``"auto"``, which came to ``moe``, did not take the faster backend before it; None if there is none."""
+    before = MOE_BACKENDS[MOE_BACKENDS.index(moe) - 1]
+    return None if before == "auto" else moe_problem(before, device, dtype, config, ranks)
 
 
 def require_division(config: TextConfig, ranks: int) -> None:

@@ -56,6 +56,20 @@ class MoeShape:
         return num_tokens * self.experts_per_token * 2 * 3 * self.hidden_size * self.expert_width
 
 
+def first_that_runs(backend: str) -> tuple[str, str | None]:
+    """A backend of kernels by name, or for "auto" the first that runs on the current GPU; and why it does not run.
+
+    Raises ValueError for another name.
+    """
+    kernels = ("tma", "triton")
+    if backend not in ("auto", *kernels):
+        raise ValueError(f"{backend!r} is unknown: choose auto, {' or '.join(kernels)}")
+    tried = kernels if backend == "auto" else (backend,)
+    reasons = {name: tma_moe.unavailable("cuda", torch.bfloat16, backend=name) for name in tried}
+    backend = next((name for name in tried if reasons[name] is None), tried[-1])
+    return backend, reasons[backend]
+
+
 def random_experts(shape: MoeShape, device: str, dtype: torch.dtype) -> tma_moe.ExpertWeights:
     """Experts with random weights: of `dtype`, or for an FP8 shape quantised, one matrix after the other."""
     sizes = shape.num_experts, shape.hidden_size, shape.expert_width

@@ -1,7 +1,7 @@
 """Which tiles the tuner tries, and what the compiler makes of each, found without a GPU.
 
 A candidate is dropped before it is ever launched if its buffers cannot fit in shared memory, if its accumulators cannot
-fit in registers, or if the compiled kernel spills or needs more shared memory than a Hopper multiprocessor has.
+fit in registers, or if the compiled kernel spills or needs more shared memory than the card gives a program.
 """
 
 import re
@@ -16,14 +16,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarking.moe import MoeShape
+from tma_moe import support
 from tma_moe.block_fp8 import FP8
 from tma_moe.expert_weights import ExpertWeights
 from tma_moe.launcher import Launch
+from tma_moe.portable.targets import shared_memory
 from tma_moe.recipe import make_recipe
-from tma_moe.support import gluon_problem
+from tma_moe.support import FP8_PRODUCTS, gluon_problem
 from tma_moe.tiles import Choice, Tiles
 
-SHARED_MEMORY = 232_448  # bytes that one program may use on compute capability 9.0
+HOPPER = support.CAPABILITY
+SHARED_MEMORY = shared_memory(HOPPER)
 ACCUMULATORS = 128  # float32 values of accumulator a thread may hold; the other registers hold addresses and fragments
 GEMV_PAIRS = 128  # beyond this many (token, choice) pairs experts are shared too often for matrix times vector
 ROLES = ("up", "down")
@@ -36,16 +39,28 @@ class Resources:
     shared: int
     registers: int
     spilled: int
+    allowed: int = SHARED_MEMORY  # bytes of shared memory
 
     def problem(self) -> str | None:
         """Why such a kernel is not worth launching, or None."""
-        if self.shared > SHARED_MEMORY:
+        if self.shared > self.allowed:
             return f"{self.shared} bytes of shared memory"
         return f"{self.spilled} bytes spilled" if self.spilled else None
 
 
-def families(shape: MoeShape, num_tokens: int) -> list[dict[str, list[Tiles]]]:
-    """Candidates by role, in groups whose members combine freely: gemv alone; all others with each other."""
+def families(
+    shape: MoeShape, num_tokens: int, backend: str = "tma", card: tuple[int, int] = HOPPER
+) -> list[dict[str, list[Tiles]]]:
+    """Candidates by role, in groups whose members combine freely: gemv alone; all others with each other.
+
+    Args:
+        backend: "tma" or "triton".
+        card: its compute capability.
+    """
+    if backend == "triton":
+        few = num_tokens * shape.experts_per_token <= GEMV_PAIRS
+        gemv = {role: _fp8_gemv(role, shape, num_tokens) if shape.fp8 else _gemv(role, shape) for role in ROLES}
+        return [gemv] * few + [{role: _portable(role, shape, num_tokens, card) for role in ROLES}]
     if shape.fp8:  # h passes between the products in another form for each way
         ways = (_fp8_gemv, _fp8_weights_m, _fp8_tokens_m_ws)
         found = [{role: way(role, shape, num_tokens) for role in ROLES} for way in ways]
@@ -120,6 +135,29 @@ def _weights_m(role: str, shape: MoeShape, num_tokens: int) -> list[Tiles]:
     ]
 
 
+def _portable(role: str, shape: MoeShape, num_tokens: int, card: tuple[int, int]) -> list[Tiles]:
+    mean = triton.next_power_of_2(max(1, round(_rows_per_expert(shape, num_tokens))))
+    kernel, itemsize, large = ("fp8_portable", 1, 64) if shape.fp8 else ("portable", 2, 128)
+    a8, waits = card >= FP8_PRODUCTS, card[0] in (9, 10)  # whether a step's buffer is kept until its product is done
+    found = []
+    for rows in (16, 32, 64, 128):
+        if not min(mean, large) <= rows <= max(16, 2 * mean):  # an expert's rows fill one tile or a few
+            continue
+        for cols, warps in ((64, 4), (128, 4), (128, 8)):
+            for block_k, stages in ((128, 2), (128, 3)) if shape.fp8 else ((32, 4), (64, 3), (64, 4), (128, 3)):
+                weight_rows = 2 * cols if role == "up" else cols
+                row_bytes = weight_rows * itemsize + rows * (1 if shape.fp8 and a8 else 2)
+                buffers = (stages - (not waits)) * row_bytes * block_k
+                # The sums of a step in FP8 are apart from those of all steps.
+                sums = weight_rows * rows * (2 if shape.fp8 else 1)
+                if buffers > shared_memory(card) or sums > ACCUMULATORS * 32 * warps:
+                    continue
+                if shape.fp8 and a8 and role == "up" and cols != 128:
+                    continue
+                found.append(Tiles(kernel, rows, cols, block_k, warps, stages, weights_m=rows < large))
+    return found
+
+
 def _tokens_m_ws(role: str, shape: MoeShape, num_tokens: int) -> list[Tiles]:
     if _rows_per_expert(shape, num_tokens) < 32 or gluon_problem() is not None:
         return []
@@ -151,11 +189,14 @@ def _fits(role: str, rows: int, cols: int, block_k: int, warps: int, stages: int
     return buffers <= SHARED_MEMORY and weight_rows * rows <= ACCUMULATORS * 32 * warps
 
 
-class _HopperDriver:
-    """Stands in for triton's driver, so that a process compiles for Hopper whatever GPU it has, or none."""
+class _Driver:
+    """Stands in for triton's driver, so that a process compiles for a card whatever GPU it has, or none."""
+
+    def __init__(self, card: tuple[int, int]) -> None:
+        self.card = card
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", 10 * self.card[0] + self.card[1], 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -164,8 +205,14 @@ class _HopperDriver:
         return 0
 
 
-def compile_tiles(role: str, tiles: Tiles, shape: MoeShape, dtype: torch.dtype = torch.bfloat16) -> Resources:
-    """Compiles the kernel of one candidate for Hopper, exactly as its launch would: triton's disk cache then has it.
+def compile_tiles(
+    role: str,
+    tiles: Tiles,
+    shape: MoeShape,
+    dtype: torch.dtype = torch.bfloat16,
+    card: tuple[int, int] = HOPPER,
+) -> Resources:
+    """Compiles the kernel of one candidate for a card, exactly as its launch would: triton's disk cache then has it.
 
     Needs no GPU. It replaces triton's driver for the time of the call: run it in a process of its own.
     """
@@ -175,6 +222,8 @@ def compile_tiles(role: str, tiles: Tiles, shape: MoeShape, dtype: torch.dtype =
         "fp8_gemv": Tiles("fp8_gemv", 1, 4, 128, 4, 1),
         "fp8_weights_m": Tiles("fp8_weights_m", 16, 64, 128, 4, 3),
         "fp8_tokens_m_ws": Tiles("fp8_tokens_m_ws", 128, other_columns, 128, 4, 3, 1),
+        "portable": Tiles("portable", 16, 64, 64, 4, 3),
+        "fp8_portable": Tiles("fp8_portable", 16, 128, 128, 4, 3),
     }.get(tiles.kernel, Tiles("weights_m", 16, 64, 64, 4, 3))
     choice = Choice(None, tiles, partner) if role == "up" else Choice(None, partner, tiles)
     launches: dict[str, tuple] = {}
@@ -183,7 +232,10 @@ def compile_tiles(role: str, tiles: Tiles, shape: MoeShape, dtype: torch.dtype =
         launches[self.kernel.__name__] = (self, args)
 
     machine = SimpleNamespace(multi_processor_count=132)
+    for cached in (support.has_pdl, support.has_fp8_products):
+        cached.cache_clear()
     with (
+        mock.patch.object(support, "capability", return_value=card),
         mock.patch.object(Launch, "__call__", record),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=machine),
     ):
@@ -194,10 +246,12 @@ def compile_tiles(role: str, tiles: Tiles, shape: MoeShape, dtype: torch.dtype =
         x_TH = torch.empty(num_tokens, shape.hidden_size, dtype=dtype, device=meta)
         make_recipe(meta, *sizes, choice).run(x_TH, topk_ids_TK, topk_ids_TK.float(), experts)
     recorded, args = launches[f"{tiles.kernel}_{role}"]
-    with mock.patch.object(triton.runtime.driver, "_active", _HopperDriver()):
+    with mock.patch.object(triton.runtime.driver, "_active", _Driver(card)):
         compiled = recorded.kernel.warmup(*args, *recorded.constants, grid=(1,), **recorded.options)
     registers, spilled = _registers_and_stack(compiled.asm["cubin"])
-    return Resources(compiled.metadata.shared, registers, spilled)
+    for cached in (support.has_pdl, support.has_fp8_products):
+        cached.cache_clear()
+    return Resources(compiled.metadata.shared, registers, spilled, shared_memory(card))
 
 
 def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
@@ -209,10 +263,10 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
-def compile_or_reason(role: str, tiles: Tiles, shape: MoeShape) -> str | None:
+def compile_or_reason(role: str, tiles: Tiles, shape: MoeShape, card: tuple[int, int] = HOPPER) -> str | None:
     """Compiles one candidate; None if it is worth launching, else why not. For worker processes: it never raises."""
     try:
-        return compile_tiles(role, tiles, shape).problem()
+        return compile_tiles(role, tiles, shape, card=card).problem()
     except Exception as error:  # the compiler gives up in many ways; each means that this candidate is out
         return f"does not compile ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
 

@@ -334,7 +334,7 @@ def test_from_a_directory(plain):
     llm = LLM(plain.published, device="cpu", dtype="float32", max_num_seqs=4, max_model_len=128, progress=False)
     assert llm.settings == {
         "model": str(plain.published), "random_weights": False, "device": "cpu", "dtype": "float32", "moe": "reference",
-        "moe_fallback": "a Hopper GPU is needed, the device is cpu",
+        "moe_fallback": "a CUDA GPU is needed, the device is cpu",
         "attention": "torch", "small_ops": "torch", "cuda_graphs": False,
         "tensor_parallel_size": 1, "data_parallel_size": 1, "cpu_threads": torch.get_num_threads(),
         "max_model_len": 128, "max_num_seqs": 4, "max_prefill_tokens": 8192,

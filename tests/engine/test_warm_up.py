@@ -33,7 +33,7 @@ def model():
         for module in (attend, patches, residual, rotation, warm_up):
             patch.setattr(module, "takes_kernels", lambda x: True)
         patch.setattr(attend, "gluon_attention_problem", lambda device: None)
-        patch.setattr(op, "unavailable", lambda *_: None)
+        patch.setattr(op, "unavailable", lambda *_, **__: None)
         patch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
         patch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
         card = SimpleNamespace(multi_processor_count=132)
@@ -108,6 +108,6 @@ def test_no_image_launches_what_was_not_compiled(model, warm):
 
 def test_sizes_end_at_the_most(model):
     experts = model.text.layers[0].moe.experts
-    assert sizes_to_compile(8392, [experts], 8)[-1] == 8392
-    assert sizes_to_compile(1, [experts], 8) == [1]
-    assert sizes_to_compile(100, [], 8) == [1, 2, 4, 8, 16, 32, 64, 100]
+    assert sizes_to_compile(8392, [experts], 8, "tma")[-1] == 8392
+    assert sizes_to_compile(1, [experts], 8, "triton") == [1]
+    assert sizes_to_compile(100, [], 8, "tma") == [1, 2, 4, 8, 16, 32, 64, 100]

@@ -1,4 +1,4 @@
-"""Compiles the kernels for Hopper on a machine without a GPU, with the arguments that the launcher would pass."""
+"""Compiles the kernels for any card on a machine without a GPU, with the arguments that the launcher would pass."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 
 import torch
@@ -32,18 +33,22 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas made of one kernel: PTX text, machine code as text, bytes of shared memory, threads, registers and
-    spilled bytes."""
+    """What ptxas made of one kernel: PTX text, machine code (as text, too), bytes of shared memory, warps, registers
+    and spilled bytes."""
 
     name: str
     ptx: str
-    sass: str
+    cubin: bytes
     ttgir: str
     shared: int
     warps: int
     registers: int
     spilled: int
     scratch: int
+
+    @cached_property
+    def sass(self) -> str:
+        return _cuobjdump(self.cubin, "-sass")
 
     def count(self, instruction: str) -> int:
         return self.ptx.count(instruction)
@@ -95,7 +100,7 @@ def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict, tar
     return Compiled(
         name=made.metadata.name,
         ptx=made.asm["ptx"],
-        sass=_cuobjdump(made.asm["cubin"], "-sass"),
+        cubin=made.asm["cubin"],
         ttgir=made.asm["ttgir"],
         shared=made.metadata.shared,
         warps=made.metadata.num_warps,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tma_moe
-from tma_moe import op, support
+from tma_moe import FP8, op, support
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,6 +112,12 @@ def test_unavailable_by_capability_and_dtype(pretend_gpu):
     assert tma_moe.unavailable("cuda", torch.bfloat16) == (
         "a Hopper GPU (compute capability 9.0) is needed, cuda:0 is Some GPU (8.0)"
     )
+    assert tma_moe.unavailable("cuda", torch.bfloat16, backend="triton") is None
+    assert tma_moe.unavailable("cuda", torch.bfloat16, (37, 19), FP8, "triton") is None  # any sizes
+    pretend_gpu((7, 5))
+    assert tma_moe.unavailable("cuda", torch.float16, backend="triton") == (
+        "a CUDA GPU (compute capability 8.0 or above) is needed, cuda:0 is Some GPU (7.5)"
+    )
     pretend_gpu((9, 0))
     assert tma_moe.unavailable("cuda", torch.bfloat16) is None
     assert tma_moe.unavailable("cuda:0", torch.float16) is None
@@ -127,7 +133,7 @@ def test_unavailable_by_capability_and_dtype(pretend_gpu):
     ],
 )
 def test_layout_that_backend_tma_cannot_read(monkeypatch, change, message):
-    monkeypatch.setattr(op, "unavailable", lambda *_: None)
+    monkeypatch.setattr(op, "unavailable", lambda *_, **__: None)
     given = operands()
     change(given)
     with pytest.raises(ValueError, match=message):

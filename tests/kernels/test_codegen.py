@@ -48,7 +48,7 @@ READ_EARLY = {"gemv_down", "fp8_gemv_down", *GLUON_PRODUCTS}
 def shipped() -> dict[str, tuple[tuple[int, int, int, int], Choice, torch.dtype]]:
     """What this triton would be given: choices in configs/, and the defaults for two shapes, one of them in fp16."""
     found = {}
-    files = [load(path) for path in sorted(CONFIG_DIR.glob("*.json"))]
+    files = [file for file in map(load, sorted(CONFIG_DIR.glob("*.json"))) if not file["portable"]]
     shapes = {(file["devices"][0], shape, choices[0].fp8) for file in files for shape, choices in file["shapes"]}
     for device, shape, fp8 in sorted(shapes):
         for choice in choices_for(device, triton.__version__, *shape, fp8=fp8):

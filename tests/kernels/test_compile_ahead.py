@@ -21,13 +21,22 @@ META = torch.device("meta")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, tma_moe.FP8], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("card", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "a card without a file"])
+@pytest.mark.parametrize(
+    ("card", "backend"),
+    [
+        ("NVIDIA H100 80GB HBM3", "tma"),
+        ("NVIDIA H200", "tma"),
+        ("NVIDIA H200", "triton"),
+        ("a card without a file", "tma"),
+        ("a card without a file", "triton"),
+    ],
+)
 @pytest.mark.parametrize("most", [1, 200, 4100, 8320])
-def test_calls_of_a_few_sizes_launch_all_that_any_call_launches(monkeypatch, card, most, dtype):
+def test_calls_of_a_few_sizes_launch_all_that_any_call_launches(monkeypatch, card, backend, most, dtype):
     E, K, H, I = 128, 8, 2048, 768  # noqa: E741
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
-    buckets = _Buckets(META, E, K, H, I, dtype == tma_moe.FP8)
+    buckets = _Buckets(META, E, K, H, I, dtype == tma_moe.FP8, backend)
     experts = tma_moe.ExpertWeights(E, H, I, device=META, dtype=dtype)
 
     def launched(sizes) -> set[Launch]:
@@ -90,7 +99,7 @@ def test_kernels_compiled_ahead_are_not_compiled_again(tmp_path, monkeypatch):
 
     counts = []
     with compile_ahead(lambda done, asked: counts.append((done, asked))):
-        for T in call_ends(experts, 4, 3000):
+        for T in call_ends(experts, 4, 3000, "tma"):
             run(T)
     assert counts[-1] == (len(compiled), len(compiled))
     compiled.clear()

@@ -21,7 +21,7 @@ needs_gluon = pytest.mark.skipif(support.gluon_problem() is not None, reason=f"n
 
 @pytest.fixture(autouse=True)
 def fresh_caches():
-    kept = (tiles._files, tiles._warn_unlisted, tiles._gluon_runs)
+    kept = (tiles._files, tiles._warn_untimed, tiles._gluon_runs)
     for function in kept:
         function.cache_clear()
     yield
@@ -96,7 +96,8 @@ def test_every_shipped_tile_is_one_that_its_kernel_takes():
         for shape, choices in file["shapes"]:
             for choice in choices:
                 for role in ("up", "down"):
-                    product(role, getattr(choice, role), Sizes(*shape, 132))
+                    a8 = file["capability"] >= (8, 9)
+                    product(role, getattr(choice, role), Sizes(*shape, 132, a8=a8))
                     made += 1
     assert made >= 80
 
@@ -250,3 +251,26 @@ def test_the_columns_of_weights_m_ws_are_those_of_its_role():
         assert product(role, tile, Sizes(4, 2, 128, 64, 132)).tiles == tile
         with pytest.raises(ValueError, match=f"4 warps, {tile.cols} columns"):
             product(role, other, Sizes(4, 2, 128, 64, 132))
+
+
+def test_tiles_that_were_timed_are_preferred_and_others_warn_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(tiles, "CONFIG_DIR", tmp_path)
+    portable = {**PLAIN, "kernel": "portable", "weights_m": True}
+    untimed = config(timed=False, capability="8.9")
+    for bucket in untimed["shapes"][0]["buckets"]:
+        bucket.update(up=dict(portable), down=dict(portable))
+    (tmp_path / "a.json").write_text(json.dumps(untimed))
+    sizes = (4, 2, 64, 32)
+    with pytest.warns(UserWarning, match="for 'Some GPU' and uses tiles that were chosen for it and not timed"):
+        found = tiles.listed("Some GPU", "3.6.0", sizes, False, portable=True)
+    assert (found[0].max_tokens, found[0].up.weights_m) == (64, True)
+    assert tiles.listed("Some GPU", "3.6.0", sizes, False, portable=False) is None  # of the other backend
+    timed = json.loads(json.dumps(untimed)) | {"timed": True, "triton": "3.9.0"}
+    timed["shapes"][0]["buckets"][0]["max_tokens"] = 32
+    (tmp_path / "b.json").write_text(json.dumps(timed))
+    tiles._files.cache_clear()
+    assert tiles.listed("Some GPU", "3.6.0", sizes, False, portable=True)[0].max_tokens == 32
+    timed["shapes"].append(config()["shapes"][0])
+    (tmp_path / "b.json").write_text(json.dumps(timed))
+    with pytest.raises(ValueError, match="all shapes must be of one backend"):
+        load(tmp_path / "b.json")

@@ -1,6 +1,6 @@
 """Values of the kernels, against the reference in float64.
 
-The same tests run on a Hopper GPU (bf16, fp16) and in triton's interpreter (fp16, fp32; its bf16 products are wrong).
+The same tests run on a GPU (bf16, fp16) and in triton's interpreter (fp16, fp32; its bf16 products are wrong).
 The interpreter must be chosen before triton is imported, so test_interpreter.py runs this file in a process of its own.
 
 A result passes if its error is at most twice the error that the reference makes in the same dtype: that is what
@@ -22,7 +22,10 @@ if support.interpreting():
     DEVICE, DTYPES = "cpu", (torch.float32, torch.float16)
 else:
     DEVICE, DTYPES = "cuda", (torch.bfloat16, torch.float16)
-MISSING = tma_moe.unavailable(DEVICE, DTYPES[0])
+# On a card other than Hopper's the portable kernels alone, and what they share with the others.
+RUNNING = [name for name in ("tma", "triton") if tma_moe.unavailable(DEVICE, DTYPES[0], backend=name) is None]
+MISSING = None if RUNNING else tma_moe.unavailable(DEVICE, DTYPES[0], backend="triton")
+BACKEND = RUNNING[0] if RUNNING else "triton"
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"{MISSING}; test_interpreter.py runs this file on the CPU")
 
 
@@ -49,6 +52,12 @@ CHOICES = [
         Tiles("weights_m", 64, 64, 32, 4, 3, ctas_per_sm=1, flatten=True),
         Tiles("weights_m", 128, 128, 16, 8, 3),
     ),
+    both(
+        "portable-weights_m",
+        Tiles("portable", 16, 64, 32, 4, 3, weights_m=True, keep=True),
+        Tiles("portable", 32, 16, 16, 4, 3, weights_m=True),
+    ),
+    both("portable-tokens_m", Tiles("portable", 64, 16, 16, 4, 3), Tiles("portable", 32, 64, 32, 4, 3, keep=True)),
 ]
 if not support.interpreting() and support.gluon_problem() is None:
     # Gluon has no interpreter: on a GPU only.
@@ -67,6 +76,8 @@ if not support.interpreting() and support.gluon_problem() is None:
         ),
         both("plain-then-tokens_m_ws", PLAIN_UP, Tiles("tokens_m_ws", 128, 256, 64, 4, 4, ctas_per_sm=1)),
     ]
+if RUNNING == ["triton"]:
+    CHOICES = [choice for choice in CHOICES if choice.id.startswith(("gemv", "portable"))]
 
 
 class Problem:
@@ -131,6 +142,14 @@ def test_token_counts_around_the_tile_edges(choice, T):
 )
 def test_shapes(choice, E, K, H, I):  # noqa: E741
     Problem(18, E, K, H, I).check(choice)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize(("H", "I"), [(37, 19), (10, 33)])
+def test_sizes_that_no_tile_divides(choice, H, I):  # noqa: E741
+    if choice.up.kernel.startswith(("weights_m", "tokens_m")):
+        pytest.skip("TMA needs rows of whole 16 bytes")
+    Problem(18, H=H, I=I).check(choice)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -215,7 +234,7 @@ def test_skipped_tokens_stay_zero_whatever_they_hold(choice):
     skip = torch.zeros(18, dtype=torch.bool, device=problem.x.device)
     skip[[0, 5, 16, 17]] = True
     logits = torch.randn(18, 5, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    problem.ids, problem.weights = tma_moe.route(logits, 2, skip_T=skip)
+    problem.ids, problem.weights = tma_moe.route(logits, 2, skip_T=skip, backend=BACKEND)
     problem.x[skip] = float("nan")
     problem.check(choice)
     assert (problem.run(choice)[skip] == 0).all()
@@ -241,28 +260,30 @@ def test_the_sum_may_be_left_to_the_caller(choice):
         assert ((y.double() - total).abs() <= bound).all()
 
 
-def test_public_op_uses_the_bucket_of_the_call():
+@pytest.mark.parametrize("backend", RUNNING)
+def test_public_op_uses_the_bucket_of_the_call(backend):
     problem = Problem(5)
-    y = tma_moe.fused_moe(problem.x, problem.ids, problem.weights, problem.experts)
+    y = tma_moe.fused_moe(problem.x, problem.ids, problem.weights, problem.experts, backend=backend)
     exact = problem.reference(torch.float64)
     allowed = (problem.reference(problem.x.dtype) - exact).abs().max()
     assert (y.double() - exact).abs().max() <= 2 * allowed
     skip = torch.arange(5, device=problem.x.device) > 2
-    ids, weights = tma_moe.route(torch.randn(5, 5, device=DEVICE), 2, skip_T=skip)
+    ids, weights = tma_moe.route(torch.randn(5, 5, device=DEVICE), 2, skip_T=skip, backend=backend)
     for rows in (5, 3):  # in two buckets
-        y = tma_moe.fused_moe(problem.x[:rows], ids[:rows], weights[:rows], problem.experts)
+        y = tma_moe.fused_moe(problem.x[:rows], ids[:rows], weights[:rows], problem.experts, backend=backend)
         assert (y == 0).all(dim=1).tolist() == skip[:rows].tolist()
-    empty = tma_moe.fused_moe(problem.x[:0], problem.ids[:0], problem.weights[:0], problem.experts)
+    empty = tma_moe.fused_moe(problem.x[:0], problem.ids[:0], problem.weights[:0], problem.experts, backend=backend)
     assert empty.shape == (0, 40)
 
 
-def test_gradients_are_refused():
+@pytest.mark.parametrize("backend", RUNNING)
+def test_gradients_are_refused(backend):
     problem = Problem(3)
     problem.x.requires_grad_()
     with pytest.raises(RuntimeError, match="computes no gradients"):
-        tma_moe.fused_moe(problem.x, problem.ids, problem.weights, problem.experts)
+        tma_moe.fused_moe(problem.x, problem.ids, problem.weights, problem.experts, backend=backend)
     with torch.no_grad():
-        tma_moe.fused_moe(problem.x, problem.ids, problem.weights, problem.experts)
+        tma_moe.fused_moe(problem.x, problem.ids, problem.weights, problem.experts, backend=backend)
 
 
 @pytest.mark.parametrize("few", [(64, 256), (256,), (16, 32)], ids=["second-block", "one-block", "counted"])
@@ -289,7 +310,8 @@ def test_plan(monkeypatch, few, kernels):
     up, down = products
     pairs = problem.ids.numel()
     bounds = [product.row_tiles(pairs) for product in products]
-    grouping = routing.Grouping(6, (up.tiles.rows, up.step, down.tiles.rows, down.step))
+    pdl = support.has_pdl(problem.x.device)
+    grouping = routing.Grouping(6, (up.tiles.rows, up.step, down.tiles.rows, down.step), pdl)
     plan, *at = grouping(current_stream(problem.x.device), problem.ids, *bounds)
     assert at[0] == routing.HEADER.value + pairs
     assert at[1] == at[0] + 4 * bounds[0]
@@ -333,7 +355,7 @@ def test_plan_without_a_row(monkeypatch, few):
     monkeypatch.setattr(routing, "FEW_BLOCKS", few)
     monkeypatch.setattr(routing, "SUB", 4)
     ids = torch.full((5, 2), -1, dtype=torch.int32, device=DEVICE)
-    grouping = routing.Grouping(3, (16, 16, 96, 32))
+    grouping = routing.Grouping(3, (16, 16, 96, 32), support.has_pdl(torch.device(DEVICE)))
     plan, up_at, down_at = grouping(current_stream(ids.device), ids, 3, 3)
     assert plan[:2].tolist() == [0, 0]
     assert [plan[at + beside].item() for at in (up_at, down_at) for beside in (-1, 3)] == [1] * 4
@@ -343,7 +365,7 @@ def test_plan_without_a_row(monkeypatch, few):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_route(T, E, k, dtype):
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0)).to(dtype)
-    ids, weights = (t.cpu() for t in tma_moe.route(logits.to(DEVICE), k))
+    ids, weights = (t.cpu() for t in tma_moe.route(logits.to(DEVICE), k, backend=BACKEND))
     expected_ids, _ = tma_moe.route(logits, k, backend="reference")
     exact = torch.softmax(logits.double(), -1).gather(1, ids.long())
     exact = exact / exact.sum(-1, keepdim=True)
@@ -363,12 +385,12 @@ def test_route_skips_tokens(T, E, k, which):
     """A skipped token's ids are -1, and nothing else changes; also at an address that a kernel cannot rely on."""
     logits = torch.randn(T, E, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     skip = {"none": torch.zeros(T), "some": torch.arange(T) % 3 == 1, "all": torch.ones(T)}[which].bool()
-    plain_ids, plain_weights = tma_moe.route(logits, k)
+    plain_ids, plain_weights = tma_moe.route(logits, k, backend=BACKEND)
     everywhere = torch.zeros(2, T + 1, dtype=torch.bool, device=DEVICE)
     everywhere[:, 1:] = skip.to(DEVICE)
     columns = everywhere[:, 1:].T.contiguous()
     for given in (skip.to(DEVICE), everywhere[0, 1:], columns[:, 0]):
-        ids, weights = tma_moe.route(logits, k, skip_T=given)
+        ids, weights = tma_moe.route(logits, k, skip_T=given, backend=BACKEND)
         assert ids.dtype == torch.int32
         assert torch.equal(ids, plain_ids.masked_fill(skip.to(DEVICE)[:, None], -1))
         assert torch.equal(weights, plain_weights)
@@ -378,7 +400,7 @@ def test_route_ties_take_the_lowest_ids_and_nan_stays_in_its_row():
     logits = torch.zeros(3, 6)
     logits[1, 4] = 1.0
     logits[2, 1] = float("nan")
-    ids, weights = (t.cpu() for t in tma_moe.route(logits.to(DEVICE), 3))
+    ids, weights = (t.cpu() for t in tma_moe.route(logits.to(DEVICE), 3, backend=BACKEND))
     assert ids[:2].tolist() == [[0, 1, 2], [4, 0, 1]]
     assert weights[0].tolist() == pytest.approx([1 / 3] * 3)
     assert weights[2].isnan().all()
@@ -388,7 +410,31 @@ def test_route_ties_take_the_lowest_ids_and_nan_stays_in_its_row():
 
 def test_route_of_extreme_logits():
     logits = torch.tensor([[1e4, -1e4, 0.0, 9e3], [-1e30, -1e30, -1e30, -2e30]])
-    ids, weights = (t.cpu() for t in tma_moe.route(logits.to(DEVICE), 2))
+    ids, weights = (t.cpu() for t in tma_moe.route(logits.to(DEVICE), 2, backend=BACKEND))
     # All but one probability underflow to zero in the first row: a tie, which the lowest id wins, as in torch.topk.
     assert ids.tolist() == [[0, 1], [0, 1]]
     assert weights.tolist() == [[1.0, 0.0], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if "portable" in str(choice.id)])
+@pytest.mark.parametrize("divided", ["experts", "width"])
+def test_ranks_that_hold_a_part_of_the_experts_add_up(choice, divided):
+    """Some experts each, with ids counted from the first of them, or a part of the width of every expert."""
+    whole = Problem(18, E=6)
+    E, H, I = whole.experts.down.shape  # noqa: E741
+    total, ids = torch.zeros(18, H, dtype=torch.float64), whole.ids
+    for rank in range(2):
+        part = Problem(18, E=6)
+        held = slice(rank * E // 2, (rank + 1) * E // 2) if divided == "experts" else slice(0, E)
+        width = slice(rank * I // 2, (rank + 1) * I // 2) if divided == "width" else slice(0, I)
+        gate, up = whole.experts.gate_up.data[held].chunk(2, dim=1)
+        rows = torch.cat([gate[:, width], up[:, width]], dim=1)
+        down = whole.experts.down.data[held][:, :, width].contiguous()
+        part.experts = tma_moe.ExpertWeights.from_checkpoint(rows, down, "transformers5")
+        part.ids = ids - held.start
+        rows_of_rank = part.run(choice, combine=False)
+        assert isinstance(rows_of_rank, tma_moe.Uncombined)
+        total += rows_of_rank.combined().double().cpu()
+    exact = whole.reference(torch.float64).cpu()
+    allowed = (whole.reference(whole.x.dtype).cpu() - exact).abs()
+    assert (total - exact).abs().max() <= 4 * allowed.max()  # twice that of each of two ranks

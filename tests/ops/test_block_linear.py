@@ -76,7 +76,7 @@ def test_kernels(K, parts, dtype):
         x = torch.randn(T, K).to(DEVICE, dtype)
         x[: T // 2] = 0
         operands = x, layer.weight, layer.scale, layer.shared
-        kernels = [block_linear.odd_rows]
+        kernels = [block_linear.portable_rows]
         kernels += [block_linear.one_row] if layer.shared % 4 == 0 and T < 5 else []
         kernels += [block_linear.some_rows] if layer.shared % 64 == 0 else []
         expected = reference(layer, x)
@@ -90,6 +90,26 @@ def test_kernels(K, parts, dtype):
             alone = kernel(x[-1:].contiguous(), *operands[1:])
             if ON_GPU:  # the interpreter's BLAS rounds a row differently at another place of its tile
                 assert torch.equal(y[-1:], alone)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [*DTYPES[:1], torch.float16], ids=str)
+@pytest.mark.parametrize(("K", "parts"), [(272, (200,)), (144, (128, 64, 64)), (40, (48, 24, 24))])
+def test_kernels_for_cards_without_fp8(K, parts, dtype):
+    """Activations stay as they are, and the weights are exact."""
+    from qwen3vl_moe.ops.kernels import block_linear
+
+    layer = made(K, *parts)
+    weight = (
+        layer.weight.float()
+        * layer.scale.repeat_interleave(layer.shared, 0)[: len(layer.weight)].repeat_interleave(128, 1)[:, :K]
+    )
+    for T in (1, 3, 70):
+        x = torch.randn(T, K).to(DEVICE, dtype)
+        expected = x.float() @ weight.T
+        for kernel in [block_linear.portable_rows] + [block_linear.one_row] * (T < 5):
+            y = kernel(x, layer.weight, layer.scale, layer.shared, a8=False)
+            assert (y.float() - expected).norm() <= max(torch.finfo(dtype).eps, 1e-6) * expected.norm(), kernel
 
 
 @pytest.mark.gpu

@@ -215,7 +215,7 @@ def test_block_linear(N, K):
             assert made.count("cp.async.bulk.tensor") >= 2
             assert made.count("mma.sync") == 0
     arguments = (BF16, torch.empty(16, dtype=FP8), FP32, BF16)
-    made = compile_for_hopper(block_linear._one_row, arguments, (N, K, 128, 4, 2048, True), {"num_warps": 4})
+    made = compile_for_hopper(block_linear._one_row, arguments, (N, K, 128, 4, 2048, True, True), {"num_warps": 4})
     assert made.spilled == 0
     made.assert_takes_turn(reads_early=False)
     assert re.search(r"ld\.global\S*\.v4\.b32", made.ptx)

@@ -29,11 +29,11 @@ def through_kernels(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["plain", "dense_routing"])
-def test_logits_of_text_and_images(make_tiny, name, through_kernels, monkeypatch):
+@pytest.mark.parametrize(("name", "moe"), [("plain", "tma"), ("dense_routing", "tma"), ("dense_routing", "triton")])
+def test_logits_of_text_and_images(make_tiny, name, moe, through_kernels, monkeypatch):
     tiny = make_tiny(name)
     prompt = make_prompt(tiny.oracle.config, [(2, 3), (1, 2)])
-    ours = Qwen3VLMoe.from_pretrained(tiny.path, moe="tma", progress=False)
+    ours = Qwen3VLMoe.from_pretrained(tiny.path, moe=moe, progress=False)
     through = ours.logits(*prompt.our_inputs())
     monkeypatch.undo()
     ours.set_moe("reference")

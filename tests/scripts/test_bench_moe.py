@@ -110,6 +110,34 @@ def test_grouped_mm_baseline_equals_the_reference():
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_portable_kernels_stand_beside_those_for_hopper(monkeypatch):
+    fused_moe, asked = tma_moe.fused_moe, []
+
+    def recorded(*operands, backend):
+        asked.append(backend)
+        return fused_moe(*operands, backend="reference") * (1.5 if wrong and backend == "triton" else 1.0)
+
+    monkeypatch.setattr(tma_moe, "fused_moe", recorded)
+    options = {"tokens": [5], "routings": ("uniform",), "num_layers": 4, "timer": FakeTimer()}
+    for wrong in (False, True):
+        [row] = bench_moe.run(TINY, **options, backend="tma", device="cpu", dtype=torch.bfloat16)["points"]
+        assert row["graph"].keys() == {"fused_moe", "triton", "grouped_mm"}
+        assert row["correct"] == (not wrong)
+    assert {"tma", "triton"} <= set(asked)
+    row["graph"]["triton"] = [1234.5]
+    with bench_moe.console.capture() as captured:
+        bench_moe.console.print(bench_moe.graph_table({"points": [row]}))
+    assert "1234.5" in captured.get()
+
+
+def test_the_first_backend_that_runs(monkeypatch):
+    monkeypatch.setattr(tma_moe, "unavailable", lambda *_, backend: None if backend == "triton" else "no Hopper")
+    assert moe.first_that_runs("auto") == ("triton", None)
+    assert moe.first_that_runs("tma") == ("tma", "no Hopper")
+    with pytest.raises(ValueError, match="'cuda' is unknown: choose auto, tma or triton"):
+        moe.first_that_runs("cuda")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

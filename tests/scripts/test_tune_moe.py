@@ -12,13 +12,15 @@ from typer.testing import CliRunner
 
 import tma_moe
 from benchmarking import tile_search
-from benchmarking.moe import Candidate, MoeShape
+from benchmarking.moe import Candidate, MoeShape, parse_tokens
 from benchmarking.tile_search import ROLES, Resources, families, same_kernel
 from scripts import tune_moe
 from tests.interpreted import INTERPRETED, run_in_interpreter
 from tma_moe import support
 from tma_moe import tiles as tile_files
 from tma_moe.gemm.product import Sizes, product
+from tma_moe.portable.rule import portable_default_choices
+from tma_moe.portable.targets import shared_memory
 from tma_moe.recipe import make_recipe
 from tma_moe.tiles import Choice, Tiles
 
@@ -120,6 +122,35 @@ def test_the_kernels_take_every_candidate(num_tokens, shape):
                     product(role, choice.up, sizes)
 
 
+@pytest.mark.parametrize("card", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)], ids=str)
+@pytest.mark.parametrize("shape", [SHAPE, FP8_SHAPE], ids=str)
+def test_candidates_of_the_portable_kernels(shape, card):
+    """Few enough to be timed in three minutes, what is shipped among them, and each is one that its kernel takes."""
+    sizes = Sizes(*(shape.num_experts, shape.experts_per_token, shape.hidden_size, shape.expert_width), 132)
+    sizes = replace(sizes, a8=card >= (8, 9))
+    kernels, timed = set(), 0
+    for num_tokens in parse_tokens(tune_moe.DEFAULT_TOKENS["triton"]):
+        for family in families(shape, num_tokens, "triton", card):
+            assert family["up"]
+            assert family["down"]
+            timed += sum(map(len, family.values()))
+            kernels |= {(role, tiles) for role in ROLES for tiles in family[role]}
+    assert timed <= 800
+    for role, tiles in kernels:
+        if not tiles.kernel.endswith("gemv"):
+            product(role, tiles, sizes)
+    default = portable_default_choices(128, 8, shape.fp8, card >= (8, 9), shared_memory(card))
+    assert ("down", default[1].down) in kernels
+
+
+def test_a_portable_candidate_compiles_for_its_card():
+    tiles = Tiles("fp8_portable", 16, 64, 128, 4, 3, weights_m=True)
+    assert tile_search.compile_tiles("up", tiles, replace(SMALL, fp8=True), card=(8, 6)).problem() is None
+    assert tile_search.compile_tiles("up", tiles, replace(SMALL, fp8=True), card=(8, 6)).allowed == 101_376
+    reason = tile_search.compile_or_reason("up", tiles, replace(SMALL, fp8=True), (8, 9))
+    assert "128 columns where it quantises h" in reason
+
+
 def test_compiled_resources_decide():
     assert Resources(232_448, 255, 0).problem() is None
     assert "233000 bytes of shared memory" in Resources(233_000, 200, 0).problem()
@@ -128,14 +159,14 @@ def test_compiled_resources_decide():
 
 def test_candidates_compile_for_hopper_in_worker_processes(monkeypatch):
     good, spilling = Tiles("weights_m", 16, 64, 64, 4, 3), Tiles("weights_m", 128, 128, 64, 4, 3)
-    monkeypatch.setattr(tune_moe, "families", lambda shape, num_tokens: [{"up": [good, spilling], "down": [good]}])
-    rejected = tune_moe.compile_all(SMALL, [16, 32], jobs=2)
+    monkeypatch.setattr(tune_moe, "families", lambda *_: [{"up": [good, spilling], "down": [good]}])
+    rejected = tune_moe.compile_all(SMALL, [16, 32], 2, "tma", (9, 0))
     assert set(rejected) == {("up", spilling)}
     assert "bytes spilled" in rejected["up", spilling]
 
 
 def test_a_kernel_that_does_not_compile_is_a_reason_not_a_crash(monkeypatch):
-    monkeypatch.setattr(tile_search, "compile_tiles", lambda *args: 1 / 0)
+    monkeypatch.setattr(tile_search, "compile_tiles", lambda *args, **card: 1 / 0)
     reason = tile_search.compile_or_reason("up", Tiles("weights_m", 16, 64, 64, 4, 3), SMALL)
     assert reason == "does not compile (ZeroDivisionError: division by zero)"
 
@@ -358,10 +389,16 @@ def test_interpreted_op_runs_given_tiles_and_sees_their_error(choice, monkeypatc
     assert op.error(choice, 2) > 1
 
 
-def test_the_whole_program_with_a_fake_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(tma_moe, "unavailable", lambda *_, **__: None)
+@pytest.mark.parametrize(("backend", "card"), [("tma", (9, 0)), ("triton", (8, 6))])
+def test_the_whole_program_with_a_fake_gpu(tmp_path, monkeypatch, backend, card):
+    def unavailable(*_, backend="tma", **__):
+        return "no Hopper" if backend == "tma" and card < (9, 0) else None
+
+    tile_files._warn_untimed.cache_clear()
+    monkeypatch.setattr(tma_moe, "unavailable", unavailable)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: card)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake Card")
-    monkeypatch.setattr(tune_moe, "compile_all", lambda shape, tokens, jobs: {})
+    monkeypatch.setattr(tune_moe, "compile_all", lambda *_: {})
     monkeypatch.setattr(tune_moe, "CudaTimer", lambda **options: FakeTimer())
 
     class Op(FakeOp):
@@ -375,4 +412,7 @@ def test_the_whole_program_with_a_fake_gpu(tmp_path, monkeypatch):
         outcome = invoke("--tokens", "8,512", "--output", str(output))
     assert outcome.exit_code == 0, outcome.output
     assert f"wrote {output}" in outcome.stdout.replace("\n", "")
-    assert tile_files.load(output)["devices"] == ["Fake Card"]
+    written = tile_files.load(output)
+    assert written["devices"] == ["Fake Card"]
+    assert (written["portable"], written["capability"], written["timed"]) == (backend == "triton", card, True)
+    assert "please send it" in outcome.stdout

@@ -4,6 +4,8 @@ Activations are rounded to FP8 by every program that reads them, which costs les
 them is multiplied by the scales of both operands beforehand. A step along the contraction is summed at once, over as
 much of it as a program can hold: with half the bytes of 16-bit weights arithmetic counts, and accumulators that are
 added up in the end take an instruction more for every weight. Hidden values pass between the products in float32.
+
+Without A8 (cards that know no FP8, see portable/) activations stay as they are, and weights are loaded as bytes.
 """
 
 import triton
@@ -16,8 +18,9 @@ from tma_moe.gemm.product import Sizes
 from tma_moe.gemm.weights_m import silu_times
 from tma_moe.launcher import Launch
 from tma_moe.pdl import take_turn
+from tma_moe.portable.targets import as_stored
+from tma_moe.portable.widen import widened
 from tma_moe.quantise import BLOCK, rounded
-from tma_moe.support import interpreting
 from tma_moe.tiles import Tiles
 
 
@@ -29,10 +32,24 @@ def _weight_scales(scale_ptr, row, i, width, K: tl.constexpr):
 
 
 @triton.jit
+def activations(x, GROUPS: tl.constexpr, A8: tl.constexpr):
+    """Values [GROUPS * 128] in float32, with A8 as FP8 rounds them."""
+    if A8:
+        x = rounded(x.reshape([GROUPS, BLOCK]))
+    return x.to(tl.float32)
+
+
+@triton.jit
+def wide_weights(w, A8: tl.constexpr):
+    """FP8 values in float32; without A8 they are loaded as bytes."""
+    return w.to(tl.float32) if A8 else widened(w, tl.float32)
+
+
+@triton.jit
 def fp8_gemv_up(
     x_ptr,  # [T, H]
     ids_ptr,  # [T, K]
-    gate_up_ptr,  # [E, 2I, H] FP8
+    gate_up_ptr,  # [E, 2I, H] FP8; without A8 as bytes
     scale_ptr,  # [E, A, B]
     h_ptr,  # [T * K, I] float32, by slot
     E: tl.constexpr,
@@ -41,6 +58,7 @@ def fp8_gemv_up(
     TOPK: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    A8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """h[slot, n] = silu(gate[e, n] . x[t]) * (up[e, n] . x[t]) for COLS values of n."""
@@ -68,9 +86,9 @@ def fp8_gemv_up(
         w_gate = tl.load(gate_rows + i[None, :], mask=read, other=0.0, eviction_policy="evict_first")
         w_up = tl.load(up_rows + i[None, :], mask=read, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptr + slot // TOPK * H + i, mask=i < H, other=0.0)
-        x = rounded(x.reshape([BLOCK_K // BLOCK, BLOCK])).reshape([1, BLOCK_K])
-        gate += tl.sum(w_gate.to(tl.float32) * (x * _weight_scales(scales, first_gate, i, width, H)), axis=1)
-        up += tl.sum(w_up.to(tl.float32) * (x * _weight_scales(scales, first_up, i, width, H)), axis=1)
+        x = activations(x, BLOCK_K // BLOCK, A8).reshape([1, BLOCK_K])
+        gate += tl.sum(wide_weights(w_gate, A8) * (x * _weight_scales(scales, first_gate, i, width, H)), axis=1)
+        up += tl.sum(wide_weights(w_up, A8) * (x * _weight_scales(scales, first_up, i, width, H)), axis=1)
     h = silu_times(gate, up)
     tl.store(h_ptr + slot * I + n, h, mask=n < columns)
 
@@ -80,7 +98,7 @@ def fp8_gemv_down(
     h_ptr,  # [T * K, I] float32, by slot
     ids_ptr,  # [T, K]
     weights_ptr,  # [T, K]
-    down_ptr,  # [E, H, I] FP8
+    down_ptr,  # [E, H, I] FP8; without A8 as bytes
     scale_ptr,  # [E, A, B]
     y_ptr,  # [T, H]
     E: tl.constexpr,
@@ -90,6 +108,7 @@ def fp8_gemv_down(
     SLOTS: tl.constexpr,  # TOPK, rounded up to a power of two
     COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    A8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y[t, n] = sum over k of weight[t, k] * (down[e, n] . h[slot]) for COLS values of n."""
@@ -115,8 +134,8 @@ def fp8_gemv_down(
         if at == 0:
             take_turn(PDL)
         h = tl.load(h_ptr + (t * TOPK + slot)[:, None] * I + i[None, :], mask=inside, other=0.0)
-        h = rounded(h.reshape([SLOTS * BLOCK_K // BLOCK, BLOCK])).reshape([SLOTS, BLOCK_K])
-        partial += tl.sum(w.to(tl.float32) * (h * scale)[:, None, :], axis=2)
+        h = activations(h, SLOTS * BLOCK_K // BLOCK, A8).reshape([SLOTS, BLOCK_K])
+        partial += tl.sum(wide_weights(w, A8) * (h * scale)[:, None, :], axis=2)
     weights = tl.load(weights_ptr + t * TOPK + slot, mask=real, other=0.0).to(tl.float32)
     y = tl.sum(partial * weights[:, None], axis=0)
     tl.store(y_ptr + t * H + n, y.to(y_ptr.dtype.element_ty), mask=n < H)
@@ -127,13 +146,14 @@ class Up:
 
     def __init__(self, tiles: Tiles, sizes: Sizes):
         check(tiles, BLOCK.value)
+        self.a8 = sizes.a8
         self.columns = triton.cdiv(sizes.I, tiles.cols)
-        constants = (sizes.E, sizes.H, sizes.I, sizes.K, tiles.cols, tiles.block_k, not interpreting())
-        self.launch = Launch(fp8_gemv_up, constants, tiles.warps)
+        constants = (sizes.E, sizes.H, sizes.I, sizes.K, tiles.cols, tiles.block_k, sizes.a8, sizes.pdl)
+        self.launch = Launch(fp8_gemv_up, constants, tiles.warps, pdl=sizes.pdl)
 
     def __call__(self, stream: int, x_TH: Tensor, ids_TK: Tensor, experts: ExpertWeights, h: Tensor) -> None:
         grid = (self.columns, ids_TK.numel(), 1)
-        weights = experts.parameter("gate_up"), experts.parameter("gate_up_scale")
+        weights = as_stored(experts.parameter("gate_up"), self.a8), experts.parameter("gate_up_scale")
         self.launch(stream, grid, x_TH, ids_TK, *weights, h)
 
 
@@ -142,14 +162,15 @@ class Down:
 
     def __init__(self, tiles: Tiles, sizes: Sizes):
         check(tiles, BLOCK.value)
+        self.a8 = sizes.a8
         self.columns = triton.cdiv(sizes.H, tiles.cols)
         slots = triton.next_power_of_2(sizes.K)
-        constants = (sizes.E, sizes.H, sizes.I, sizes.K, slots, tiles.cols, tiles.block_k, not interpreting())
-        self.launch = Launch(fp8_gemv_down, constants, tiles.warps)
+        constants = (sizes.E, sizes.H, sizes.I, sizes.K, slots, tiles.cols, tiles.block_k, sizes.a8, sizes.pdl)
+        self.launch = Launch(fp8_gemv_down, constants, tiles.warps, pdl=sizes.pdl)
 
     def __call__(
         self, stream: int, h: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, y_TH: Tensor
     ) -> None:
         grid = (self.columns, ids_TK.shape[0], 1)
-        weights = experts.parameter("down"), experts.parameter("down_scale")
+        weights = as_stored(experts.parameter("down"), self.a8), experts.parameter("down_scale")
         self.launch(stream, grid, h, ids_TK, weights_TK, *weights, y_TH)

@@ -19,7 +19,6 @@ from tma_moe.gemm.product import Sizes, require
 from tma_moe.gemm.weights_m import silu_times
 from tma_moe.launcher import Launch
 from tma_moe.pdl import take_turn
-from tma_moe.support import interpreting
 from tma_moe.tiles import Tiles
 
 
@@ -106,8 +105,8 @@ class Up:
     def __init__(self, tiles: Tiles, sizes: Sizes):
         check(tiles)
         self.columns = triton.cdiv(sizes.I, tiles.cols)
-        constants = (sizes.E, sizes.H, sizes.I, sizes.K, tiles.cols, tiles.block_k, not interpreting())
-        self.launch = Launch(gemv_up, constants, tiles.warps)
+        constants = (sizes.E, sizes.H, sizes.I, sizes.K, tiles.cols, tiles.block_k, sizes.pdl)
+        self.launch = Launch(gemv_up, constants, tiles.warps, pdl=sizes.pdl)
 
     def __call__(self, stream: int, x_TH: Tensor, ids_TK: Tensor, experts: ExpertWeights, h: Tensor) -> None:
         grid = (self.columns, ids_TK.numel(), 1)
@@ -121,8 +120,8 @@ class Down:
         check(tiles)
         self.columns = triton.cdiv(sizes.H, tiles.cols)
         slots = triton.next_power_of_2(sizes.K)
-        constants = (sizes.E, sizes.H, sizes.I, sizes.K, slots, tiles.cols, tiles.block_k, not interpreting())
-        self.launch = Launch(gemv_down, constants, tiles.warps)
+        constants = (sizes.E, sizes.H, sizes.I, sizes.K, slots, tiles.cols, tiles.block_k, sizes.pdl)
+        self.launch = Launch(gemv_down, constants, tiles.warps, pdl=sizes.pdl)
 
     def __call__(
         self, stream: int, h: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, y_TH: Tensor

@@ -10,16 +10,27 @@ from tma_moe.expert_weights import ExpertWeights
 from tma_moe.launcher import Launch
 from tma_moe.tiles import Tiles
 
+PORTABLE = {"portable": "tma_moe.portable.products", "fp8_portable": "tma_moe.portable.fp8_products"}
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """One MoE layer: experts, chosen experts, hidden size, expert width; and the device's multiprocessors."""
+    """One MoE layer, and the device it is computed on.
+
+    Attributes:
+        E, K, H, I: experts, chosen experts, hidden size, expert width.
+        multiprocessors: of the device.
+        pdl: whether kernels are launched with programmatic dependent launch (pdl.py).
+        a8: whether FP8 weights meet activations in FP8 (gemm/ always has them so).
+    """
 
     E: int
     K: int
     H: int
     I: int  # noqa: E741
     multiprocessors: int
+    pdl: bool = True
+    a8: bool = True
 
 
 class Product:
@@ -74,7 +85,7 @@ def product(role: str, tiles: Tiles, sizes: Sizes) -> Product:
         ValueError: this way does not take such tiles.
         ImportError: it is written in Gluon, and this triton's Gluon is incompatible.
     """
-    way = import_module(f"tma_moe.gemm.{tiles.kernel}")
+    way = import_module(PORTABLE.get(tiles.kernel, f"tma_moe.gemm.{tiles.kernel}"))
     return (way.Up if role == "up" else way.Down)(tiles, sizes)
 
 

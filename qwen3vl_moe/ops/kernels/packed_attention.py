@@ -11,15 +11,20 @@ A head is cut into two parts whose widths are powers of two: 128 = 128, and the 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from qwen3vl_moe.ops.kernels.launch import cache_operands, run_kept, softmax_scale
+from tma_moe.support import multiplies_from_shared_memory
 
 _SEQUENCES = 128  # whose lengths a program looks at together, to find the one that its tile lies in
-TILE = (64, 64, 4, 3)  # queries, keys, warps, stages: what measured best, for the decoder and the tower
+# Queries, keys, warps, stages. On Hopper the first measured best, for the decoder and the tower. Where products take
+# their operands from registers (mma.sync), blocks of 64 keys do not fit beside the sums.
+TILE, TILE_IN_REGISTERS = (64, 64, 4, 3), (64, 32, 4, 2)
 
 
 @triton.jit
@@ -184,6 +189,11 @@ def head_parts(D: int) -> tuple[int, int]:
     return first, 0 if first == D else max(16, triton.next_power_of_2(D - first))
 
 
+@functools.cache
+def _tile(device: torch.device) -> tuple[int, int, int, int]:
+    return TILE if multiplies_from_shared_memory(device) else TILE_IN_REGISTERS
+
+
 def packed_attention(
     q_TND: Tensor,
     k_UGD: Tensor,
@@ -192,14 +202,14 @@ def packed_attention(
     kv_starts: Tensor,
     *,
     causal: bool,
-    tile: tuple[int, int, int, int] = TILE,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """Softmax attention within each sequence, scaled by 1/sqrt(D).
 
     Args:
         q_TND, k_UGD, v_UGD: bf16 or fp16 (fp32 in the interpreter); heads contiguous, rows at any stride.
         q_starts, kv_starts: int32 [S + 1] cumulative lengths; the last query of a sequence sees all of its keys.
-        tile: (queries, keys, warps, stages) of a program.
+        tile: (queries, keys, warps, stages) of a program; None: what suits the device.
 
     Returns:
         [T, N, D], contiguous. A sequence may be empty; one with queries has at least as many keys if causal.
@@ -219,7 +229,7 @@ def paged_attention(
     kv_starts: Tensor,
     block_tables: Tensor,
     *,
-    tile: tuple[int, int, int, int] = TILE,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> None:
     """Causal attention of new tokens over their sequences' cache, themselves included, written into ``out_TND``.
 
@@ -237,7 +247,7 @@ def paged_attention(
 
 def _launch(q_TND, keys, strides, G, out_TND, q_starts, kv_starts, tables, block_size, causal, fp8, tile) -> None:
     (_, N, D), S = q_TND.shape, len(q_starts) - 1
-    queries, block, warps, stages = tile
+    queries, block, warps, stages = tile or _tile(q_TND.device)
     run_kept(
         _attend_packed,
         (N, triton.cdiv(len(q_TND), queries) + S, 1),

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen3vl_moe.ops.kernels.launch import cache_operands, run_kept, softmax_scale
+from tma_moe.support import multiplies_from_shared_memory
 
 _TOKENS = 64  # of a span per pass: 64 rows of 128 channels are 16 KB of keys and as much of values
 _LEAST_SPANS, _MOST_SPANS = 8, 64  # of a sequence that is long enough
@@ -198,4 +199,5 @@ def paged_decode(
         stages=2,
     )
     operands, constants = (partial, lse, out_TND, q_starts, kv_starts), (N, D, width, _TOGETHER, _TOKENS)
-    run_kept(_join_spans, (S * N, 1, 1), operands, (spans, least), constants, warps=2, early=False)
+    warps = 2 if multiplies_from_shared_memory(q_TND.device) else 4  # on other cards two warps lack registers
+    run_kept(_join_spans, (S * N, 1, 1), operands, (spans, least), constants, warps, early=False)
