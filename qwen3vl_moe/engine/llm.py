@@ -126,7 +126,6 @@ class LLM:
             alpha=alpha,
             resize_on_device=device.type == "cuda",
         )
-        tokenizer = self.processor.tokenizer
         defaults = GenerationDefaults.from_pretrained(directory, self.processor.eos_token_id, config.text.vocab_size)
         require_division(config.text, tensor_parallel_size)
         self._replicas = start_replicas(f"{__name__}:LLM", asked | engine_options | {"device": device})
@@ -144,7 +143,7 @@ class LLM:
                 if self.moe_fallback is not None and weights.device.type == "cuda":  # nobody expects kernels on a CPU
                     what = "the portable kernels" if weights.moe == "triton" else "plain torch"
                     warnings.warn(f"moe='auto' runs the experts in {what}: {self.moe_fallback}", stacklevel=2)
-            self.engine = Engine(weights, tokenizer, defaults, options, progress, self._workers)
+            self.engine = Engine(weights, self.processor.tokenizer, defaults, options, progress, self._workers)
         # Perhaps less than was asked for: the cache has its say. What cannot fit is refused before it is decoded.
         self.processor.max_model_len = self.engine.max_model_len
         self.service = Service(self.engine)

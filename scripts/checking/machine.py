@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from benchmarking.card import card
-from benchmarking.loading import in_fp8
+from benchmarking.random_weights import in_fp8
 from qwen3vl_moe import Qwen3VLMoe, Qwen3VLMoeConfig
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.model.part import why_not

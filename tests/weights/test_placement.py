@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarking.loading import in_fp8
+from benchmarking.random_weights import in_fp8
 from qwen3vl_moe import LLM, Qwen3VLMoeConfig
 from qwen3vl_moe.engine import llm as llm_module
 from qwen3vl_moe.engine.options import EngineOptions
