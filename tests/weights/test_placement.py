@@ -90,7 +90,7 @@ def test_what_was_taken_on_a_card_is_said_once(plain, monkeypatch, moe, what):
 
     monkeypatch.setattr(llm_module, "load_model", loaded)
     monkeypatch.setattr(llm_module, "not_taken", lambda *_: "no such card")
-    monkeypatch.setattr(llm_module, "Engine", lambda *_: None)
+    monkeypatch.setattr(llm_module, "Engine", lambda *_: SimpleNamespace(max_model_len=128))
     monkeypatch.setattr(llm_module, "Service", lambda _: None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
