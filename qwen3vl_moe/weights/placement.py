@@ -14,6 +14,7 @@ from qwen3vl_moe.model import Qwen3VLMoe
 from qwen3vl_moe.model.part import Part, why_not
 from qwen3vl_moe.ops import Ranks
 from qwen3vl_moe.weights.shards import DTYPES
+from tma_moe.support import triton_problem
 
 MOE_BACKENDS = ("auto", "tma", "triton", "reference")  # the faster ones first
 _NARROW = 512  # hidden size: on a CPU, products of narrower models end before a second thread has begun
@@ -24,7 +25,7 @@ def parse_device(device: torch.device | str) -> torch.device:
     """The device of that name, with its number; for ``"auto"`` a GPU where there is one.
 
     Raises:
-        OptionError: no such device is here, or it is neither a CPU nor a CUDA GPU.
+        OptionError: no such device is here, it is neither a CPU nor a CUDA GPU, or triton is missing for a GPU.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,10 +36,13 @@ def parse_device(device: torch.device | str) -> torch.device:
     if parsed.type not in ("cpu", "cuda"):
         raise OptionError(f"device {str(device)!r} is not supported; choose cpu or cuda")
     try:
-        return torch.empty(0, device=parsed).device  # resolves "cuda" to the current one, and fails if there is none
+        found = torch.empty(0, device=parsed).device  # resolves "cuda" to the current one, and fails if there is none
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"device {str(device)!r} cannot be used here ({reason}); choose another, or cpu") from None
+    if found.type == "cuda" and (problem := triton_problem()) is not None:  # of experts, attention, resize and all else
+        raise OptionError(f"device {str(device)!r} cannot be used here: {problem}; install it, or choose cpu")
+    return found
 
 
 def settle_threads(device: torch.device, config: TextConfig) -> None:

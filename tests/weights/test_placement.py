@@ -15,6 +15,7 @@ from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.prepare import prepare
 from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.ops.dispatch import fp8_cache_problem
+from qwen3vl_moe.weights import placement
 from qwen3vl_moe.weights.placement import not_taken, resolve_moe
 from tma_moe import support
 
@@ -112,3 +113,12 @@ def test_a_cache_in_fp8_needs_a_card_that_knows_it(card):
     assert str(caught.value) == message
     card(8, 9)
     assert fp8_cache_problem(CUDA) is None
+
+
+def test_a_gpu_without_triton_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(placement, "triton_problem", lambda: "triton >= 3.6 is needed and cannot be imported")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(device=CUDA))
+    with pytest.raises(
+        OptionError, match=r"device 'cuda' cannot be used here: triton .* or choose cpu"
+    ):
+        placement.parse_device("cuda")
