@@ -54,7 +54,7 @@ class BlockLinear(nn.Module):
         if not takes_kernels(x_TK) or not _has_kernels(x_TK.device):
             return scaled_linear(*quantize_rows(x_TK), self.weight, self.scale, self.shared).to(x_TK.dtype)
         (T, K), operands = x_TK.shape, (x_TK, self.weight, self.scale)
-        many, hopper = -(-T // 128) * -(-len(self.weight) // 256) >= _FULL, capability(x_TK.device) == CAPABILITY
+        many, hopper = -(-T // 128) * -(-len(self.weight) // 256) >= _FULL, _is_hopper(x_TK.device)
         if hopper and many and self.shared == BLOCK and K % 16 == 0 and gluon_problem() is None:
             from qwen3vl_moe.ops.kernels.hopper_linear import many_rows
 
@@ -70,6 +70,11 @@ class BlockLinear(nn.Module):
     def extra_repr(self) -> str:
         N, K = self.weight.shape
         return f"in_features={K}, out_features={N}, shared={self.shared}"
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return capability(device) == CAPABILITY
 
 
 @functools.cache
