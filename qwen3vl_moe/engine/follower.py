@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from qwen3vl_moe.engine.executor import Executor
@@ -68,6 +69,8 @@ def start_ranks(
     device = devices_of(device, size)[rank]
     model = loader_of(**loader)(**arguments, device=device, ranks=join(rank, size, device))
     follow(model, options)
+    model.ranks.least(0)  # see workers._end
+    dist.destroy_process_group()
     raise SystemExit(0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from qwen3vl_moe import LLM
@@ -18,7 +19,8 @@ def pictures(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         Image.new("RGBA", (64, 64)).save(tmp_path / name / "clear.png")
     monkeypatch.setattr("qwen3vl_moe.engine.llm.Engine", lambda *_: SimpleNamespace(max_model_len=1000))
-    monkeypatch.setattr("qwen3vl_moe.engine.llm.load_model", lambda *_, **__: SimpleNamespace(moe="tma"))
+    made = SimpleNamespace(moe="tma", device=torch.device("cpu"), dtype=torch.float32)
+    monkeypatch.setattr("qwen3vl_moe.engine.llm.load_model", lambda *_, **__: made)
     return tmp_path
 
 

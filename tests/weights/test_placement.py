@@ -118,7 +118,5 @@ def test_a_cache_in_fp8_needs_a_card_that_knows_it(card):
 def test_a_gpu_without_triton_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(placement, "triton_problem", lambda: "triton >= 3.6 is needed and cannot be imported")
     monkeypatch.setattr(torch, "empty", lambda *_, **__: SimpleNamespace(device=CUDA))
-    with pytest.raises(
-        OptionError, match=r"device 'cuda' cannot be used here: triton .* or choose cpu"
-    ):
+    with pytest.raises(OptionError, match=r"device 'cuda' cannot be used here: triton .* or choose cpu"):
         placement.parse_device("cuda")
