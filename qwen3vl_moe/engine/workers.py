@@ -221,7 +221,7 @@ def _end(processes: list[subprocess.Popen], state: _State) -> None:
     if dist.is_initialized():
         if not processes and state.failure is None:  # torchrun started them
             announced.tell(announced.END)
-            dist.all_reduce(torch.zeros(1))  # none leaves while another still reads
+            Ranks(0, dist.get_world_size()).least(0)  # none leaves while another still reads
         dist.destroy_process_group()
 
 
