@@ -94,7 +94,7 @@ def engine_options(given: dict[str, Any]) -> dict[str, Any]:
     named = {name: given[name] for name in _ENGINE if given.get(name) is not None}
     if given["eager"]:
         named["enforce_eager"] = True
-    return named | _more("--engine", given["engine"], named)
+    return named | _more("--engine", given.get("engine"), named)
 
 
 def media_limits(given: dict[str, Any]) -> dict[str, Any]:
