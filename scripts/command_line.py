@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     offered = _offered()
     if word not in offered:
         hint = f"; its file {PROGRAMS[word][0]} is not installed" if word in PROGRAMS else ""
-        _refuse(f"{COMMAND} {word!r}: there is no such command{hint}; there are {', '.join(offered)}")
+        _refuse(f"{COMMAND} {word!a}: there is no such command{hint}; there are {', '.join(offered)}")
     file, extra, _ = PROGRAMS[word]
     missing = _missing(extra) if extra and not {"--help", "-h"} & set(given[1:]) else []
     if missing:
@@ -121,4 +121,7 @@ def _refuse(reason: str) -> None:
 
 
 if __name__ == "__main__":
+    from program import any_text
+
+    any_text()
     main()
