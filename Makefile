@@ -52,6 +52,6 @@ $(DEMO): pyproject.toml
 	@touch $@
 
 $(TEST): $(DEMO)
-	@echo 'Adding what the tests, the linters and lm-eval need to .venv: some 650 MB to download.'
+	@echo 'Adding what the tests, the linters and lm-eval need to .venv: some 800 MB to download.'
 	.venv/bin/pip install --no-compile --no-build-isolation -e '.[test,eval]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""Qwen3-VL-MoE: the model and its offline engine.
+"""Qwen3-VL-MoE: the model and its engine.
 
 The names below are imported when they are first used, as torch and transformers take seconds to import: a program has
 answered ``--help`` by then.

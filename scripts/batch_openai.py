@@ -4,8 +4,8 @@ A request, as hosted services and vLLM's ``run_batch`` read it::
 
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "...", "messages": [...]}}
 
-The body is read strictly: a field that means nothing here, or that would need what is not built, is refused by its name
-in the error of its own line. The answer to a line, or what was wrong with it::
+The body is read as the server reads it: a field that means nothing, or that a file of answers has no place for, is
+refused by its name in the error of its own line. The answer to a line, or what was wrong with it::
 
     {"id": "batch_req_0_7d1c...", "custom_id": "a", "response": {"status_code": 200, "request_id": "...",
      "body": {"object": "chat.completion", "choices": [...], "usage": {...}, ...}}, "error": null}
@@ -24,29 +24,9 @@ from typing import Any
 
 from qwen3vl_moe.engine.outputs import RequestOutput
 from qwen3vl_moe.errors import PromptError, one_line
+from qwen3vl_moe.server.protocol import RequestError, parse_chat  # needs no web server
 
 URL = "/v1/chat/completions"
-# Fields of the body that are sampling parameters under the same name: OpenAI's, then those that vLLM adds.
-_SAMPLING = (
-    *("temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias"),
-    *("top_k", "min_p", "min_tokens", "repetition_penalty", "stop_token_ids", "ignore_eos", "bad_words"),
-    *("allowed_token_ids", "include_stop_str_in_output", "skip_special_tokens", "truncate_prompt_tokens"),
-)
-_MAX_TOKENS = ("max_completion_tokens", "max_tokens")
-# Fields that clients send though they ask for nothing: with these values, and no others.
-_ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "store": (False,),
-    "parallel_tool_calls": (True, False),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default", "flex"),
-}
-_HANDED_ON = ("user", "metadata", "safety_identifier", "prompt_cache_key")  # texts for whoever runs a service
 _ID = re.compile(r"batch_req_([0-9]+)_([0-9a-f]{16})")
 
 
@@ -80,12 +60,6 @@ def chat_request(content: Mapping[str, Any], model_names: tuple[str, ...]) -> tu
 
 
 def _chat_body(body: dict[str, Any], model_names: tuple[str, ...]) -> tuple[list[dict], dict[str, Any]]:
-    for key in sorted(body.keys() - {"model", "messages", *_SAMPLING, *_MAX_TOKENS, *_HANDED_ON}):
-        if key not in _ASKS_NOTHING:
-            raise PromptError(f"body.{key} is not supported; leave it out")
-        # An empty list equals an empty list, but True equals 1.
-        if not any(body[key] == value and type(body[key]) is type(value) for value in _ASKS_NOTHING[key]):
-            raise PromptError(f"body.{key}={body[key]!r} is not supported; leave it out")
     model = body.get("model")
     if not isinstance(model, str):
         raise PromptError("body.model is missing; it is the name of the model")
@@ -94,20 +68,19 @@ def _chat_body(body: dict[str, Any], model_names: tuple[str, ...]) -> tuple[list
             f"body.model is {model!r}, and the model that answers is {model_names[0]!r}; "
             f"--served-model-name {model} lets it answer under that name"
         )
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise PromptError("body.messages is a list of objects with role and content")
-    lacking = next((number for number, message in enumerate(messages) if "role" not in message), None)
-    if lacking is not None:
-        raise PromptError(f"body.messages[{lacking}] has no role")
-    # OpenAI's later name of the system's role.
-    messages = [message | {"role": "system"} if message["role"] == "developer" else message for message in messages]
-    sampling = {key: body[key] for key in _SAMPLING if key in body}
-    most = {body[key] for key in _MAX_TOKENS if isinstance(body.get(key), int)}
-    if len(most) > 1:
-        raise PromptError("body.max_tokens and body.max_completion_tokens differ; one of them is enough")
-    given = next((key for key in _MAX_TOKENS if key in body), None)
-    return messages, sampling | ({} if given is None else {"max_tokens": body[given]})
+    body.pop("metadata", None)  # for whoever runs a service that stores answers
+    if body.get("service_tier") == "flex":  # how soon, which nobody promises here
+        del body["service_tier"]
+    try:
+        asked = parse_chat(body)
+    except RequestError as error:
+        raise PromptError(f"body: {error}") from None
+    idle = {"add_generation_prompt": True, "continue_final_message": False, "chat_template_kwargs": {}}
+    more = [name for name, value in asked.template.items() if name not in idle or value != idle[name]]
+    more += ["stream"] * asked.stream + ["logprobs"] * (asked.params.logprobs is not None)
+    if more:
+        raise PromptError(f"body.{more[0]} is not supported in a file; leave it out")
+    return asked.messages, asked.sampling
 
 
 def answer_record(index: int, name: Any, fingerprint: str, model: str, result: RequestOutput) -> dict[str, Any]:

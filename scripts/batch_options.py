@@ -14,7 +14,7 @@ AllowPrivateHosts = Annotated[
     bool | None,
     typer.Option(
         "--allow-private-hosts/--no-private-hosts",
-        help="Download images from this machine and from private networks too. [default: not for --input]",
+        help="Download images and videos from this machine and from private networks too. [default: not for --input]",
     ),
 ]
 PromptColumn = Annotated[

@@ -42,7 +42,7 @@ def main(
     load_format: Annotated[str, typer.Option(help="auto; dummy or dummy-fp8: random weights.")] = "auto",
     routing: Annotated[str, typer.Option(help="With dummy: balanced or skewed choice of experts.")] = "balanced",
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
-    moe: Annotated[str, typer.Option(help="tma, reference, auto.")] = "auto",
+    moe: Annotated[str, typer.Option(help="tma, triton, reference, auto.")] = "auto",
     num_prompts: Annotated[int, typer.Option(help="Requests.")] = 256,
     max_concurrency: Annotated[str, typer.Option(help="Requests at a time; several with commas between them.")] = "32",
     random_input_len: Annotated[int, typer.Option(help="Most tokens of text.")] = 128,

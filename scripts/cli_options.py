@@ -1,4 +1,4 @@
-"""The options that generate.py and chat.py share, and what becomes of them: sampling, engine, what may be read."""
+"""The options that programs share, and what becomes of them: sampling, engine, what may be read."""
 
 from __future__ import annotations
 
@@ -45,12 +45,14 @@ Eager = Annotated[bool, typer.Option(help="Make no CUDA graphs: ready sooner, sl
 ExpertLayout = Annotated[str | None, typer.Option(help="published or transformers5, if the checkpoint asks.")]
 Engine = Annotated[str | None, typer.Option(help="Other options of LLM(...), as JSON: '{\"block_size\": 32}'.")]
 
-MediaRoot = Annotated[Path | None, typer.Option(help="Read image files from this directory and those in it alone.")]
+MediaRoot = Annotated[
+    Path | None, typer.Option(help="Read images and videos from this directory and those in it alone.")
+]
 AllowHosts = Annotated[
     str | None,
     typer.Option(
-        help="Download images from these hosts alone: names with commas between them, .example.org for all below it; "
-        "'' for none."
+        help="Download images and videos from these hosts alone: names with commas between them, .example.org for all "
+        "below it; '' for none."
     ),
 ]
 
@@ -92,11 +94,11 @@ def engine_options(given: dict[str, Any]) -> dict[str, Any]:
     named = {name: given[name] for name in _ENGINE if given.get(name) is not None}
     if given["eager"]:
         named["enforce_eager"] = True
-    return named | _more("--engine", given["engine"], named)
+    return named | _more("--engine", given.get("engine"), named)
 
 
 def media_limits(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of :class:`LLM` that limit what is read as an image."""
+    """The arguments of :class:`LLM` that limit what is read as an image or video."""
     hosts = given["allow_hosts"]
     return {
         "media_root": given["media_root"],

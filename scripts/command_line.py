@@ -17,12 +17,20 @@ from typing import Any
 DISTRIBUTION, COMMAND = "qwen3vl-moe", "qwen3vl-moe"
 # The file of each word, the extra that it needs, and what it is for; words whose file is not there are not offered.
 PROGRAMS = {
-    "generate": ("scripts/generate.py", "", "ask a question about pictures or without, or answer a file of requests"),
+    "generate": (
+        "scripts/generate.py",
+        "",
+        "ask a question, with pictures, videos or without, or answer a file of requests",
+    ),
     "chat": ("scripts/chat.py", "", "talk with the model, with pictures at any turn"),
-    "serve": ("scripts/serve.py", "serve", "an HTTP server with OpenAI's interface"),
-    "check": ("scripts/check.py", "", "what works on this machine, and what is missing"),
+    "serve": ("scripts/serve.py", "serve", "an HTTP server with OpenAI's API, and a page"),
+    "check": (
+        "scripts/check.py",
+        "",
+        "what this machine is, which kernels run on it, whether they are right, what fits",
+    ),
     "gsm8k": ("eval/gsm8k.py", "eval", "accuracy and speed on gsm8k"),
-    "parity": ("eval/parity.py", "eval", "whether fast and plain kernels, and transformers, give the same answers"),
+    "parity": ("eval/parity.py", "eval", "whether fast and plain kernels, and transformers, answer equally well"),
     "checkpoints": ("eval/checkpoints.py", "eval", "two checkpoints beside each other, such as bf16 and FP8"),
     "lm-eval": ("eval/lm.py", "eval", "lm-eval's own command with --model qwen3vl_moe"),
     "ttft": ("scripts/ttft.py", "", "time to first token, alone and under load, with figures and timelines"),
@@ -46,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     offered = _offered()
     if word not in offered:
         hint = f"; its file {PROGRAMS[word][0]} is not installed" if word in PROGRAMS else ""
-        _refuse(f"{COMMAND} {word!r}: there is no such command{hint}; there are {', '.join(offered)}")
+        _refuse(f"{COMMAND} {word!a}: there is no such command{hint}; there are {', '.join(offered)}")
     file, extra, _ = PROGRAMS[word]
     missing = _missing(extra) if extra and not {"--help", "-h"} & set(given[1:]) else []
     if missing:
@@ -113,4 +121,7 @@ def _refuse(reason: str) -> None:
 
 
 if __name__ == "__main__":
+    from program import any_text
+
+    any_text()
     main()

@@ -32,7 +32,7 @@ def main(
     questions: Annotated[int, typer.Option(help="Held-out picture questions.")] = 1400,
     data: Annotated[Path | None, typer.Option(help="gsm8k's train.jsonl: score training problems too.")] = None,
     problems: Annotated[int, typer.Option(help="Training problems, the first of the file.")] = 200,
-    device: Annotated[str, typer.Option(help="auto, cuda, cpu.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
     moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), triton (GPUs), reference, auto.")] = "auto",
     against_transformers: Annotated[

@@ -111,8 +111,8 @@ def main(
         bool | None,
         typer.Option(
             "--allow-private-hosts/--no-private-hosts",
-            help="Download images from this machine and from private networks too. [default: neither for --input nor "
-            "for a chat from a pipe]",
+            help="Download images and videos from this machine and from private networks too. [default: neither for "
+            "--input nor for a chat from a pipe]",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a stream.")] = False,

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+import cli_options as cli
 from program import any_text
 from qwen3vl_moe.errors import OptionError, UserError
 
@@ -28,7 +29,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = "demo",
+    model: cli.Model = "demo",
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0: all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0: any.")] = 8000,
     served_model_name: Annotated[
@@ -51,19 +52,20 @@ def main(
             "all below it. Hosts of this machine and of private networks are never reached."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
-    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), triton (GPUs), reference, auto.")] = "auto",
-    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs among which every layer is divided.")] = 1,
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Most answers that are computed at a time.")] = None,
-    max_prefill_tokens: Annotated[int, typer.Option(help="Most prompt tokens in a step.")] = 8192,
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
+    device: cli.Device = "auto",
+    dtype: cli.Dtype = "auto",
+    moe: cli.Moe = "auto",
+    max_model_len: cli.MaxModelLen = None,
+    max_num_seqs: cli.MaxNumSeqs = None,
+    max_prefill_tokens: cli.MaxPrefillTokens = None,
+    gpu_memory_utilization: cli.GpuMemoryUtilization = None,
+    kv_cache_dtype: cli.KvCacheDtype = "auto",
+    tensor_parallel_size: cli.TensorParallelSize = 1,
+    eager: cli.Eager = False,
     prefix_caching: Annotated[bool, typer.Option(help="Let prompts reuse beginnings of earlier ones.")] = True,
-    max_pixels: Annotated[int | None, typer.Option(help="Resize larger images to this many pixels.")] = None,
-    expert_layout: Annotated[
-        str | None, typer.Option(help="published or transformers5, if the checkpoint asks.")
-    ] = None,
+    min_pixels: cli.MinPixels = None,
+    max_pixels: cli.MaxPixels = None,
+    expert_layout: cli.ExpertLayout = None,
     load_format: Annotated[
         str, typer.Option(help="auto; dummy or dummy-fp8: random weights of --model's sizes, to measure.")
     ] = "auto",
@@ -72,6 +74,7 @@ def main(
 
     Exit status: 0 ended after a signal, 1 the engine has failed, 2 an error in the call, 130 ended by a second signal.
     """
+    options = cli.engine_options(locals())
     limits_in_mib = {"--max-body-mib": max_body_mib, "--max-image-mib": max_image_mib}
     counts = {"--max-images": max_images, "--max-image-megapixels": max_image_megapixels, "--max-waiting": max_waiting}
     try:
@@ -92,21 +95,7 @@ def main(
 
         access = media_access(None, allow_hosts if allow_remote_images else "", allow_private_hosts=False)
         bound = bind(host, port)
-        llm = _load(
-            model,
-            load_format,
-            device=device,
-            dtype=dtype,
-            moe=moe,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_prefill_tokens=max_prefill_tokens,
-            kv_cache_dtype=kv_cache_dtype,
-            enable_prefix_caching=prefix_caching,
-            max_pixels=max_pixels,
-            expert_layout=expert_layout,
-            tensor_parallel_size=tensor_parallel_size,
-        )
+        llm = _load(model, load_format, **options, enable_prefix_caching=prefix_caching)
         stderr.print(", ".join(f"{key} {value}" for key, value in llm.settings.items()), style="dim")
         media = MediaLimits(
             images=max_images,
@@ -137,8 +126,8 @@ def _load(model: str, load_format: str, **options: Any) -> Any:
         return LLM(model, **options)
     from benchmarking.loading import load_llm
 
-    for name, neutral in (("max_pixels", None), ("expert_layout", None), ("tensor_parallel_size", 1)):
-        if options.pop(name) != neutral:
+    for name in ("min_pixels", "max_pixels", "expert_layout"):
+        if name in options:
             raise OptionError(f"--load-format {load_format} does not go with --{name.replace('_', '-')}")
     return load_llm(model, load_format=load_format, routing="balanced", **options)
 

@@ -1,4 +1,4 @@
-"""The offline engine: prompts in, answers out. Start at :mod:`qwen3vl_moe.engine.llm`."""
+"""The engine: prompts in, answers out. Start at :mod:`qwen3vl_moe.engine.llm`."""
 
 from qwen3vl_moe.engine.llm import LLM
 from qwen3vl_moe.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput

@@ -67,11 +67,11 @@ class LLM:
             sets torch to one thread, unless the environment has OMP_NUM_THREADS or MKL_NUM_THREADS.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
         moe: "tma" (Hopper), "triton" (any GPU from compute capability 8.0 on), "reference" (plain torch), "auto".
-        min_pixels, max_pixels: area to which images are resized, in pixels; None: the checkpoint's.
+        min_pixels, max_pixels: area to which images are resized (of videos: docs/video.md); None: the checkpoint's.
         alpha: what transparent images become: "white", on a white ground; "drop", as transformers has them.
-        media_root: the directory that the files of images have to lie in; None: anywhere.
-        allow_hosts: the hosts that images are downloaded from, ".example.org" for all below it; None: any.
-        allow_private_hosts: whether images may be downloaded from this machine and from private networks.
+        media_root: the directory that files of images and videos have to lie in; None: anywhere.
+        allow_hosts: the hosts that images and videos are downloaded from, ".example.org" for all below it; None: any.
+        allow_private_hosts: whether they may be downloaded from this machine and from private networks.
         expert_layout: "published" or "transformers5", for checkpoints that do not tell.
         tensor_parallel_size: among how many GPUs (processes, on a CPU) every layer is divided: from ``device`` on. The
             other processes are started by this one and end with it (:meth:`close`).

@@ -1,4 +1,4 @@
-"""One step on the device: encode its images, pack its tokens into a batch, run the model, choose tokens."""
+"""One step on the device: encode its images and videos, pack its tokens into a batch, run the model, choose tokens."""
 
 from __future__ import annotations
 

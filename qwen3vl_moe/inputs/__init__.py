@@ -1,1 +1,1 @@
-"""From what a user gives (messages, text, images) to what the engine takes: token ids, pixels and positions."""
+"""From what a user gives (messages, text, images, videos) to what the engine takes: token ids, pixels and positions."""

@@ -1,4 +1,4 @@
-"""What the images of a request may be read from: which files, which hosts, which addresses.
+"""What the images and videos of a request may be read from: which files, which hosts, which addresses.
 
 Whoever writes a request chooses its paths and URLs. Requests of one's own may read anything; for those of others there
 are limits, and one :class:`MediaAccess` carries them to every place that opens a file or a connection.

@@ -87,12 +87,14 @@ class Request:
     Attributes:
         model: as it was asked for; None: whatever is served.
         params: of all answers.
+        sampling: those of them that the body gives.
         stream: whether the answer is sent while it is written.
         include_usage: whether a stream ends with a chunk of counts.
     """
 
     model: str | None
     params: SamplingParams
+    sampling: dict[str, Any]
     stream: bool = False
     include_usage: bool = False
 
@@ -237,7 +239,7 @@ def _common(given: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any
         at_fault = re.match(r"\w+", str(error))
         name = at_fault[0] if at_fault and at_fault[0] in sampling else None
         raise RequestError(str(error), name) from None
-    return {"model": model, "params": params, "stream": stream, "include_usage": include_usage}
+    return {"model": model, "params": params, "sampling": sampling, "stream": stream, "include_usage": include_usage}
 
 
 def _switch(given: Mapping[str, Any], name: str, default: bool = False) -> bool:
@@ -320,7 +322,7 @@ def _messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise RequestError("messages is missing: a list of at least one message is needed", "messages")
     found, calls, results = [], {}, {}
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
+        if not isinstance(message, Mapping) or "role" not in message:
             raise RequestError(f"messages[{number}] is no object with role and content", "messages")
         message = dict(message)
         if message.get("role") == "developer":  # OpenAI's later name

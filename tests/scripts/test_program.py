@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,8 +69,8 @@ def test_there_may_be_no_stream(monkeypatch):
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_program_begins_so(program):
-    start = program.read_text(encoding="utf-8").partition('if __name__ == "__main__":\n')[2]
-    lines = [line.strip() for line in start.splitlines()]
+    block = re.search(r'^if __name__ == "__main__":.*\n((?:    .*\n|\n)+)', program.read_text(encoding="utf-8"), re.M)
+    lines = [line.strip() for line in block[1].splitlines() if line.strip() not in ("", "raise SystemExit")]
     assert lines.index("any_text()") == len(lines) - 2, "right before the program itself"
 
 

@@ -11,6 +11,7 @@ from qwen3vl_moe.engine import SamplingParams
 from tests.scripts.batches.conftest import PARAMS, picture, records, write_lines
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
 def line(name="a", **body):
@@ -46,16 +47,19 @@ def test_what_a_body_may_say(read):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"body": {"tools": [{"type": "function"}]}}, r"body.tools=.* is not supported"),
-        ({"body": {"logprobs": True}}, "body.logprobs=True is not supported"),
-        ({"body": {"stream": 0}}, "body.stream=0 is not supported"),
-        ({"body": {"response_format": {"type": "json_object"}}}, "body.response_format=.* is not supported"),
-        ({"body": {"temprature": 1}}, "body.temprature is not supported; leave it out"),
+        ({"body": {"tools": [{"type": "function"}]}}, "body: tools\\[0\\]"),
+        ({"body": {"logprobs": True}}, "body.logprobs is not supported in a file"),
+        ({"body": {"tools": [TOOL]}}, "body.tools is not supported in a file"),
+        ({"body": {"add_generation_prompt": False}}, "body.add_generation_prompt is not supported in a file"),
+        ({"body": {"chat_template_kwargs": {"a": 1}}}, "body.chat_template_kwargs is not supported in a file"),
+        ({"body": {"stream": 0}}, "body: stream=0: true or false is needed"),
+        ({"body": {"response_format": {"type": "xml"}}}, "body: response_format=.* is needed"),
+        ({"body": {"temprature": 1}}, "body: the field 'temprature' is unknown here"),
         ({"body": {"model": "n"}}, "body.model is 'n', and the model that answers is 'm'; --served-model-name n"),
         ({"body": {"model": None}}, "body.model is missing"),
-        ({"body": {"messages": "Hi"}}, "body.messages is a list"),
-        ({"body": {"messages": [{"content": "Hi"}]}}, r"body.messages\[0\] has no role"),
-        ({"body": {"max_tokens": 1, "max_completion_tokens": 2}}, "differ"),
+        ({"body": {"messages": "Hi"}}, "body: messages is missing: a list"),
+        ({"body": {"messages": [{"content": "Hi"}]}}, r"body: messages\[0\] is no object with role and content"),
+        ({"body": {"max_tokens": 1, "max_completion_tokens": 2}}, "two names of one limit"),
         ({"body": {"temperature": -1}}, "temperature=-1"),
         ({"body": {"messages": [{"role": "user", "content": "\ud800"}]}}, "half of a surrogate pair"),
         ({"url": "/v1/embeddings"}, "the url is '/v1/embeddings'; only /v1/chat/completions"),
@@ -72,6 +76,14 @@ def test_what_is_refused_is_named(read, change, message):
     assert refused.conversation is None
     assert refused.error.startswith("line 2: ")
     assert re.search(message, refused.error)
+
+
+def test_a_form_of_the_answer(read):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    form, tools = read(line("a", response_format=wanted), line("b", tools=[TOOL], tool_choice="none"))
+    assert form.params.structured_outputs == {"json": schema}
+    assert (tools.error, tools.params) == (None, PARAMS)
 
 
 def test_the_developer_is_the_system(read):
@@ -111,7 +123,7 @@ def test_the_lines_that_answer(generated, plain, tmp_path):
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     assert usage["completion_tokens"] <= 4
     assert [choice["index"] for choice in third["response"]["body"]["choices"]] == [0, 1]
-    for bad, message in ((second, "line 2: body.stream=True"), (last, "line 4: no JSON")):
+    for bad, message in ((second, "line 2: body.stream is not supported"), (last, "line 4: no JSON")):
         assert bad["response"]["status_code"] == 400
         assert message in bad["error"]["message"]
         assert bad["response"]["body"]["error"]["message"] == bad["error"]["message"]
