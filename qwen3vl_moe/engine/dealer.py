@@ -65,7 +65,7 @@ class _Dealer(Feed):
         self._replicas, self._how, self._pairs = replicas, how, pairs
         self._todo, self._elsewhere = deque(range(len(pairs))), 0
         self._own_room = room_of(service.engine.scheduler.max_num_seqs)
-        self._call, self._mail = replicas.new_call()
+        self._call, self._mail = -1, queue.SimpleQueue()  # until the first answer is asked for
 
     @property
     def left(self) -> bool:
@@ -73,6 +73,8 @@ class _Dealer(Feed):
 
     def between(self, going: Going) -> Generator[Answer, None, None]:
         """Deal requests out, and yield what others have answered; waits where nothing else is to do."""
+        if self._call < 0:
+            self._call, self._mail = self._replicas.new_call()
         while True:
             self._deal(len(going))
             idle = not going and not self._items and self._elsewhere > 0
@@ -102,13 +104,29 @@ class _Dealer(Feed):
             self._todo.popleft()
             message = None
             if engine:
+                item = _made(item)
                 with contextlib.suppress(Exception):  # of an open file, say: nobody else can have it
-                    message = pickle.dumps((*self._how, item() if callable(item) else item, params))
+                    message = pickle.dumps((*self._how, item, params))
             if message is None:
                 self.add(number, (item, params))
             else:
                 self._elsewhere += 1
                 self._replicas.send(engine, (self._call, number), message)
+
+
+def _made(item: Any) -> Any:
+    """A request that was given as a function, which is called once: what it raises is raised where prompts are made."""
+    if not callable(item):
+        return item
+    try:
+        return item()
+    except Exception as error:
+        failed = error
+
+    def fail() -> Any:
+        raise failed
+
+    return fail
 
 
 def beginning(item: Any) -> str:

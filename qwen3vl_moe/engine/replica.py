@@ -8,7 +8,7 @@ import queue
 import signal
 import threading
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -36,11 +36,13 @@ def main(descriptor: int) -> None:
         llm = loader_of(maker)(**arguments)
         pipe.send(("ready", room_of(llm.engine.scheduler.max_num_seqs)))
         serve(llm, pipe)
-    except (UserError, RuntimeError, MemoryError) as error:
-        pipe.send(("failed", one_line(str(error)) or type(error).__name__))
-        os._exit(1)
     except EOFError:
         pass
+    except Exception as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        with suppress(OSError):
+            pipe.send(("failed", f"{kind}{one_line(str(error))}"))
+        os._exit(1)
     os._exit(0)
 
 

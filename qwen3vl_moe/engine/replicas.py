@@ -66,6 +66,10 @@ class _State:
 
     def fail(self, failure: str) -> None:
         self.failure = self.failure or failure
+        self.wake()
+
+    def wake(self) -> None:
+        """Have every call look whether the engines are still there."""
         for mail in list(self.mail.values()):
             mail.put(None)
 
@@ -87,7 +91,7 @@ class Replicas:
         self._pipes: list[tuple[Connection, threading.Lock]] = []
         self._homes: dict[str, int] = {}
         self._calls = itertools.count()
-        self._end = weakref.finalize(self, _end, self._processes, self._state)
+        self._end = weakref.finalize(self, _end, self._processes, self._state, os.getpid())
         self._ready = self._state.mail[next(self._calls)] = queue.SimpleQueue()
         try:
             for engine, each in enumerate(arguments, 1):
@@ -139,10 +143,15 @@ class Replicas:
         return best
 
     def new_call(self) -> tuple[int, queue.SimpleQueue]:
-        """A number for a call, and where its answers will be."""
-        number = next(self._calls)
-        self._state.mail[number] = queue.SimpleQueue()
-        return number, self._state.mail[number]
+        """A number for a call, and where its answers will be.
+
+        Raises:
+            RankError: see :meth:`check`.
+        """
+        number, mail = next(self._calls), queue.SimpleQueue()
+        self._state.mail[number] = mail
+        self.check()  # now: one that ends later puts something into the mail
+        return number, mail
 
     def send(self, engine: int, key: Key, message: bytes) -> None:
         """Give a request to an engine."""
@@ -173,6 +182,13 @@ class Replicas:
             pass
 
     def check(self) -> None:
+        """Whether all of them are there.
+
+        Raises:
+            RankError: one has ended, or all were closed.
+        """
+        if self._state.ending:
+            raise RankError("this LLM was closed: load it again")
         if self._state.failure is not None:
             raise RankError(f"{self._state.failure}; this LLM cannot go on, load it again")
 
@@ -251,6 +267,9 @@ def _read(engine: int, process: subprocess.Popen, pipe: Connection, state: _Stat
     state.fail(f"replica {engine} " + (f"ended: {said}" if said else how))
 
 
-def _end(processes: list[subprocess.Popen], state: _State) -> None:
+def _end(processes: list[subprocess.Popen], state: _State, owner: int) -> None:
+    if os.getpid() != owner:  # a fork, which has no part in them
+        return
     state.ending = True
+    state.wake()
     end(processes)

@@ -92,7 +92,7 @@ class Workers:
                 "that was made before, or start a process for each"
             )
         self._state, self._processes = _State(), []
-        self._end = weakref.finalize(self, _end, self._processes, self._state)
+        self._end = weakref.finalize(self, _end, self._processes, self._state, os.getpid())
         common = {"size": size, "loader": loader, "arguments": arguments, "options": asdict(options)}
         try:
             devices = devices_of(device, size)
@@ -123,6 +123,8 @@ class Workers:
             RankError: a rank has ended, or ends meanwhile.
         """
         state = self._state
+        if state.ending and state.failure is None:
+            raise RankError("this LLM was closed: load it again")
         if state.failure is not None:
             raise RankError(f"{state.failure}; this LLM cannot go on, load it again")
         with interrupts_held() if hold else nullcontext():
@@ -191,7 +193,7 @@ def _watch(rank: int, process: subprocess.Popen, processes: list[subprocess.Pope
         time.sleep(0.05)
     if state.inside and not state.ending:
         print(f"error: {state.failure}, and this process waits for it in vain", file=sys.stderr, flush=True)
-        _end(processes, state)
+        _end(processes, state, os.getpid())
         os._exit(1)
 
 
@@ -214,8 +216,10 @@ def write_line(process: subprocess.Popen, spec: Mapping[str, Any]) -> None:
         process.stdin.flush()
 
 
-def _end(processes: list[subprocess.Popen], state: _State) -> None:
+def _end(processes: list[subprocess.Popen], state: _State, owner: int) -> None:
     """End the processes, and leave the process group."""
+    if os.getpid() != owner:  # a fork, which has no part in them
+        return
     state.ending = True
     end(processes)
     if dist.is_initialized():

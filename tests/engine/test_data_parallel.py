@@ -119,6 +119,33 @@ def test_draws_without_a_seed_differ_between_engines(three):
     assert len(set(map(str, ids(same)))) == 12
 
 
+def test_functions_are_called_once_each(alone, three):
+    called = []
+
+    def request(number):
+        def make():
+            called.append(number)
+            return MIX[number] if number % 5 else [][0]
+
+        return make
+
+    results = dict(three.as_completed([request(n) for n in range(20)], greedy(max_tokens=4), return_exceptions=True))
+    assert sorted(called) == sorted(results) == list(range(20))
+    expected = ids(alone.generate(MIX[:20], greedy(max_tokens=4)))
+    for number, result in results.items():
+        if number % 5:
+            assert ids([result])[0] == expected[number]
+        else:
+            assert isinstance(result, PromptError)
+
+
+def test_answers_of_a_form(three):
+    """Grammars go with their requests; so does what only one answer of several is asked."""
+    params = SamplingParams(max_tokens=12, seed=1, temperature=1.0, structured_outputs={"choice": ["yes", "no"]})
+    for output in three.generate(MIX[:9], params):
+        assert output.outputs[0].text in ("yes", "no")
+
+
 def test_an_engine_that_is_killed_is_named_at_once_and_ever_after(three):
     """The last test of these three."""
     call = three.as_completed(MIX, greedy(max_tokens=150))
@@ -137,8 +164,14 @@ def test_an_engine_that_is_killed_is_named_at_once_and_ever_after(three):
 def test_two_engines_of_two_ranks(alone, tiny):
     llm = LLM(tiny.published, **OPTIONS, num_blocks=64, data_parallel_size=2, tensor_parallel_size=2)
     assert ids(llm.generate(MIX, greedy(max_tokens=8))) == ids(alone.generate(MIX, greedy(max_tokens=8)))
+    left = llm.as_completed(MIX, greedy(max_tokens=100))
+    next(left)
+    llm.close()
     llm.close()
     assert children() == []
+    for call in (lambda: list(left), lambda: llm.generate(MIX, greedy()), lambda: llm.generate("Hello", greedy())):
+        with pytest.raises(RankError, match="this LLM was closed: load it again"):
+            call()
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "2"])
