@@ -21,6 +21,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen3vl_moe.errors import UserError
+from qwen3vl_moe.server.engine_thread import EngineEnded
 from qwen3vl_moe.server.protocol import RequestError
 from qwen3vl_moe.server.replies import Reply
 from qwen3vl_moe.server.serving import Serving, Ticket, request_error
@@ -176,7 +178,7 @@ class Answer(Response):
             return
         except Exception as error:
             told = request_error(error)
-            if told.status >= 500:
+            if told.status >= 500 and not isinstance(error, EngineEnded | UserError):  # those are told elsewhere
                 traceback.print_exc()
             if self._begun:
                 event = JSONResponse(told.body).body

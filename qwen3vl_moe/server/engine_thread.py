@@ -185,8 +185,11 @@ class EngineThread:
                     self.engine.step()
                     self._report()
         except BaseException as error:  # of the device, or a mistake in here: no request can be trusted to end well
-            traceback.print_exc()
-            self.failure = f"the engine has failed: {type(error).__name__}: {error}"
+            if isinstance(error, UserError):  # it says all there is to say, as where a rank has ended
+                self.failure = f"the engine has failed: {error}"
+            else:
+                traceback.print_exc()
+                self.failure = f"the engine has failed: {type(error).__name__}: {error}"
         with self._lock:
             self._stopping = True
         for stream in self._left():

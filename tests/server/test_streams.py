@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from qwen3vl_moe import SamplingParams
+from qwen3vl_moe.errors import RankError
 from qwen3vl_moe.server.serving import Limits
 from tests.server.conftest import HELLO, Served, asking, data_url, served
 
@@ -175,22 +176,26 @@ def test_the_end_waits_for_answers(make_demo):
     assert found["reply"].json()["usage"]["completion_tokens"] == 100
 
 
-def test_a_failed_engine_ends_the_server_and_tells_everybody(make_demo, monkeypatch, capfd):
-    llm = make_demo()
+@pytest.mark.parametrize(
+    "error", [RuntimeError("the device is gone"), RankError("rank 1: the device is gone")], ids=repr
+)
+def test_a_failed_engine_ends_the_server_and_tells_everybody(make_demo, monkeypatch, capfd, error):
+    """With a traceback of what nobody foresaw, and none of an error that says all."""
+    unforeseen, llm = isinstance(error, RuntimeError), make_demo()
     with served(llm) as small:
         step = llm.engine.step
 
         def fail() -> None:
             step()
             if llm.engine.scheduler.running[0].num_output_tokens == 3:
-                raise RuntimeError("the device is gone")
+                raise error
 
         monkeypatch.setattr(llm.engine, "step", fail)
         events = small.chat(stream=True, max_tokens=10).text.strip().split("\n\n")
-        error = json.loads(events[-1].removeprefix("data: "))["error"]
-        assert (error["type"], error["message"]) == ("server_error", "the engine has failed")
+        told = json.loads(events[-1].removeprefix("data: "))["error"]
+        assert (told["type"], told["message"]) == ("server_error", "the engine has failed")
         until(lambda: any("the device is gone" in line for line in small.said), "nobody was told")
-    assert "RuntimeError: the device is gone" in capfd.readouterr().err
+    assert ("Traceback" in capfd.readouterr().err) == unforeseen
 
 
 def test_the_cache_can_be_forgotten(server):
