@@ -10,12 +10,21 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from qwen3vl_moe.ops.fp8_cache import FP8_CACHE
 from tma_moe.block_fp8 import FP8
 from tma_moe.launcher import Launch, current_stream, device_guard
 from tma_moe.support import has_pdl
+
+
+@triton.jit
+def cached(x, dtype: tl.constexpr):
+    """Keys or values as products take them. From FP8 by way of fp32: Triton 3.6 has no other way on Ada."""
+    if x.dtype == tl.float8e4nv:
+        x = x.to(tl.float32)
+    return x.to(dtype)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3vl_moe.ops.kernels.launch import cache_operands, run_kept, softmax_scale
+from qwen3vl_moe.ops.kernels.launch import cache_operands, cached, run_kept, softmax_scale
 from tma_moe.support import multiplies_from_shared_memory
 
 _SEQUENCES = 128  # whose lengths a program looks at together, to find the one that its tile lies in
@@ -51,12 +51,12 @@ def _visit(
         rows_v += (block * (BLOCK_SIZE * G * 4))[:, None]
         scale_at = block * (BLOCK_SIZE * G * (D + 4) // 4) + BLOCK_SIZE * G * D // 4 + token % BLOCK_SIZE * G
     k1 = tl.load(rows_k + d1[None, :], mask=inside, other=0.0) if MASKED else tl.load(rows_k + d1[None, :])
-    scores = tl.dot(q1, k1.to(q1.dtype).T)
+    scores = tl.dot(q1, cached(k1, q1.dtype).T)
     if WIDTH2 > 0:
         d2 = WIDTH1 + tl.arange(0, WIDTH2)
         part = (d2 < D)[None, :] & inside if MASKED else (d2 < D)[None, :]
         k2 = tl.load(rows_k + d2[None, :], mask=part, other=0.0)
-        scores = tl.dot(q2, k2.to(q1.dtype).T, scores)
+        scores = tl.dot(q2, cached(k2, q1.dtype).T, scores)
     if FP8:
         scores *= tl.load(k_scales + scale_at, mask=token < kv_len, other=0.0)[None, :]
     if MASKED:
@@ -69,10 +69,10 @@ def _visit(
     if FP8:
         p *= tl.load(v_scales + scale_at, mask=token < kv_len, other=0.0)[None, :]
     p = p.to(q1.dtype)
-    acc1 = tl.dot(p, v1.to(q1.dtype), acc1 * rescale[:, None])
+    acc1 = tl.dot(p, cached(v1, q1.dtype), acc1 * rescale[:, None])
     if WIDTH2 > 0:
         v2 = tl.load(rows_v + d2[None, :], mask=part, other=0.0)
-        acc2 = tl.dot(p, v2.to(q1.dtype), acc2 * rescale[:, None])
+        acc2 = tl.dot(p, cached(v2, q1.dtype), acc2 * rescale[:, None])
     return new_max, row_sum, acc1, acc2
 
 

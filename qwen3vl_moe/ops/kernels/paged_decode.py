@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwen3vl_moe.ops.kernels.launch import cache_operands, run_kept, softmax_scale
+from qwen3vl_moe.ops.kernels.launch import cache_operands, cached, run_kept, softmax_scale
 from tma_moe.support import multiplies_from_shared_memory
 
 _TOKENS = 64  # of a span per pass: 64 rows of 128 channels are 16 KB of keys and as much of values
@@ -87,7 +87,7 @@ def _attend_span(
             where += (block * (BLOCK_SIZE * G * 4))[:, None]
             scale_at = block * (BLOCK_SIZE * G * (D + 4) // 4) + BLOCK_SIZE * G * D // 4 + place
         keep = seen[:, None] & (d < D)[None, :]
-        k = tl.load(k_rows_ptr + where, mask=keep, other=0.0).to(q.dtype)
+        k = cached(tl.load(k_rows_ptr + where, mask=keep, other=0.0), q.dtype)
         scores = tl.dot(q, k.T) * scale
         if FP8:
             scores *= tl.load(k_scales_ptr + scale_at, mask=seen, other=0.0)[None, :]
@@ -96,7 +96,7 @@ def _attend_span(
         p = tl.exp2(scores - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(p, axis=1)
-        v = tl.load(v_rows_ptr + where, mask=keep, other=0.0).to(q.dtype)
+        v = cached(tl.load(v_rows_ptr + where, mask=keep, other=0.0), q.dtype)
         if FP8:
             p *= tl.load(v_scales_ptr + scale_at, mask=seen, other=0.0)[None, :]
         acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v)
