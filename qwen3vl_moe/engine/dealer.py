@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import queue
 from collections import deque
@@ -11,17 +10,13 @@ from typing import Any
 
 from qwen3vl_moe.engine.feed import Feed
 from qwen3vl_moe.engine.params import SamplingParams
-from qwen3vl_moe.engine.replicas import Replicas, room_of
+from qwen3vl_moe.engine.replicas import Replicas, Unsent, room_of
 from qwen3vl_moe.engine.service import Answer, Answers, Going, Prepare, Service, first_error_raised
+from qwen3vl_moe.inputs.workers import POOL
 
 _BEGINNING = 256  # characters by which requests that begin alike are known
-_PICTURES = (
-    "image",
-    "image_url",
-    "video",
-    "video_url",
-    "multi_modal_data",
-)  # keys: nothing after one is looked at
+# Keys of a request's parts: nothing after one of these is looked at.
+_PICTURES = ("image", "image_url", "video", "video_url", "multi_modal_data")
 
 
 def answers_of_all(
@@ -60,11 +55,11 @@ class _Dealer(Feed):
         how: tuple[str, Mapping[str, Any]],
         pairs: list[tuple[Any, SamplingParams]],
     ):
-        super().__init__(lambda pair: service.prepared(prepare, pair))
+        super().__init__(lambda pair: service.prepared(prepare, pair), service.ahead)
         self.open = False  # all that will come is known
         self._replicas, self._how, self._pairs = replicas, how, pairs
         self._todo, self._elsewhere = deque(range(len(pairs))), 0
-        self._own_room = room_of(service.engine.scheduler.max_num_seqs)
+        self._scheduler, self._own_room = service.engine.scheduler, room_of(service)
         self._call, self._mail = -1, queue.SimpleQueue()  # until the first answer is asked for
 
     @property
@@ -76,8 +71,8 @@ class _Dealer(Feed):
         if self._call < 0:
             self._call, self._mail = self._replicas.new_call()
         while True:
-            self._deal(len(going))
-            idle = not going and not self._items and self._elsewhere > 0
+            self._deal()
+            idle = not going and not len(self) and self._elsewhere > 0
             try:
                 answer = self._mail.get(block=idle)
             except queue.Empty:
@@ -87,31 +82,42 @@ class _Dealer(Feed):
                 continue
             (_, number), result = answer
             self._elsewhere -= 1
-            yield number, result
+            if isinstance(result, Unsent):
+                self.add(number, (result.item, self._pairs[number][1]))
+            else:
+                yield number, result
 
     def close(self) -> None:
         super().close()
         self._replicas.over(self._call)
 
-    def _deal(self, under_way: int) -> None:
+    def _deal(self) -> None:
         while self._todo:
-            number = self._todo[0]
-            item, params = self._pairs[number]
-            own_load = under_way + len(self._items)
-            engine = self._replicas.choose(beginning(item), own_load, self._own_room)
-            if engine is None:
+            # Requests of all calls, so that many calls of one request each are dealt out, too.
+            own = len(self._scheduler.running) + len(self._scheduler.waiting) + len(self), self._own_room
+            free = self._replicas.free(*own)
+            if not free:
                 return
-            self._todo.popleft()
-            message = None
-            if engine:
-                item = _made(item)
-                with contextlib.suppress(Exception):  # of an open file, say: nobody else can have it
-                    message = pickle.dumps((*self._how, item, params))
-            if message is None:
-                self.add(number, (item, params))
-            else:
-                self._elsewhere += 1
-                self._replicas.send(engine, (self._call, number), message)
+            number = self._todo.popleft()
+            item, _ = self._pairs[number]
+            engine = self._replicas.choose(beginning(item), free, *own)
+            if engine == 0:
+                self.add(number, self._pairs[number])
+                continue
+            self._elsewhere += 1
+            self._replicas.assign(engine, (self._call, number))
+            # In a thread: it may have to read a file, and the caller's thread has steps to compute.
+            POOL.submit(self._send, number)
+
+    def _send(self, number: int) -> None:
+        key, (item, params) = (self._call, number), self._pairs[number]
+        item = _made(item)
+        try:
+            message = pickle.dumps((*self._how, item, params))
+        except Exception:  # of an open file, say
+            self._replicas.give_back(key, item)
+        else:
+            self._replicas.send(key, message)
 
 
 def _made(item: Any) -> Any:

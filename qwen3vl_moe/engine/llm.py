@@ -105,11 +105,11 @@ class LLM:
         progress: bool = True,
         **engine_options: Any,
     ):
-        asked = {name: value for name, value in locals().items() if name not in ("self", "engine_options", "__class__")}
+        asked = dict(locals())
+        del asked["self"], asked["engine_options"]
         options = parse_options(engine_options)
-        self.name, self.options, self.random_weights = str(model), options, False
+        self.name, self.options, self.random_weights, directory = str(model), options, False, resolve(model)
         self.moe_fallback: str | None = None
-        directory = resolve(model)
         # All that is small is read before the weights, so that a mistake in it shows at once.
         config = Qwen3VLMoeConfig.from_pretrained(directory)
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
@@ -373,7 +373,7 @@ class LLM:
             for each in {id(each): each for each in params}.values():
                 self.engine.check(each)
         prepare = self.preparing(*how)
-        if self._replicas is None or len(items) < 2:
+        if self._replicas is None:
             return self.service.answers(items, prepare, kind, params, return_exceptions)
         return answers_of_all(self._replicas, self.service, prepare, how, items, kind, params, return_exceptions)
 

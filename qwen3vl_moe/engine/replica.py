@@ -34,7 +34,7 @@ def main(descriptor: int) -> None:
     try:
         maker, arguments = pipe.recv()
         llm = loader_of(maker)(**arguments)
-        pipe.send(("ready", room_of(llm.engine.scheduler.max_num_seqs)))
+        pipe.send(("ready", room_of(llm.service)))
         serve(llm, pipe)
     except EOFError:
         pass
@@ -49,8 +49,9 @@ def main(descriptor: int) -> None:
 def serve(llm: LLM, pipe: Connection) -> None:
     """Answer what comes through a pipe, in any order, until it is closed."""
     inbox = _Inbox(llm, pipe)
-    with closing(llm.service.serve(inbox, inbox.params.pop, inbox.between)) as answers:
+    with closing(llm.service.serve(inbox, inbox.params.__getitem__, inbox.between)) as answers:
         for key, answer in answers:
+            inbox.params.pop(key, None)
             try:
                 message = pickle.dumps(("done", key, answer, llm.stats))
             except Exception as error:  # an error with something in it that cannot be sent
@@ -62,7 +63,7 @@ class _Inbox(Feed):
     """Requests as they come through a pipe. A thread empties it, so that the first process never waits for a step."""
 
     def __init__(self, llm: LLM, pipe: Connection):
-        super().__init__(lambda message: self._prepared(message))
+        super().__init__(lambda message: self._prepared(message), llm.service.ahead)
         self._llm, self._messages = llm, queue.SimpleQueue[Any]()
         self.params: dict[Any, SamplingParams] = {}
         threading.Thread(target=self._read, args=(pipe,), daemon=True).start()
@@ -71,7 +72,7 @@ class _Inbox(Feed):
         """Take in what has come; waits where nothing else is to do."""
         while True:
             try:
-                message = self._messages.get(block=not going and not self._items)
+                message = self._messages.get(block=not going and not len(self))
             except queue.Empty:
                 return
             if message is None:
@@ -88,6 +89,8 @@ class _Inbox(Feed):
             else:
                 [keys] = rest
                 self.drop(keys)
+                for key in keys:
+                    self.params.pop(key, None)
                 self._llm.service.give_up([going.pop(key) for key in keys if key in going])
 
     def _prepared(self, message: tuple) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from qwen3vl_moe.engine.service import MOST_AHEAD
+from qwen3vl_moe.engine.service import Service
 from qwen3vl_moe.engine.workers import end, interrupts_held, write_line
 from qwen3vl_moe.errors import OptionError, RankError
 
@@ -32,6 +32,13 @@ _MAIN = "import json, sys; spec = json.loads(sys.stdin.readline()); sys.path[:] 
 _MAIN += "from qwen3vl_moe.engine.replica import main; main(spec['descriptor'])"
 _MOST_HOMES = 1 << 14
 Key = tuple[int, int]  # of a call, and of a request in it
+
+
+@dataclass(frozen=True)
+class Unsent:
+    """A request that no other process can have."""
+
+    item: Any
 
 
 @dataclass
@@ -127,12 +134,14 @@ class Replicas:
         names = {name for stats in self._state.stats for name in stats}
         return {name: sum(stats.get(name, 0) for stats in self._state.stats) for name in names}
 
-    def choose(self, beginning: str, own_load: int, own_room: int) -> int | None:
-        """Which engine a request goes to; None if each has as many as it should have."""
+    def free(self, own_load: int, own_room: int) -> list[int]:
+        """Which engines have fewer requests than they should have at most."""
         load, room = [own_load, *self._state.load[1:]], [own_room, *self._state.room[1:]]
-        free = [engine for engine in range(self.size) if load[engine] < room[engine]]
-        if not free:
-            return None
+        return [engine for engine in range(self.size) if load[engine] < room[engine]]
+
+    def choose(self, beginning: str, free: list[int], own_load: int, own_room: int) -> int:
+        """Which of the free engines a request goes to that begins so."""
+        load, room = [own_load, *self._state.load[1:]], [own_room, *self._state.room[1:]]
         best = min(free, key=load.__getitem__)
         home = self._homes.get(beginning)
         if home in free and load[home] <= load[best] + max(1, room[best] // 16):
@@ -153,15 +162,27 @@ class Replicas:
         self.check()  # now: one that ends later puts something into the mail
         return number, mail
 
-    def send(self, engine: int, key: Key, message: bytes) -> None:
-        """Give a request to an engine."""
+    def assign(self, engine: int, key: Key) -> None:
+        """Count a request among those of an engine, which is yet to be sent there."""
         with self._state.lock:
             self._state.going[key] = engine
             self._state.load[engine] += 1
-        self._tell(engine, "add", key, message)
 
-    def done(self, key: Key) -> bool:
-        return self._state.done(key)
+    def send(self, key: Key, message: bytes) -> None:
+        """Give a request to its engine, unless its call is over. From a thread that no interrupt strikes."""
+        engine = self._state.going.get(key)
+        if engine is None:
+            return
+        pipe, lock = self._pipes[engine - 1]
+        with lock, contextlib.suppress(OSError):  # it has ended, which the thread that reads says better
+            if key in self._state.going:  # else its call has given it up, and told the engine so before this
+                pipe.send(("add", key, message))
+
+    def give_back(self, key: Key, item: Any) -> None:
+        """A request that cannot be sent goes into the mail of its call."""
+        mail = self._state.mail.get(key[0])
+        if self._state.done(key) and mail is not None:
+            mail.put((key, Unsent(item)))
 
     def over(self, call: int) -> None:
         """A call has ended: what it still has anywhere is given up."""
@@ -171,15 +192,10 @@ class Replicas:
             if key[0] == call and self._state.done(key):
                 left.setdefault(engine, []).append(key)
         for engine, keys in left.items():
-            self._tell(engine, "drop", keys)
-
-    def _tell(self, engine: int, *message: Any) -> None:
-        pipe, lock = self._pipes[engine - 1]
-        try:
-            with lock, interrupts_held():  # half a message would be the end of all that follow
-                pipe.send(message)
-        except OSError:  # it has ended, which the thread that reads says better
-            pass
+            pipe, lock = self._pipes[engine - 1]
+            # Half a message would be the end of all that follow.
+            with interrupts_held(), lock, contextlib.suppress(OSError):
+                pipe.send(("drop", keys))
 
     def check(self) -> None:
         """Whether all of them are there.
@@ -223,9 +239,9 @@ def start_replicas(maker: str, arguments: Mapping[str, Any]) -> Replicas | None:
     return Replicas(maker, [same | {"device": str(places[n]), "seed": seed + n} for n in range(1, size)])
 
 
-def room_of(seats: int) -> int:
-    """How many requests an engine should have at most: those in its steps, and as many prepared ahead as is useful."""
-    return seats + min(seats, MOST_AHEAD)
+def room_of(service: Service) -> int:
+    """How many requests an engine should have at most: those in its steps, and those prepared ahead."""
+    return service.engine.scheduler.max_num_seqs + service.ahead
 
 
 def _started(size: int) -> tuple[subprocess.Popen, Connection]:

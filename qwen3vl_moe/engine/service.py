@@ -47,12 +47,15 @@ class Service:
         self, items: list, prepare: Prepare, kind: str, params: list[SamplingParams], return_exceptions: bool
     ) -> Answers:
         """See :meth:`.LLM.as_completed`. Requests begin when the first answer is asked for."""
-        # Images take far more memory as pixels than as files: only so many requests are prepared ahead.
-        ahead = min(self.engine.scheduler.max_num_seqs, MOST_AHEAD)
         pairs = list(zip(items, params, strict=True))
-        intake = Intake(lambda pair: self.prepared(prepare, pair), pairs, ahead)
+        intake = Intake(lambda pair: self.prepared(prepare, pair), pairs, self.ahead)
         answers = self.serve(intake, params.__getitem__)
         return answers if return_exceptions else first_error_raised(answers, kind, len(items))
+
+    @property
+    def ahead(self) -> int:
+        """How many requests are prepared ahead: images take far more memory as pixels than as files."""
+        return min(self.engine.scheduler.max_num_seqs, MOST_AHEAD)
 
     def stream(self, item: Any, prepare: Prepare, params: SamplingParams) -> Generator[RequestOutput, None, None]:
         """See :meth:`.LLM.stream`. The prompt is made and checked at once, the request begins with the first output."""

@@ -55,7 +55,8 @@ def load_llm(
     Raises:
         UserError: one of them cannot be used.
     """
-    asked = {name: value for name, value in locals().items() if name != "engine_options"} | engine_options
+    asked = dict(locals())
+    asked |= asked.pop("engine_options")
     if load_format not in LOAD_FORMATS:
         raise OptionError(f"--load-format {load_format!r} is unknown; choose from {', '.join(LOAD_FORMATS)}")
     if load_format == "auto":

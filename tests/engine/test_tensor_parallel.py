@@ -1,18 +1,25 @@
 """Engines of two and four ranks, in processes that talk through gloo, answer as one rank does."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torch.distributed import HashStore, ProcessGroupGloo
 
 from qwen3vl_moe.engine import LLM, SamplingParams
 from qwen3vl_moe.errors import OptionError, RankError
+from qwen3vl_moe.inputs.tokenizer import VIDEO_PLACEHOLDER
 from tests.engine.conftest import PROMPTS, check_leaks
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "progress": False, "max_model_len": 192}
@@ -75,7 +82,48 @@ def test_log_probabilities_are_those_of_one(alone, two):
             assert all(abs(our[token].logprob - their[token].logprob) < 1e-4 for token in our)
 
 
-def test_settings_and_a_step_are_those_of_all(two):
+def answers_to_all_kinds(llm):
+    """Ids and texts of requests that ask for more than tokens of text, all in one batch."""
+    frames = [Image.new("RGB", (16, 24), (20 * number, 90, 0)) for number in range(5)]
+    video = {"prompt": f"One {VIDEO_PLACEHOLDER} and", "multi_modal_data": {"video": frames}}
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    asked = [
+        (video, greedy(max_tokens=20, prompt_logprobs=1)),
+        (PROMPTS["one image"], SamplingParams(temperature=1.0, seed=3, n=2, max_tokens=10)),
+        (TEXT, SamplingParams(temperature=0, max_tokens=40, structured_outputs={"json": schema})),
+        (TEXT, greedy(max_tokens=30, stop="e")),
+    ]
+    for seed in range(4):
+        form = {"choice": ["yes", "maybe", "no"]}
+        asked.append((TEXT, SamplingParams(temperature=1.0, seed=seed, max_tokens=12, structured_outputs=form)))
+    outputs = llm.generate(*map(list, zip(*asked, strict=True)))
+    assert all(output.outputs[0].text in ("yes", "maybe", "no") for output in outputs[4:])
+    assert json.loads(outputs[2].outputs[0].text).keys() == {"a"}
+    return [[(answer.token_ids, answer.text) for answer in output.outputs] for output in outputs]
+
+
+def test_videos_grammars_and_all_else_that_goes_with_a_request(alone, two):
+    assert answers_to_all_kinds(two) == answers_to_all_kinds(alone)
+
+
+def test_sums_have_the_same_bits_on_all_ranks_each_time():
+    """As gloo takes them, of sizes that do not divide."""
+    store, size, sums = HashStore(), 4, {}
+
+    def rank(number):
+        group = ProcessGroupGloo(store, number, size, timedelta(seconds=60))
+        for again in range(3):
+            part = torch.randn(3, 1237, generator=torch.Generator().manual_seed(number))
+            group.allreduce([part]).wait()
+            sums[number, again] = part
+
+    with ThreadPoolExecutor(size) as pool:
+        list(pool.map(rank, range(size)))
+    assert len(sums) == 3 * size
+    assert all(torch.equal(total, sums[0, 0]) for total in sums.values())
+
+
+def test_the_other_rank_is_one_process(two):
     assert two.settings["tensor_parallel_size"] == 2
     assert len(children()) == 1
 
