@@ -2,11 +2,14 @@
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from tma_moe.launcher import Launch
 from tma_moe.pdl import take_turn
+from tma_moe.support import has_pdl
 
 
 @triton.jit
@@ -56,9 +59,27 @@ def combine(
     tl.store(y_ptr + t * H + cols, y.to(y_ptr.dtype.element_ty), mask=cols < H)
 
 
+def combine_rows(
+    stream: int, rows: Tensor, ids_TK: Tensor, weights_TK: Tensor, num_experts: int, kept: bool, y_TH: Tensor
+) -> None:
+    """Writes the sums to y, with its device current.
+
+    Args:
+        stream: handle of the stream.
+        rows: [T * K, H], the down products by slot; for the rest, see `Uncombined`.
+    """
+    (T, K), H, device = ids_TK.shape, y_TH.shape[1], y_TH.device
+    launch, columns = _launch(device, (y_TH.dtype, ids_TK.dtype, weights_TK.dtype), H, num_experts, K, kept)
+    launch(stream, (T, columns, 1), rows, ids_TK, weights_TK, y_TH)
+
+
 @functools.cache
-def combine_launch(H: int, E: int, K: int, kept: bool, pdl: bool) -> tuple[Launch, int]:
-    """The launch of `combine`, and how many programs share a token; `kept` as in `Uncombined`, `pdl`: pdl.py."""
+def _launch(
+    device: torch.device, dtypes: tuple[torch.dtype, ...], H: int, E: int, K: int, kept: bool
+) -> tuple[Launch, int]:
+    """The launch of `combine`, and how many programs share a token."""
+    # Dtypes are only part of the key: a compiled kernel belongs to them.
+    pdl = has_pdl(device)
     # 256 columns per warp: each thread loads 16 bytes of each row, and no thread shares a column with another.
     block_topk = triton.next_power_of_2(K)
     cols = min(triton.next_power_of_2(H), max(256, 8192 // block_topk))

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from tma_moe import block_fp8, routing
-from tma_moe.combine import combine_launch
+from tma_moe.combine import combine_rows
 from tma_moe.expert_weights import ExpertWeights
 from tma_moe.gemm import fp8_gemv, gemv
 from tma_moe.gemm.product import Product, Sizes, product
@@ -61,7 +61,6 @@ class GroupedRecipe:
         self.down: Product = product("down", choice.down, sizes)
         tiles = (choice.up.rows, self.up.step, choice.down.rows, self.down.step)
         self.grouping = routing.Grouping(sizes.E, tiles, sizes.pdl)
-        self.combine, self.combine_columns = combine_launch(sizes.H, sizes.E, sizes.K, choice.down.keep, sizes.pdl)
 
     def run(
         self, x_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, experts: ExpertWeights, combine: bool = True
@@ -78,7 +77,7 @@ class GroupedRecipe:
             rows_TKH = rows.view(*ids_TK.shape, self.sizes.H)
             return Uncombined(rows_TKH, ids_TK, weights_TK, self.sizes.E, self.down.tiles.keep)
         y_TH = torch.empty_like(x_TH)
-        self.combine(stream, (len(x_TH), self.combine_columns, 1), rows, ids_TK, weights_TK, y_TH)
+        combine_rows(stream, rows, ids_TK, weights_TK, self.sizes.E, self.down.tiles.keep, y_TH)
         return y_TH
 
     def _hidden(self, pairs: int, x_TH: Tensor) -> Tensor | tuple[Tensor, Tensor]:

@@ -27,16 +27,14 @@ class Uncombined:
 
     def combined(self) -> Tensor:
         """The sums [T, H], in the dtype of the rows: what `combine=True` would have given."""
-        from tma_moe.combine import combine_launch
+        from tma_moe.combine import combine_rows
         from tma_moe.launcher import current_stream, device_guard
-        from tma_moe.support import has_pdl
 
-        T, K, H = self.rows_TKH.shape
-        launch, columns = combine_launch(H, self.num_experts, K, self.kept, has_pdl(self.rows_TKH.device))
+        T, _, H = self.rows_TKH.shape
         y_TH = self.rows_TKH.new_empty(T, H)
         with device_guard(y_TH.device):
             stream = current_stream(y_TH.device)
-            launch(stream, (T, columns, 1), self.rows_TKH, self.ids_TK, self.weights_TK, y_TH)
+            combine_rows(stream, self.rows_TKH, self.ids_TK, self.weights_TK, self.num_experts, self.kept, y_TH)
         return y_TH
 
     def __getitem__(self, tokens: Tensor) -> Uncombined:

@@ -257,6 +257,19 @@ def test_other_models(sizes, T):
     assert_as_good_as_the_dtype(y, *inputs, layer, in_float32(layer))
 
 
+def test_one_shape_in_several_dtypes():
+    """One after the other in one process: a kernel that is kept for one dtype must not read another."""
+    sizes = 8, 256, 128
+    for dtype in (torch.bfloat16, torch.float16):
+        layer = make_experts(dtype=dtype, sizes=sizes)
+        for ids_dtype, weights_dtype in ((torch.int32, torch.float32), (torch.int64, torch.float32), (None, dtype)):
+            x, ids, weights = make_inputs(77, dtype=dtype, sizes=(8, 4, 256))
+            inputs = x, ids.to(ids_dtype or torch.int64), weights.to(weights_dtype)
+            for backend in ("tma", "triton"):
+                y = tma_moe.fused_moe(*inputs, layer, backend=backend)
+                assert_as_good_as_the_dtype(y, *inputs, layer, in_float32(layer))
+
+
 def test_host_time_by_policy():
     """48 layers launched eagerly at 64 tokens: `owned` must cost the host less than either other policy.
 
