@@ -25,13 +25,13 @@ class Uncombined:
     num_experts: int
     kept: bool
 
-    def combined(self) -> Tensor:
-        """The sums [T, H], in the dtype of the rows: what `combine=True` would have given."""
+    def combined(self, out: Tensor | None = None) -> Tensor:
+        """The sums [T, H], in the dtype of the rows: what `combine=True` would have given. `out`: where to."""
         from tma_moe.combine import combine_rows
         from tma_moe.launcher import current_stream, device_guard
 
         T, _, H = self.rows_TKH.shape
-        y_TH = self.rows_TKH.new_empty(T, H)
+        y_TH = self.rows_TKH.new_empty(T, H) if out is None else out
         with device_guard(y_TH.device):
             stream = current_stream(y_TH.device)
             combine_rows(stream, self.rows_TKH, self.ids_TK, self.weights_TK, self.num_experts, self.kept, y_TH)

@@ -178,6 +178,10 @@ class StepGraphs:
         made.graph.replay()
         return self._logits_SV[:num_logits]
 
+    def forget(self) -> None:
+        """Free all graphs; what is replayed afterwards is captured anew."""
+        self._graphs.clear()
+
     def _embed(self, batch: Batch, ids_T: Tensor) -> None:
         """Embeddings and DeepStack rows of this step, in the buffers that all prefill graphs read."""
         self._x_TH[: len(ids_T)] = self.model.text.embed(ids_T)

@@ -40,6 +40,8 @@ class Executor:
         if uses_graphs(model, options):
             self._steps = StepGraphs(model, cache, options.seats, max_model_len)
             self._images = VisionGraphs(model)
+            if workers is not None:
+                workers.before_end(self._steps.forget)
 
     @torch.inference_mode()
     def warm_up(self, progress: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from qwen3vl_moe.engine.kv_cache import KVCache, cached_sizes, plan_cache
 from qwen3vl_moe.engine.memory import free_cache_bytes
 from qwen3vl_moe.engine.options import EngineOptions
@@ -22,6 +24,10 @@ def prepare(model: Qwen3VLMoe, options: EngineOptions, progress: bool) -> tuple[
         raise OptionError(f"kv_cache_dtype='fp8' cannot be used here: {problem}; use kv_cache_dtype='auto'")
     on_gpu, ranks = model.device.type == "cuda", model.ranks
     most = options.with_seats(None, on_gpu)
+    rows = most.max_prefill_tokens + most.seats
+    slower = ranks.share_memory(rows, model.config.text.hidden_size, model.dtype, model.device)
+    if slower is not None and ranks.first:
+        warnings.warn(f"NCCL takes the sums over ranks, which is slower: {slower}", stacklevel=2)
     compile_kernels(model, most, progress)
     free_bytes = None if options.num_blocks else free_cache_bytes(model, most)
     if free_bytes is not None:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -59,6 +59,7 @@ class _State:
     inside: bool = False
     ending: bool = False
     told: threading.Event = field(default_factory=threading.Event)
+    before_end: list[Callable[[], object]] = field(default_factory=list)
 
 
 class Workers:
@@ -143,6 +144,13 @@ class Workers:
             finally:
                 state.inside = False
 
+    def before_end(self, forget: Callable[[], object]) -> None:
+        """Have ``forget()`` called when the ranks end; it must not hold this object.
+
+        NCCL does not leave its group while a CUDA graph that it is part of is alive: it would wait for ever.
+        """
+        self._state.before_end.append(forget)
+
     def close(self) -> None:
         """End all of them. Their memory is free afterwards."""
         self._end()
@@ -193,7 +201,7 @@ def _watch(rank: int, process: subprocess.Popen, processes: list[subprocess.Pope
         time.sleep(0.05)
     if state.inside and not state.ending:
         print(f"error: {state.failure}, and this process waits for it in vain", file=sys.stderr, flush=True)
-        _end(processes, state, os.getpid())
+        end(processes)
         os._exit(1)
 
 
@@ -222,11 +230,17 @@ def _end(processes: list[subprocess.Popen], state: _State, owner: int) -> None:
         return
     state.ending = True
     end(processes)
-    if dist.is_initialized():
-        if not processes and state.failure is None:  # torchrun started them
-            announced.tell(announced.END)
-            Ranks(0, dist.get_world_size()).least(0)  # none leaves while another still reads
-        dist.destroy_process_group()
+    while state.before_end:
+        state.before_end.pop()()
+    if not dist.is_initialized():
+        return
+    if not processes and state.failure is None:  # torchrun started them
+        announced.tell(announced.END)
+        Ranks(0, dist.get_world_size()).least(0)  # none leaves while another still reads
+    # Where another rank has failed, a kernel may wait for it for ever, and NCCL for the kernel.
+    leave = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    leave.start()
+    leave.join(None if state.failure is None else _STUCK)
 
 
 def end(processes: Sequence[subprocess.Popen]) -> None:

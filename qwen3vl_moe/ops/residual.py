@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from qwen3vl_moe.ops.block_linear import BlockLinear
@@ -52,7 +53,7 @@ class ResidualStream:
         if self._open is not None:
             raise RuntimeError("ResidualStream.add: the output before this one has not been taken in by normed() yet")
         if not self._ranks.alone:
-            self._open = self._ranks.sum(_closed(y))
+            self._open = self._ranks.sum(_closed(y, self._ranks.room(self._x_TH)))
         elif not isinstance(y, OpenProduct):
             self._open = y
         elif isinstance(y.linear, BlockLinear):
@@ -90,11 +91,17 @@ class ResidualStream:
         return part
 
 
-def _closed(y: Addend) -> Tensor:
-    """What is to be added, computed to its end."""
+def _closed(y: Addend, room: Tensor | None) -> Tensor:
+    """What is to be added, computed to its end; in ``room`` if there is any."""
+    if isinstance(y, Uncombined):
+        return y.combined(room)
     if isinstance(y, OpenProduct):
-        return y.linear(y.x_TA)
-    return y.combined() if isinstance(y, Uncombined) else y
+        if room is not None and isinstance(y.linear, nn.Linear):
+            return torch.mm(y.x_TA, y.linear.weight.T, out=room)
+        closed = y.linear(y.x_TA)
+    else:
+        closed = y
+    return closed if room is None else room.copy_(closed)
 
 
 def _sum(x_TH: Tensor, y: Tensor | Uncombined | None) -> Tensor:

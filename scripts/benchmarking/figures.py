@@ -20,7 +20,7 @@ from qwen3vl_moe.errors import OptionError
 
 SUFFIXES = (".png", ".pdf", ".svg")
 # Colours that people with the usual kinds of colour blindness can tell apart (Okabe and Ito), and lines for the rest.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C", "#F0E442")
 LINES = ("-", "--", "-.", ":")
 MOST_CURVES = 6
 LUMP = "vision + prefill"  # transformers' stages are not told apart

@@ -19,6 +19,7 @@ KINDS = {
     "quantising": r"quantise_rows",
     "routing and combine": r"route_topk|group_few|count_pairs|group_many|^combine",
     "norms and rotation": r"add_norm|norm_rotate_store",
+    "sums over ranks": r"all_?reduce",
     "projections and head": r"gemm|gemv|cutlass|nvjet|xmma|splitk|hopper_block_linear|^_(one|some|odd)_rows",
     "the rest": "",
 }

@@ -1,10 +1,17 @@
 """Two GPUs that share a model or its requests, through NCCL, replayed from CUDA graphs and not."""
 
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarking.loading import load_llm
 from qwen3vl_moe.engine import LLM, SamplingParams
+from qwen3vl_moe.engine.workers import join
 from tests.engine.conftest import PROMPTS, check_leaks
 from tests.engine.test_tensor_parallel import children, greedy, ids
 
@@ -12,7 +19,35 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
+ROOT = Path(__file__).resolve().parents[2]
 MIX = [f"Hello {number}, how are you?" for number in range(20)] + list(PROMPTS.values()) * 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 2048), torch.bfloat16), ((300, 2048), torch.bfloat16), ((5, 48), torch.float32)]
+)
+def test_sums_through_shared_memory(shape, dtype, tmp_path):
+    """Beside NCCL's: with two ranks there is one order, so the bits are the same."""
+    torch.multiprocessing.spawn(_sum_both_ways, (shape, dtype, tmp_path), nprocs=2)
+    assert len(list(tmp_path.glob("right*"))) == 2
+
+
+def _sum_both_ways(rank, shape, dtype, tmp_path):
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    ranks = join(rank, 2, device, torch.distributed.FileStore(str(tmp_path / "store"), 2))
+    parts = [torch.randn(shape, generator=torch.Generator().manual_seed(n)).to(device, dtype) for n in (rank, 2 + rank)]
+    expected = [ranks.sum(part.clone()) for part in parts]
+    assert ranks.room(parts[0]) is None
+    assert ranks.share_memory(300, 2048, dtype, device) is None
+    room = ranks.room(parts[0])
+    for part, right in zip(parts, expected, strict=True):
+        assert torch.equal(ranks.sum(part.clone()), right)
+        assert torch.equal(ranks.sum(room.copy_(part)), right)
+    assert ranks.room(torch.empty(301, 2048, device=device, dtype=dtype)) is None
+    torch.cuda.synchronize()
+    ranks.least(0)
+    (tmp_path / f"right{rank}").touch()
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +81,22 @@ def test_graphs_on_two_ranks_say_the_same_each_time():
     check_leaks(llm)
     llm.close()
     assert not children()
+
+
+def test_a_killed_rank_ends_a_program_within_ten_seconds():
+    """In the middle of a step, where the first rank's GPU waits for the other one's."""
+    program = f"""
+import os, signal, sys, threading, time
+sys.path[:0] = {[str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]}
+from benchmarking.loading import load_llm
+from qwen3vl_moe import SamplingParams
+llm = load_llm(None, load_format="dummy", tensor_parallel_size=2, max_model_len=4096, max_num_seqs=8)
+[worker] = llm._workers._processes
+threading.Timer(2, lambda: (print("killed", time.time(), flush=True), os.kill(worker.pid, signal.SIGKILL))).start()
+llm.generate(["Hello"], SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
+    ended = time.time()
+    assert done.returncode, "it went on without the other rank"
+    assert ended - float(re.search("killed ([0-9.]+)", done.stdout)[1]) < 10
+    assert "rank 1 was killed (SIGKILL)" in done.stderr.strip().splitlines()[-1]
