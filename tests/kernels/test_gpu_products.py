@@ -120,8 +120,8 @@ def test_every_tile_of_the_files_by_value(name, experts, float32_weights, fp8_ex
     if tiles.kernel == "fp8_tokens_m_ws":  # which has no other partner
         partner = replace(tiles, cols=256 if role == "up" else 128, keep=False)
     if tiles.kernel in ("portable", "fp8_portable"):  # nor have these
-        partner = Tiles(tiles.kernel, 16, 64, 128, 4, 2, weights_m=True)
-    if tiles.kernel in FP8_KERNELS:
+        partner = Tiles(tiles.kernel, 16, 128, 128, 4, 2, weights_m=True)
+    if tiles.kernel in (*FP8_KERNELS, "fp8_portable"):
         experts, float32_weights = fp8_experts, in_float32(fp8_experts)
     choice = Choice(None, tiles, partner) if role == "up" else Choice(None, partner, tiles)
     inputs = make_inputs(T)
