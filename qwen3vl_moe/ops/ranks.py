@@ -28,7 +28,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
-        self._shared: SharedMemory | None = None
+        self.shared: SharedMemory | None = None  # where GPUs reach each other's memory
 
     @property
     def alone(self) -> bool:
@@ -44,7 +44,7 @@ class Ranks:
             return None
         shared, problem = SharedMemory.of_group(rows, width, dtype, device)
         if self.least(int(problem is None)):
-            self._shared = shared
+            self.shared = shared
             return None
         return problem or "another rank cannot"
 
@@ -53,13 +53,13 @@ class Ranks:
 
         It holds the sum until the next one is taken.
         """
-        return None if self._shared is None else self._shared.room(like)
+        return None if self.shared is None else self.shared.room(like)
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of every rank's part, on all of them, in the memory of the part."""
         if self.alone:
             return part
-        shared, room = self._shared, self.room(part)
+        shared, room = self.shared, self.room(part)
         if shared is None or room is None:
             dist.all_reduce(part)
         elif room.data_ptr() == part.data_ptr():

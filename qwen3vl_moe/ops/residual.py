@@ -42,6 +42,7 @@ class ResidualStream:
     def __init__(self, x_TH: Tensor, ranks: Ranks = ALONE):
         self._x_TH, self._ranks = x_TH, ranks
         self._open: Tensor | Uncombined | None = None  # added where the next norm is taken
+        self._is_part = False  # whether that is this rank's part of a sum, which the norm takes, too
 
     def add(self, y: Addend) -> None:
         """Add a layer's output.
@@ -52,7 +53,10 @@ class ResidualStream:
         """
         if self._open is not None:
             raise RuntimeError("ResidualStream.add: the output before this one has not been taken in by normed() yet")
-        if not self._ranks.alone:
+        shared = self._ranks.shared
+        if shared is not None and shared.joins(self._x_TH) and takes_kernels(self._x_TH):
+            self._open, self._is_part = y.linear(y.x_TA) if isinstance(y, OpenProduct) else y, True
+        elif not self._ranks.alone:
             self._open = self._ranks.sum(_closed(y, self._ranks.room(self._x_TH)))
         elif not isinstance(y, OpenProduct):
             self._open = y
@@ -67,11 +71,16 @@ class ResidualStream:
 
     def normed(self, norm: nn.RMSNorm | nn.LayerNorm) -> Tensor:
         """The norm of all that was added so far, [T, H]; new memory."""
-        y, self._open = self._open, None
+        y, is_part = self._open, self._is_part
+        self._open, self._is_part = None, False
+        eps = norm.eps or 0.0
+        if is_part and y is not None and self._ranks.shared is not None:
+            from qwen3vl_moe.ops.kernels.ranks import sum_add_norm
+
+            return sum_add_norm(self._x_TH, y, self._ranks.shared, norm.weight, eps)
         if takes_kernels(self._x_TH):
             from qwen3vl_moe.ops.kernels.residual import add_norm, combine_add_norm
 
-            eps = norm.eps or 0.0
             if isinstance(y, Uncombined):
                 return combine_add_norm(self._x_TH, y, norm.weight, eps)
             return add_norm(self._x_TH, y, norm.weight, eps, getattr(norm, "bias", None))
@@ -80,6 +89,8 @@ class ResidualStream:
 
     def total(self) -> Tensor:
         """All that was added so far, [T, H]. It may be the stream's own memory: read it before the next call."""
+        if self._is_part:
+            raise TypeError("ResidualStream: a pending sum over ranks can only be consumed by normed()")
         return _sum(self._x_TH, self._open)
 
     def rows(self, rows_R: Tensor | None) -> ResidualStream:
@@ -87,7 +98,7 @@ class ResidualStream:
         if rows_R is None:
             return self
         part = ResidualStream(self._x_TH[rows_R], self._ranks)
-        part._open = None if self._open is None else self._open[rows_R]
+        part._open, part._is_part = None if self._open is None else self._open[rows_R], self._is_part
         return part
 
 

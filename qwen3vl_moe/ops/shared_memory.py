@@ -10,16 +10,29 @@ _DTYPES = torch.bfloat16, torch.float32  # of which torch's kernel takes sums
 
 
 class SharedMemory:
-    """Room for one part of a sum on each GPU of torch.distributed's default group; made by :meth:`of_group`."""
+    """Room for a part of a sum on each GPU of torch.distributed's default group; made by :meth:`of_group`.
 
-    def __init__(self, buffer: Tensor, group: str):
-        self._buffer, self._group = buffer, group
+    Attributes:
+        rank, size: this GPU's place in the group, and how many there are.
+        joined_rows: most rows of a sum that the norm after it takes by itself (kernels/ranks.py): so few that a launch
+            costs more than reading every part on every GPU.
+        rooms, flags: int64 [size], where memory for such sums and their flags lie on each GPU.
+    """
 
-    @staticmethod
+    joined_rows = 128
+
+    def __init__(self, rank: int, size: int, group: str, buffer: Tensor, rooms: Tensor, flags: Tensor, owned: object):
+        self.rank, self.size, self._group, self._buffer = rank, size, group, buffer
+        self.rooms, self.flags, self._owned, self._turn = rooms, flags, owned, 0
+
+    @classmethod
     def of_group(
-        rows: int, width: int, dtype: torch.dtype, device: torch.device
+        cls, rows: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[SharedMemory | None, str | None]:
-        """The memory, or why there is none. All of the group have to call it, each with its own device."""
+        """The memory, or why there is none. All of the group have to call it, each with its own device.
+
+        Flags have to be down on all GPUs before the first use: wait for all of the group once after it.
+        """
         from torch.distributed import _symmetric_memory as symmetric  # half a second, which one rank does not need
 
         if dtype not in _DTYPES:
@@ -29,18 +42,36 @@ class SharedMemory:
             return None, "these GPUs do not reach each other's memory"
         group = dist.group.WORLD
         assert group is not None  # ranks are in one
+        size = dist.get_world_size()
         try:
             buffer = symmetric.empty(rows * width, dtype=dtype, device=device)
             symmetric.rendezvous(buffer, group)
+            joined = symmetric.empty(2 * cls.joined_rows * width, dtype=dtype, device=device)
+            flags = symmetric.empty(cls.joined_rows * size, dtype=torch.int32, device=device)
+            flags.zero_()
+            torch.cuda.synchronize(device)
+            addresses = [
+                torch.tensor(symmetric.rendezvous(each, group).buffer_ptrs, dtype=torch.int64, device=device)
+                for each in (joined, flags)
+            ]
         except RuntimeError as error:  # the system may forbid what it needs, as some containers do
             return None, f"torch's symmetric memory: {str(error).splitlines()[0]}"
-        return SharedMemory(buffer, group.group_name), None
+        return cls(dist.get_rank(), size, group.group_name, buffer, *addresses, owned=(joined, flags)), None
 
     def room(self, like: Tensor) -> Tensor | None:
         """Memory of the shape and dtype of ``like``; None if it is too large, or of another dtype."""
         if like.numel() > self._buffer.numel() or like.dtype != self._buffer.dtype:
             return None
         return self._buffer[: like.numel()].view(like.shape)
+
+    def joins(self, x_TH: Tensor) -> bool:
+        """Whether the norm after a sum of this shape takes the sum by itself."""
+        return 0 < len(x_TH) <= self.joined_rows and x_TH.dtype == self._buffer.dtype
+
+    def next_turn(self) -> int:
+        """0 and 1 by turns."""
+        self._turn ^= 1
+        return self._turn
 
     def sum_(self, part: Tensor) -> Tensor:
         """The sum of all parts, each of which was written to such room, in place.

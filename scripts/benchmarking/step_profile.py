@@ -18,8 +18,8 @@ KINDS = {
     "experts": r"(gemv|weights_m|weights_m_ws|tokens_m_ws)_(up|down)",
     "quantising": r"quantise_rows",
     "routing and combine": r"route_topk|group_few|count_pairs|group_many|^combine",
+    "sums over ranks": r"all_?reduce|sum_add_norm",  # few rows with the norm after it
     "norms and rotation": r"add_norm|norm_rotate_store",
-    "sums over ranks": r"all_?reduce",
     "projections and head": r"gemm|gemv|cutlass|nvjet|xmma|splitk|hopper_block_linear|^_(one|some|odd)_rows",
     "the rest": "",
 }

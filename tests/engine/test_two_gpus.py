@@ -28,6 +28,7 @@ def test_sums_through_shared_memory(tmp_path):
     program = f"""
 import sys, torch
 from qwen3vl_moe.engine.workers import join
+from tests.engine.joined_sums import check_joined
 rank = int(sys.argv[1])
 device = torch.device("cuda", rank)
 torch.cuda.set_device(device)
@@ -43,6 +44,8 @@ for number, (*shape, dtype) in enumerate([(1, 2048, half), (300, 2048, half), (5
         assert torch.equal(ranks.sum(part.clone()), right)
         assert torch.equal(ranks.sum(room.copy_(part)), right)
     assert ranks.room(torch.empty(301, 2048, device=device, dtype=dtype)) is None
+    if dtype is half:
+        check_joined(ranks, device)
     torch.cuda.synchronize()
     ranks.least(0)
     torch.distributed.destroy_process_group()

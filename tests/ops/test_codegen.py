@@ -20,6 +20,7 @@ from qwen3vl_moe.ops.kernels import (
     packed_attention,
     paged_decode,
     patches,
+    ranks,
     residual,
     resize,
     rotation,
@@ -79,6 +80,18 @@ def test_combine_add_and_norm(evict):
     assert made.registers <= 128  # two programs of 256 threads a multiprocessor at the least
     assert made.count("ld.global") >= 8
     assert ".v4.b32" in made.ptx  # 16 bytes a thread
+    made.assert_takes_turn(reads_early=False)
+
+
+@pytest.mark.parametrize("of_sum", [(0, 0, 1), (128, 8, 8)], ids=["a part", "a sum over experts"])
+def test_sum_over_ranks_add_and_norm(of_sum):
+    int64 = torch.empty(16, dtype=torch.int64)
+    arguments = (BF16, BF16, INT32, FP32, BF16, int64, int64, BF16, 1e-6, 5)
+    constants = (2048, *of_sum, 2048, "", 1, 2, 128, True)
+    made = compile_for_hopper(ranks._sum_add_norm, arguments, constants, {"num_warps": 8})
+    assert made.spilled == 0
+    assert re.search(r"ld\.volatile\.global\.v4\.b32", made.ptx)  # 16 bytes a thread, of the other GPU
+    assert made.count("atom.global.release.sys.cas.b32") == made.count("atom.global.acquire.sys.cas.b32") == 1
     made.assert_takes_turn(reads_early=False)
 
 

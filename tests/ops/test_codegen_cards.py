@@ -22,10 +22,12 @@ from qwen3vl_moe.ops.kernels import (
     packed_attention,
     paged_decode,
     patches,
+    ranks,
     residual,
     resize,
     rotation,
 )
+from qwen3vl_moe.ops.shared_memory import SharedMemory
 from tests.kernels.codegen import GPUTarget, compile_for_hopper
 from tests.kernels.test_portable_codegen import CARDS
 from tma_moe import FP8, Uncombined, quantise, support
@@ -75,6 +77,10 @@ def everything(fp8: bool) -> None:
     residual.add_norm(empty(8, TOWER[2]), None, empty(TOWER[2]), 1e-6, empty(TOWER[2]))
     open_sum = Uncombined(empty(8, 8, H), empty(8, 8, **int32), empty(8, 8, dtype=torch.float32), 128, True)
     residual.combine_add_norm(x, open_sum, weight, 1e-6)
+    addresses = empty(2, dtype=torch.int64)
+    shared = SharedMemory(0, 2, "no group", x, addresses, addresses, owned=None)
+    for part in (x, open_sum):
+        ranks.sum_add_norm(x, part, shared, weight, 1e-6)
     caches = [empty(2, 16, 16, G, D)] + [empty(2, 16, 16, G, D + 4, dtype=torch.uint8)] * fp8
     starts, tables = empty(3, **int32), empty(2, 8, **int32)
     norms = [torch.nn.RMSNorm(D, eps=1e-6, device=META, dtype=torch.bfloat16) for _ in range(2)]

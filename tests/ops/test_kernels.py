@@ -12,10 +12,12 @@ import tma_moe
 from qwen3vl_moe.ops import Segments
 from qwen3vl_moe.ops.kernels.packed_attention import TILE, packed_attention, paged_attention
 from qwen3vl_moe.ops.kernels.paged_decode import paged_decode
+from qwen3vl_moe.ops.kernels.ranks import sum_add_norm
 from qwen3vl_moe.ops.kernels.residual import add_norm, combine_add_norm
 from qwen3vl_moe.ops.kernels.rotation import norm_rotate_store
 from qwen3vl_moe.ops.reference import attention as plain_attention
 from qwen3vl_moe.ops.reference import rotate
+from qwen3vl_moe.ops.shared_memory import SharedMemory
 from tests.interpreted import DEVICE, DTYPES, ON_GPU, runs_kernels
 
 ON_HOPPER = ON_GPU and torch.cuda.get_device_capability() == (9, 0)
@@ -81,6 +83,40 @@ def test_combine_add_and_norm(dtype, T, K, H, kept):
     alone = before[some]
     assert torch.equal(combine_add_norm(alone, y[some], weight, 1e-6), out[some])
     assert torch.equal(alone, x[some])
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of_experts", [False, True])
+def test_sum_over_ranks_add_and_norm(dtype, of_experts):
+    """The second of three ranks, alone: the others' parts are there, and their flags are up."""
+    T, H, K, E, rank = 5, 48, 3, 7, 1
+    x, weight = torch.randn(T, H, device=DEVICE, dtype=dtype), torch.rand(H, device=DEVICE, dtype=dtype) + 0.5
+    rows, weights = torch.randn(T, K, H, device=DEVICE, dtype=dtype), torch.rand(T, K, device=DEVICE)
+    ids = torch.randint(0, E, (T, K), device=DEVICE, dtype=torch.int32)
+    y = tma_moe.Uncombined(rows, ids, weights, E, False) if of_experts else rows[:, 0].contiguous()
+    own = (rows.double() * weights[..., None]).sum(1) if of_experts else rows[:, 0].double()
+    rooms = torch.randn(3, 2, 128, H, device=DEVICE, dtype=dtype)
+    flags = torch.zeros(3, 128, 3, dtype=torch.int32, device=DEVICE)
+    addresses = [torch.tensor([each.data_ptr() for each in of_all], device=DEVICE) for of_all in (rooms, flags)]
+    shared = SharedMemory(rank, 3, "no group", x, *addresses, owned=None)
+    for turn in (1, 0):
+        flags[rank, :T, [0, 2]] = 1
+        flags[0], flags[2] = 0, 0
+        parts = [rooms[0, turn, :T], own, rooms[2, turn, :T]]
+
+        def expected(kind, parts=parts):
+            total = x.to(kind) + sum(part.to(dtype).to(kind) for part in parts)
+            return total, F.rms_norm(total, (H,), weight.to(kind), 1e-6)
+
+        exact, plain, sum_TH = expected(torch.float64), expected(dtype), x.clone()
+        out = sum_add_norm(sum_TH, y, shared, weight, 1e-6)
+        within_rounding(rooms[rank, turn, :T], own, own.to(dtype))
+        within_rounding(sum_TH, exact[0], plain[0])
+        within_rounding(out, exact[1], plain[1])
+        raised = torch.zeros_like(flags)
+        raised[0, :T, rank] = raised[2, :T, rank] = 1  # those of this rank at the others, and its own are down again
+        assert torch.equal(flags, raised)
 
 
 @runs_kernels
