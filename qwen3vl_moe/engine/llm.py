@@ -105,7 +105,7 @@ class LLM:
         progress: bool = True,
         **engine_options: Any,
     ):
-        asked = dict(locals())
+        asked = dict(locals()) | {"progress": False}  # of other engines: one bar is enough
         del asked["self"], asked["engine_options"]
         options = parse_options(engine_options)
         self.name, self.options, self.random_weights, directory = str(model), options, False, resolve(model)

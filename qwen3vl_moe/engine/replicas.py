@@ -234,7 +234,7 @@ def start_replicas(maker: str, arguments: Mapping[str, Any]) -> Replicas | None:
         raise OptionError(
             f"data_parallel_size={size}{each} needs {size * ranks} GPUs from {device} on, but there are {there} in all"
         )
-    same = {**arguments, "data_parallel_size": 1, "progress": False}
+    same = {**arguments, "data_parallel_size": 1}
     places = [device if device.type == "cpu" else torch.device("cuda", first + n * ranks) for n in range(size)]
     return Replicas(maker, [same | {"device": str(places[n]), "seed": seed + n} for n in range(1, size)])
 

@@ -42,10 +42,12 @@ class Ranks:
         """Set memory aside for sums of up to ``rows`` rows, where these GPUs can; else why NCCL takes them all."""
         if self.alone or device.type != "cuda":
             return None
-        shared, problem = SharedMemory.of_group(rows, width, dtype, device)
-        if self.least(int(problem is None)):
-            self.shared = shared
-            return None
+        problem = SharedMemory.problem(dtype, device)
+        if self.least(int(problem is None)):  # of_group waits for all of them
+            shared, problem = SharedMemory.of_group(rows, width, dtype, device)
+            if self.least(int(problem is None)):
+                self.shared = shared
+                return None
         return problem or "another rank cannot"
 
     def room(self, like: Tensor) -> Tensor | None:

@@ -9,6 +9,9 @@ from torch import Tensor
 _DTYPES = torch.bfloat16, torch.float32  # of which torch's kernel takes sums
 
 
+_had_some = False  # this process, of any group
+
+
 class SharedMemory:
     """Room for a part of a sum on each GPU of torch.distributed's default group; made by :meth:`of_group`.
 
@@ -25,21 +28,31 @@ class SharedMemory:
         self.rank, self.size, self._group, self._buffer = rank, size, group, buffer
         self.rooms, self.flags, self._owned, self._turn = rooms, flags, owned, 0
 
+    @staticmethod
+    def problem(dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why this process can have none, as far as it knows by itself."""
+        if dtype not in _DTYPES:
+            return f"sums of {dtype} are not taken there"
+        index, there = device.index or 0, torch.cuda.device_count()
+        if not all(torch.cuda.can_device_access_peer(index, other) for other in range(there) if other != index):
+            return "these GPUs do not reach each other's memory"
+        return "this process has had such memory in a group that has ended" if _had_some else None
+
     @classmethod
     def of_group(
         cls, rows: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[SharedMemory | None, str | None]:
         """The memory, or why there is none. All of the group have to call it, each with its own device.
 
-        Flags have to be down on all GPUs before the first use: wait for all of the group once after it.
+        Only where none of them has a :meth:`problem`: they wait for each other. Flags have to be down on all GPUs
+        before the first use: wait for all of the group once after it.
         """
         from torch.distributed import _symmetric_memory as symmetric  # half a second, which one rank does not need
 
-        if dtype not in _DTYPES:
-            return None, f"sums of {dtype} are not taken there"
-        index, there = device.index or 0, torch.cuda.device_count()
-        if not all(torch.cuda.can_device_access_peer(index, other) for other in range(there) if other != index):
-            return None, "these GPUs do not reach each other's memory"
+        # Torch keeps what it knows of a group by its name, and all default groups of a process have the same one: the
+        # second would look for its members where those of the first met.
+        global _had_some
+        _had_some = True
         group = dist.group.WORLD
         assert group is not None  # ranks are in one
         size = dist.get_world_size()

@@ -75,3 +75,13 @@ def test_weights_do_not_depend_on_the_number_of_ranks(make_tiny, name, fp8):
     # FP8: an activation beside a rounding step, which is 1/16 of itself, may fall to its other side.
     tolerance = 0.02 if fp8 else 64 * torch.finfo(torch.float32).eps
     assert (several - alone).abs().max() <= tolerance * alone.abs().max()
+
+
+def test_several_engines_of_them_answer(blocks):
+    """Each engine draws the weights by itself, so greedy answers do not tell which of them made them."""
+    llm = load_llm(blocks.published, load_format="dummy", device="cpu", max_model_len=64, data_parallel_size=2)
+    try:
+        answers = llm.generate(["A b c"] * 4, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+        assert {tuple(answer.outputs[0].token_ids) for answer in answers} == {tuple(answers[0].outputs[0].token_ids)}
+    finally:
+        llm.close()
