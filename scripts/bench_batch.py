@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 
@@ -91,6 +90,7 @@ def _load(model: str | None, load_format: str, **arguments: Any) -> Any:
 
 def _write_pictures(path: Path, rows: int) -> Path:
     """JPEGs of noise, which cost the most to decode; the same in each run."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
