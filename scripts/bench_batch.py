@@ -40,8 +40,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def main(
     through: Annotated[str, typer.Option(help="process, or ray.")] = "process",
-    model: Annotated[str | None, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = None,
-    load_format: Annotated[str, typer.Option(help="auto, dummy (random weights) or dummy-fp8.")] = "auto",
+    model: cli.ModelOrSizes = None,
+    load_format: cli.LoadFormatOrSizes = "auto",
     routing: Annotated[str | None, typer.Option(help="With dummy: balanced or skewed.")] = None,
     actors: Annotated[int, typer.Option(min=1, help="Of Ray.")] = 1,
     num_gpus: Annotated[int, typer.Option(min=0, max=1, help="Of an actor or the process; 0: on CPUs.")] = 1,

@@ -24,6 +24,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+import cli_options as cli
 from program import any_text
 from qwen3vl_moe.errors import UserError
 
@@ -31,16 +32,14 @@ stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def main(
-    model: str | None = typer.Option(None, help="A checkpoint directory, a hub id, or 'demo'."),
-    load_format: str = typer.Option(
-        "auto", help="auto; dummy or dummy-fp8: random weights, of the 30B sizes without --model."
-    ),
-    routing: str = typer.Option("balanced", help="With dummy: balanced or skewed choice of experts."),
-    device: str = typer.Option("auto", help="auto, cuda, cuda:1, cpu."),
-    moe: str = typer.Option("auto", help="tma, triton, reference, auto."),
-    kv_cache_dtype: str = typer.Option("auto", help="auto or fp8."),
-    tensor_parallel_size: int = typer.Option(1, help="Divide every layer among so many GPUs."),
-    eager: bool = typer.Option(False, help="Launch every kernel instead of replaying CUDA graphs."),
+    model: cli.ModelOrSizes = None,
+    load_format: cli.LoadFormatOrSizes = "auto",
+    routing: cli.Routing = "balanced",
+    device: cli.Device = "auto",
+    moe: cli.Moe = "auto",
+    kv_cache_dtype: cli.KvCacheDtype = "auto",
+    tensor_parallel_size: cli.TensorParallelSize = 1,
+    eager: cli.Eager = False,
     quick: bool = typer.Option(False, help="Small sizes and few repetitions."),
     profile: bool = typer.Option(False, help="Show where the time of a step goes, too: needs a GPU."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the figures here."),

@@ -1,4 +1,4 @@
-"""The options that programs share, and what becomes of them: sampling, engine, what may be read."""
+"""The options that programs share, and what becomes of them: sampling, engine, random weights, what may be read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import typer
 
 from qwen3vl_moe.errors import OptionError
 
-Model = Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")]
+_MODEL = typer.Option(help="Checkpoint directory, hub id, or 'demo'.")
+Model = Annotated[str, _MODEL]
+ModelOrSizes = Annotated[str | None, _MODEL]  # of programs that take the 30B sizes without one
 Images = Annotated[list[str] | None, typer.Option(help="Image file or URL, before the text; repeatable.")]
 System = Annotated[str | None, typer.Option(help="A system message, before all else.")]
 
@@ -44,6 +46,12 @@ MaxPixels = Annotated[int | None, typer.Option(help="Resize larger images to thi
 Eager = Annotated[bool, typer.Option(help="Make no CUDA graphs: ready sooner, slower afterwards.")]
 ExpertLayout = Annotated[str | None, typer.Option(help="published or transformers5, if the checkpoint asks.")]
 Engine = Annotated[str | None, typer.Option(help="Other options of LLM(...), as JSON: '{\"block_size\": 32}'.")]
+
+LoadFormat = Annotated[str, typer.Option(help="auto; dummy or dummy-fp8: random weights.")]
+LoadFormatOrSizes = Annotated[
+    str, typer.Option(help="auto; dummy or dummy-fp8: random weights, of the 30B sizes without --model.")
+]
+Routing = Annotated[str, typer.Option(help="With dummy: balanced or skewed choice of experts.")]
 
 MediaRoot = Annotated[
     Path | None, typer.Option(help="Read images and videos from this directory and those in it alone.")
@@ -92,7 +100,7 @@ def engine_options(given: dict[str, Any]) -> dict[str, Any]:
         OptionError: --engine is no JSON object, or names an option again.
     """
     named = {name: given[name] for name in _ENGINE if given.get(name) is not None}
-    if given["eager"]:
+    if given.get("eager"):
         named["enforce_eager"] = True
     return named | _more("--engine", given.get("engine"), named)
 

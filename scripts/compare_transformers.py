@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import cli_options as cli
 from program import any_text
 from qwen3vl_moe.errors import OptionError, UserError
 
@@ -23,12 +24,12 @@ stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def main(
-    model: str | None = typer.Option(None, help="Checkpoint directory, hub id, or 'demo'."),
+    model: cli.ModelOrSizes = None,
     load_format: str = typer.Option("auto", help="auto, or dummy: random weights at the 30B sizes."),
     prompt: str = typer.Option("Describe what you see, and count from one to twenty.", help="Text of the prompt."),
     image: Path | None = typer.Option(None, help="An image for the second prompt (with a real checkpoint)."),
     video: Path | None = typer.Option(None, help="A video for a third prompt (with a real checkpoint)."),
-    device: str = typer.Option("auto", help="auto, cuda, cuda:1, cpu."),
+    device: cli.Device = "auto",
     dtype: str = typer.Option("bfloat16", help="bfloat16 or float16: what is judged."),
     moe: str = typer.Option("auto", help="Comma-separated: tma, triton, reference, auto."),
     layers: int | None = typer.Option(None, help="Fewer decoder layers (with dummy)."),
