@@ -47,7 +47,7 @@ class Limits:
     Attributes:
         waiting: answers beyond those that are computed at a time.
         body_bytes: of one request.
-        media: of its pictures.
+        media: of its pictures and videos.
     """
 
     waiting: int = 1024
