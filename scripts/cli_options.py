@@ -14,6 +14,8 @@ _MODEL = typer.Option(help="Checkpoint directory, hub id, or 'demo'.")
 Model = Annotated[str, _MODEL]
 ModelOrSizes = Annotated[str | None, _MODEL]  # of programs that take the 30B sizes without one
 Images = Annotated[list[str] | None, typer.Option(help="Image file or URL, before the text; repeatable.")]
+Videos = Annotated[list[str] | None, typer.Option(help="Video file or URL, after the images; repeatable.")]
+Fps = Annotated[float | None, typer.Option(help="Frames taken of a video's second. [default: the checkpoint's]")]
 System = Annotated[str | None, typer.Option(help="A system message, before all else.")]
 
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
