@@ -44,12 +44,15 @@ def main(
     profile: bool = typer.Option(False, help="Show where the time of a step goes, too: needs a GPU."),
     json_file: Path | None = typer.Option(None, "--json", help="Write the figures here."),
     plot_file: Path | None = typer.Option(None, "--plot", help="A picture of tokens/s over running sequences."),
+    data_parallel_size: cli.OneEngine = 1,
 ) -> None:
     """Measure the engine on this machine."""
     options = dict(locals())
+    del options["data_parallel_size"]
     from benchmarking.engine_steps import bench  # slow to import: not before --help has been answered
 
     try:
+        cli.require_one_engine(data_parallel_size, "gsm8k.py times several")
         bench(options)
     except UserError as error:
         stderr.print(f"error: {error}")

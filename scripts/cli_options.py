@@ -43,6 +43,7 @@ GpuMemoryUtilization = Annotated[float | None, typer.Option(help="Part of the GP
 KvCacheDtype = Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")]
 TensorParallelSize = Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")]
 DataParallelSize = Annotated[int, typer.Option(help="Answer requests by so many engines, on GPUs of their own.")]
+OneEngine = Annotated[int, typer.Option("--data-parallel-size", hidden=True)]  # of programs that drive one engine
 MinPixels = Annotated[int | None, typer.Option(help="Enlarge smaller images to this many pixels.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Resize larger images to this many pixels.")]
 Eager = Annotated[bool, typer.Option(help="Make no CUDA graphs: ready sooner, slower afterwards.")]
@@ -105,6 +106,16 @@ def engine_options(given: dict[str, Any]) -> dict[str, Any]:
     if given.get("eager"):
         named["enforce_eager"] = True
     return named | _more("--engine", given.get("engine"), named)
+
+
+def require_one_engine(data_parallel_size: int, instead: str) -> None:
+    """Refuse several engines where one is driven step by step.
+
+    Raises:
+        OptionError: there are to be several.
+    """
+    if data_parallel_size != 1:
+        raise OptionError(f"--data-parallel-size {data_parallel_size}: this program drives one engine; {instead}")
 
 
 def media_limits(given: dict[str, Any]) -> dict[str, Any]:

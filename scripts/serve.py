@@ -69,6 +69,7 @@ def main(
     gpu_memory_utilization: cli.GpuMemoryUtilization = None,
     kv_cache_dtype: cli.KvCacheDtype = "auto",
     tensor_parallel_size: cli.TensorParallelSize = 1,
+    data_parallel_size: cli.OneEngine = 1,
     eager: cli.Eager = False,
     prefix_caching: Annotated[bool, typer.Option(help="Let prompts reuse beginnings of earlier ones.")] = True,
     min_pixels: cli.MinPixels = None,
@@ -88,6 +89,7 @@ def main(
     at_least_1 |= {"--max-image-megapixels": max_image_megapixels, "--max-video-gigapixels": max_video_gigapixels}
     at_least_1 |= {"--max-video-frames": max_video_frames}
     try:
+        cli.require_one_engine(data_parallel_size, "start one server for each, behind a proxy that shares requests")
         for option, value in {**may_be_0, **at_least_1}.items():
             if value < (option in at_least_1):
                 raise OptionError(f"{option} {value} leaves nothing to serve; give a larger number")

@@ -46,6 +46,7 @@ def main(
     moe: cli.Moe = "auto",
     kv_cache_dtype: cli.KvCacheDtype = "auto",
     tensor_parallel_size: cli.TensorParallelSize = 1,
+    data_parallel_size: cli.OneEngine = 1,
     eager: cli.Eager = False,
     workload: Annotated[str, typer.Option(help="single, closed-loop, both.")] = "both",
     sizes: Annotated[str, typer.Option(help="Single stream: image sizes, HEIGHTxWIDTH.")] = (
@@ -87,11 +88,13 @@ def main(
 ) -> None:
     """Measure the time to first token, and serving under load, on this machine."""
     options = dict(locals())
+    del options["data_parallel_size"]
     import torch  # slow to import: not before --help has been answered
 
     results: dict[str, Any] = {}
     try:
         try:
+            cli.require_one_engine(data_parallel_size, "gsm8k.py times several")
             run(options, results)
         finally:  # what has been measured is shown and kept, whatever became of the rest
             if "cold" in results:
