@@ -129,13 +129,13 @@ def _process(load: Any, source: Any, output: Any) -> dict[str, Any]:
 
 
 def _ray(parts: Any, load: Any, actors: int, num_gpus: int) -> dict[str, Any]:
-    from batch_ray import answered_parts
+    from batch_ray import Actors, answered_parts
 
     begun = time.time()
     shift = begun - time.monotonic()
     first, last, errors = float("inf"), 0.0, 0
     with card_use() as samples:
-        for done in answered_parts(parts.todo, load, actors, num_gpus):
+        for done in answered_parts(parts.todo, load, Actors(actors, "GPU" if num_gpus else "CPU")):
             if done["problem"]:
                 raise UserError(done["problem"])
             first, last, errors = min(first, done["begun"]), max(last, done["ended"]), errors + done["errors"]

@@ -152,9 +152,7 @@ def main(
             from batch_run import Output, answer_input, is_table
 
             table, understood = is_table(answers), batch.input_options(model, prompt, *columns)
-            settings = {"model": model, "max_pixels": max_pixels}  # what an answer depends on
-            settings |= {name: given[name] for name in ("min_pixels", "engine") if given[name] is not None}
-            job = Job(params, settings, understood, rows=not table)
+            job = Job(params, batch.answer_settings(given), understood, rows=not table)
             source = open_input(requests, job)
             for note in source.notes:
                 stderr.print(note, style="dim")

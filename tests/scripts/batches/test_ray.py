@@ -17,6 +17,8 @@ import batch_ray
 from batch_inputs import InputOptions, Job, open_input
 from batch_parts import Parts
 from batch_run import Output
+from qwen3vl_moe.engine import SamplingParams
+from qwen3vl_moe.errors import UserError
 from tests.scripts.batches.conftest import PARAMS, QUESTION, picture, records, write_lines, write_parquet, write_tar
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,6 +47,43 @@ def test_progress_tells_workers_apart():
         "worker a: 16 rows, 4.0 rows/s, 40 answer tokens/s",
         "worker b: 4 rows, 2.0 rows/s, 20 answer tokens/s",
     ]
+
+
+def test_every_option_reaches_the_model(run, plain, tmp_path, monkeypatch):
+    """Those of sampling and of the engine are generate.py's, and so are the fingerprints of what they give."""
+    found = {}
+
+    def answer(parts, load, actors, *_):
+        found.update(load=load.keywords, actors=actors, request=parts.todo[0].source.requests(0, 1)[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch_ray, "_answer", answer)
+    monkeypatch.setattr(batch_ray.importlib.util, "find_spec", lambda name: True)
+    source = write_lines(tmp_path / "rows.jsonl", [{"id": 1, "prompt": "Hi"}])
+    given = ["--top-p", "0.9", "--top-k", "5", "--min-p", "0.1", "--stop", "x", "--stop", "y", "--seed", "3"]
+    given += ["--repetition-penalty", "1.1", "--sampling", '{"min_tokens": 2}', "--temperature", "0.5"]
+    options = ["--engine", '{"block_size": 32}', "--min-pixels", "1024", "--max-num-seqs", "7", "--eager"]
+    options += ["--max-prefill-tokens", "64", "--gpu-memory-utilization", "0.5", "--tensor-parallel-size", "2"]
+    arguments = ["--model", plain.path, "--input", source, "--output", tmp_path / "out", *given, *options]
+    status, _ = run(batch_ray, *arguments)
+    assert status == 130
+    sampled = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "stop": ["x", "y"], "seed": 3, "repetition_penalty": 1.1}
+    expected = SamplingParams(max_tokens=512, temperature=0.5, min_tokens=2, **sampled)
+    assert found["request"].params == expected
+    wanted = {"block_size": 32, "min_pixels": 1024, "max_num_seqs": 7, "enforce_eager": True, "max_prefill_tokens": 64}
+    wanted |= {"gpu_memory_utilization": 0.5, "tensor_parallel_size": 2, "device": "cuda"}
+    assert found["load"].items() >= wanted.items()
+    assert found["actors"] == batch_ray.Actors(1, "GPU", 2)
+    settings = {"model": str(plain.path), "max_pixels": None, "min_pixels": 1024, "engine": '{"block_size": 32}'}
+    job = Job(expected, settings, InputOptions(), rows=False)
+    assert open_input(source, job).requests(0, 1)[0].fingerprint == found["request"].fingerprint
+    for option, said in (
+        (["--engine", '{"data_parallel_size": 2}'], "--engine says data_parallel_size; here --actors are"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size 0: 1 or more is needed"),
+        (["--sampling", "{"], "--sampling '{' is no JSON"),
+    ):
+        status, stderr = run(batch_ray, *arguments[:6], *option)
+        assert (status, stderr.startswith(f"error: {said}"), stderr.count("\n")) == (2, True, 1)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +149,7 @@ def test_an_actor_is_killed(ray, inputs, expected, tmp_path):
     todo = [part for parts in jobs.values() for part in parts.todo]
     load = partial(batch_ray._load, "demo", device="cpu", dtype="float32", allow_private_hosts=False)
     done, killed, workers = 0, None, set()
-    for part in batch_ray.answered_parts(todo, load, actors=2, num_gpus=0):
+    for part in batch_ray.answered_parts(todo, load, batch_ray.Actors(2, "CPU")):
         assert part["problem"] == ""
         done += part["rows"]
         workers.add(part["worker"])
@@ -155,6 +194,23 @@ def test_the_driver_is_killed(ray, run, inputs, expected, tmp_path):
     assert not parts.exists()
     status, stderr = run(batch_ray, *arguments)
     assert (status, "nothing to do" in stderr) == (1, True)
+
+
+def test_an_actor_of_two_ranks(ray, generated, plain, tmp_path):
+    """It takes two units of a machine, starts its other rank by itself, and answers as one rank does."""
+    source = write_lines(tmp_path / "rows.jsonl", [{"id": n, "prompt": f"Say {n}"} for n in range(3)])
+    job = Job(PARAMS, {"model": str(plain.path), "max_pixels": None}, InputOptions(), rows=False)
+    output = Output.of(tmp_path / "out", "lines", "m", keep_input=False, prefix="", table=False)
+    parts = Parts(tmp_path / "out", open_input(source, job), job, output, 8)
+    load = partial(batch_ray._load, str(plain.path), device="cpu", tensor_parallel_size=2)
+    with pytest.raises(UserError, match="no machine of the cluster has 5 CPUs"):
+        next(batch_ray.answered_parts(parts.todo, load, batch_ray.Actors(1, "CPU", 5)))
+    (part,) = batch_ray.answered_parts(parts.todo, load, batch_ray.Actors(1, "CPU", 2))
+    assert part["problem"] == ""
+    assert "tensor_parallel_size 2" in part["settings"]
+    (file,) = (tmp_path / "out").glob("part-*")
+    assert generated(plain.path, source, tmp_path / "one.jsonl")[0] == 0
+    assert file.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
 def test_a_mistake_leaves_nothing_behind(ray, run, inputs, tmp_path):
