@@ -19,6 +19,7 @@ from batch_parts import Parts
 from batch_run import Output
 from qwen3vl_moe.engine import SamplingParams
 from qwen3vl_moe.errors import UserError
+from tests.docs_commands import calls_of
 from tests.scripts.batches.conftest import PARAMS, QUESTION, picture, records, write_lines, write_parquet, write_tar
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -211,6 +212,18 @@ def test_an_actor_of_two_ranks(ray, generated, plain, tmp_path):
     (file,) = (tmp_path / "out").glob("part-*")
     assert generated(plain.path, source, tmp_path / "one.jsonl")[0] == 0
     assert file.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
+def test_the_command_of_the_page(ray, run, tmp_path, monkeypatch):
+    calls = calls_of((ROOT / "docs/scale.md").read_text(encoding="utf-8"))
+    (call,) = (call for call in calls if {"--model", "demo"} <= {*call.arguments})
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(picture(number))
+    monkeypatch.chdir(tmp_path)
+    status, stderr = run(batch_ray, *call.arguments)
+    assert (status, "captions.parquet is complete: 2 answers, 0 errors" in stderr) == (0, True)
+    assert (tmp_path / "captions.parquet").is_file()
 
 
 def test_a_mistake_leaves_nothing_behind(ray, run, inputs, tmp_path):
