@@ -11,6 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 import batch_ray
@@ -18,7 +19,6 @@ from batch_inputs import InputOptions, Job, open_input
 from batch_parts import Parts
 from batch_run import Output
 from qwen3vl_moe.engine import SamplingParams
-from qwen3vl_moe.errors import UserError
 from tests.docs_commands import calls_of
 from tests.scripts.batches.conftest import PARAMS, QUESTION, picture, records, write_lines, write_parquet, write_tar
 
@@ -197,33 +197,25 @@ def test_the_driver_is_killed(ray, run, inputs, expected, tmp_path):
     assert (status, "nothing to do" in stderr) == (1, True)
 
 
-def test_an_actor_of_two_ranks(ray, generated, plain, tmp_path):
-    """It takes two units of a machine, starts its other rank by itself, and answers as one rank does."""
-    source = write_lines(tmp_path / "rows.jsonl", [{"id": n, "prompt": f"Say {n}"} for n in range(3)])
-    job = Job(PARAMS, {"model": str(plain.path), "max_pixels": None}, InputOptions(), rows=False)
-    output = Output.of(tmp_path / "out", "lines", "m", keep_input=False, prefix="", table=False)
-    parts = Parts(tmp_path / "out", open_input(source, job), job, output, 8)
-    load = partial(batch_ray._load, str(plain.path), device="cpu", tensor_parallel_size=2)
-    with pytest.raises(UserError, match="no machine of the cluster has 5 CPUs"):
-        next(batch_ray.answered_parts(parts.todo, load, batch_ray.Actors(1, "CPU", 5)))
-    (part,) = batch_ray.answered_parts(parts.todo, load, batch_ray.Actors(1, "CPU", 2))
-    assert part["problem"] == ""
-    assert "tensor_parallel_size 2" in part["settings"]
-    (file,) = (tmp_path / "out").glob("part-*")
-    assert generated(plain.path, source, tmp_path / "one.jsonl")[0] == 0
-    assert file.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
-
-
-def test_the_command_of_the_page(ray, run, tmp_path, monkeypatch):
+def test_the_command_of_the_page_on_two_ranks(ray, run, generated, tmp_path, monkeypatch):
+    """An actor takes two units of a machine, starts its other rank by itself, and answers as one rank does."""
     calls = calls_of((ROOT / "docs/scale.md").read_text(encoding="utf-8"))
     (call,) = (call for call in calls if {"--model", "demo"} <= {*call.arguments})
     (tmp_path / "pictures").mkdir()
     for number in range(2):
         (tmp_path / "pictures" / f"{number}.png").write_bytes(picture(number))
     monkeypatch.chdir(tmp_path)
-    status, stderr = run(batch_ray, *call.arguments)
+    command = *call.arguments, "--tensor-parallel-size"
+    status, stderr = run(batch_ray, *command, 5)
+    assert (status, stderr.splitlines()[-1]) == (2, "error: no machine of the cluster has 5 CPUs")
+    status, stderr = run(batch_ray, *command, 2)
     assert (status, "captions.parquet is complete: 2 answers, 0 errors" in stderr) == (0, True)
-    assert (tmp_path / "captions.parquet").is_file()
+    assert "tensor_parallel_size 2" in stderr
+    alone = tmp_path / "alone.jsonl"
+    asked = "--prompt", call.arguments[call.arguments.index("--prompt") + 1], "--max-tokens", 512
+    assert generated("demo", "pictures", alone, *asked)[0] == 0
+    texts = [record["text"] for record in records(alone)]
+    assert pq.read_table(tmp_path / "captions.parquet").column("text").to_pylist() == texts
 
 
 def test_a_mistake_leaves_nothing_behind(ray, run, inputs, tmp_path):
