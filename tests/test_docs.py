@@ -100,7 +100,7 @@ def test_every_command_is_understood(call):
 
 def test_every_program_has_its_tests():
     assert all(Path(program).stem in (ROOT / file).read_text() for program, file in ELSEWHERE.items())
-    assert sum(map(len, RUN.values())) > 35  # a page's blocks are found
+    assert sum(map(len, RUN.values())) > 30  # a page's blocks are found
     assert len(CARD) > 10
 
 
