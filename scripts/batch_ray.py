@@ -125,6 +125,7 @@ def main(
             raise OptionError(f"--tensor-parallel-size {tensor_parallel_size}: 1 or more is needed")
         if "data_parallel_size" in options:
             raise OptionError("--engine says data_parallel_size; here --actors are the engines that share requests")
+        options["progress"] = False
         table = is_table(output) if one_file else format == "parquet"
         job = Job(params, batch.answer_settings(given), understood, rows=not table)
         opened = open_input(source.absolute(), job)  # other processes have other working directories
@@ -172,7 +173,7 @@ def main(
 def _load(model: str, **arguments: Any) -> Any:
     from qwen3vl_moe.engine import LLM
 
-    return LLM(model, progress=False, **arguments)
+    return LLM(model, **arguments)
 
 
 def _finished(output: Any, source: Any) -> int:

@@ -76,6 +76,8 @@ _ENGINE = (
     *("kv_cache_dtype", "tensor_parallel_size", "data_parallel_size", "min_pixels", "max_pixels", "expert_layout"),
 )
 
+_MEDIA = ("media_root", "allow_hosts", "allow_private_hosts")
+
 
 def sampling_params(given: dict[str, Any], *, one_answer: bool = False) -> Any:
     """The :class:`SamplingParams` of a program's options; ``given`` is the ``locals()`` of its main.
@@ -100,12 +102,15 @@ def engine_options(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of :class:`LLM` among a program's options, but for the model and what may be read.
 
     Raises:
-        OptionError: --engine is no JSON object, or names an option again.
+        OptionError: --engine is no JSON object, or names something that another option says.
     """
     named = {name: given[name] for name in _ENGINE if given.get(name) is not None}
     if given.get("eager"):
         named["enforce_eager"] = True
-    return named | _more("--engine", given.get("engine"), named)
+    more = _more("--engine", given.get("engine"), named)
+    if elsewhere := sorted(more.keys() & {"model", "device", *_MEDIA}):
+        raise OptionError(f"--engine says {elsewhere[0]}, which this program has options of its own for")
+    return named | more
 
 
 def require_one_engine(data_parallel_size: int, instead: str) -> None:

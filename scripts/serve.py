@@ -118,6 +118,7 @@ def main(
             video_bytes=max_video_mib * MIB,
             video_pixels=max_video_gigapixels * 1_000_000_000,
             video_frames=max_video_frames,
+            usual_frames=llm.processor.video_settings.max_frames,
             total_pixels=llm.processor.video_settings.max_pixels,
             remote=allow_remote_images,
             access=access,

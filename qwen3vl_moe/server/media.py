@@ -47,6 +47,7 @@ class MediaLimits:
         video_bytes: most bytes of the file of each.
         video_pixels: most pixels of all frames in the file of each, which is what decoding it may take.
         video_frames: most frames that are taken of each.
+        usual_frames: most that the checkpoint takes where a request does not say otherwise.
         total_pixels: most pixels that a request may have all these frames of one resized to; None: as many as it likes.
         remote: whether http and https URLs are followed at all.
         access: which of them.
@@ -60,6 +61,7 @@ class MediaLimits:
     video_bytes: int = 48 << 20
     video_pixels: int = 50_000_000_000
     video_frames: int = 768
+    usual_frames: int = 768
     total_pixels: int | None = None
     remote: bool = False
     access: MediaAccess = field(default_factory=lambda: MediaAccess(private_hosts=False))
@@ -121,7 +123,7 @@ def _item(item: Any, where: str, found: list[_Asked]) -> Any:
     if not isinstance(kind, str) or kind not in _KEYS:
         raise PromptError(f"{where} has the type {repr(kind)}; {', '.join(_KEYS)} are understood here")
     for key in item.keys() - _KEYS[kind]:
-        raise PromptError(f"{where} has the key {repr(key)}; {' and '.join(sorted(_KEYS[kind]))} are understood here")
+        raise PromptError(f"{where} has the key {repr(key)}; {', '.join(sorted(_KEYS[kind]))} are understood here")
     if kind == "text":
         return {"type": kind, **item}
     asked = item.pop(kind, None)
@@ -173,7 +175,7 @@ def _video(asked: _Asked, limits: MediaLimits) -> dict[str, Any]:
             f"{limits.video_pixels} pixels in all: cut it, or make it smaller"
         )
     if "num_frames" not in given:
-        given.setdefault("max_frames", limits.video_frames)
+        given.setdefault("max_frames", min(limits.usual_frames, limits.video_frames))
     return {"type": "video", "video": data, **given}
 
 

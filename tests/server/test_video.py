@@ -4,7 +4,7 @@ import pytest
 
 from qwen3vl_moe import SamplingParams
 from qwen3vl_moe.inputs.access import MediaAccess
-from qwen3vl_moe.server.media import MediaLimits
+from qwen3vl_moe.server.media import MediaLimits, with_bytes
 from qwen3vl_moe.server.serving import Limits
 from tests.inputs.clips import make_clip
 from tests.inputs.web import serve
@@ -93,6 +93,15 @@ def test_videos_have_limits(make_demo):
         expected = len(running.llm.processor.chat(local).token_ids)
         assert reply.json()["usage"]["prompt_tokens"] == expected
         running.settles()
+
+
+def test_a_checkpoint_may_take_fewer_frames_than_a_request_may_ask_for():
+    def most(**options):
+        limits = MediaLimits(usual_frames=4, video_frames=8)
+        return with_bytes(asking(video(**options)), limits)[0]["content"][0].get("max_frames")
+
+    assert [most(fps=25), most(fps=25, max_frames=8), most(num_frames=8)] == [4, 8, None]
+    assert with_bytes(asking(video()), MediaLimits(usual_frames=9, video_frames=8))[0]["content"][0]["max_frames"] == 8
 
 
 def test_remote_videos_come_from_allowed_hosts_alone(make_demo):

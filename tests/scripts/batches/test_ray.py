@@ -80,6 +80,8 @@ def test_every_option_reaches_the_model(run, plain, tmp_path, monkeypatch):
     assert open_input(source, job).requests(0, 1)[0].fingerprint == found["request"].fingerprint
     for option, said in (
         (["--engine", '{"data_parallel_size": 2}'], "--engine says data_parallel_size; here --actors are"),
+        (["--engine", '{"device": "cpu"}'], "--engine says device, which this program has options of its own for"),
+        (["--engine", '{"media_root": "/"}'], "--engine says media_root, which this program has options"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size 0: 1 or more is needed"),
         (["--sampling", "{"], "--sampling '{' is no JSON"),
     ):
@@ -148,7 +150,8 @@ def test_an_actor_is_killed(ray, inputs, expected, tmp_path):
     """Every row is there once, in order, with the very answers of generate.py."""
     jobs = {kind: parts_of(kind, source, tmp_path / kind) for kind, source in inputs.items()}
     todo = [part for parts in jobs.values() for part in parts.todo]
-    load = partial(batch_ray._load, "demo", device="cpu", dtype="float32", allow_private_hosts=False)
+    options = {"device": "cpu", "dtype": "float32", "allow_private_hosts": False, "progress": False}
+    load = partial(batch_ray._load, "demo", **options)
     done, killed, workers = 0, None, set()
     for part in batch_ray.answered_parts(todo, load, batch_ray.Actors(2, "CPU")):
         assert part["problem"] == ""
