@@ -22,6 +22,8 @@ from typing import Annotated, Any
 
 import typer
 
+import beside_scripts  # noqa: F401, before what lies there
+import cli_options as cli
 from parity import accuracy_pair, run_problems, show_accuracy, show_distances, stderr, stdout
 from qwen3vl_moe.errors import OptionError, UserError
 
@@ -41,16 +43,16 @@ def main(
     max_gen_toks: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
     logprob_problems: Annotated[int, typer.Option(help="Problems whose answers are compared token by token.")] = 64,
     output: Annotated[Path | None, typer.Option(help="Folder for checkpoints.json and lm-eval's files.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
-    moe: Annotated[str, typer.Option(help="tma, triton, reference, auto.")] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
-    max_num_seqs: Annotated[int | None, typer.Option(help="Most problems in a step; unset: by the cache.")] = None,
+    device: cli.Device = "auto",
+    dtype: cli.Dtype = "auto",
+    moe: cli.Moe = "auto",
+    max_model_len: cli.MaxModelLen = None,
+    kv_cache_dtype: cli.KvCacheDtype = "auto",
+    max_num_seqs: cli.MaxNumSeqs = None,
     tensor_parallel_size: Annotated[
         str, typer.Option(help="GPUs that every layer is divided among: one number, or one for each checkpoint (1,2).")
     ] = "1",
-    load_format: Annotated[str, typer.Option(help="auto, or dummy, dummy-fp8: random weights.")] = "auto",
+    load_format: cli.LoadFormat = "auto",
 ) -> None:
     """Compare accuracy and log-probabilities of two checkpoints."""
     try:
@@ -121,7 +123,6 @@ def compare(
 
     import torch
 
-    import beside_scripts  # noqa: F401
     from benchmarking.loading import load_llm
     from lm import EngineLM
     from logprobs import Distance
@@ -162,7 +163,6 @@ def compare(
 
 
 if __name__ == "__main__":
-    import beside_scripts  # noqa: F401
     from program import any_text
 
     any_text()

@@ -26,6 +26,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+import beside_scripts  # noqa: F401, before what lies there
+import cli_options as cli
 from qwen3vl_moe.errors import OptionError, UserError
 
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
@@ -35,7 +37,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = "demo",
+    model: cli.Model = "demo",
     limit: Annotated[int | None, typer.Option(help="Only the first so many problems.")] = None,
     num_fewshot: Annotated[int, typer.Option(help="Worked examples before each problem.")] = 5,
     split: Annotated[str, typer.Option(help="test or train.")] = "test",
@@ -52,20 +54,16 @@ def main(
         Path | None,
         typer.Option(help="Prefix of a file of answers: an interrupted run goes on from there."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16, float32.")] = "auto",
-    moe: Annotated[str, typer.Option(help="Experts: tma (Hopper), triton (GPUs), reference, auto.")] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
-    tensor_parallel_size: Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")] = 1,
-    data_parallel_size: Annotated[
-        int, typer.Option(help="Answer requests by so many engines, on GPUs of their own.")
-    ] = 1,
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")] = "auto",
-    max_num_seqs: Annotated[int | None, typer.Option(help="Most problems in a step; unset: by the cache.")] = None,
-    gpu_memory_utilization: Annotated[
-        float, typer.Option(help="Part of the GPU's memory to use: more of it holds more problems at a time.")
-    ] = 0.9,
-    load_format: Annotated[str, typer.Option(help="auto; dummy or dummy-fp8: random weights.")] = "auto",
+    device: cli.Device = "auto",
+    dtype: cli.Dtype = "auto",
+    moe: cli.Moe = "auto",
+    max_model_len: cli.MaxModelLen = None,
+    tensor_parallel_size: cli.TensorParallelSize = 1,
+    data_parallel_size: cli.DataParallelSize = 1,
+    kv_cache_dtype: cli.KvCacheDtype = "auto",
+    max_num_seqs: cli.MaxNumSeqs = None,
+    gpu_memory_utilization: cli.GpuMemoryUtilization = None,
+    load_format: cli.LoadFormat = "auto",
     routing: Annotated[
         str | None, typer.Option(help="With dummy: balanced or skewed choice of experts. [the random router's]")
     ] = None,
@@ -77,6 +75,7 @@ def main(
     ] = "engine",
 ) -> None:
     """Accuracy on gsm8k, by lm-eval's own task and filters."""
+    options = cli.engine_options(locals())
     try:
         import problems  # imported here, as all that is slow: not before --help has been answered
 
@@ -85,7 +84,6 @@ def main(
         asked = problems.Gsm8k(split, num_fewshot, limit, data, chat, fixed_examples)
         problems.require_lm_eval()
         task_check(asked, output, max_gen_toks, temperature, cache)
-        import beside_scripts  # noqa: F401
         from benchmarking.figures import check_figure, decode_speeds, plot_scaling
         from benchmarking.loading import load_llm
         from benchmarking.report import environment
@@ -96,19 +94,11 @@ def main(
         check_figure("--plot", plot)
         if plot is not None and through != "engine":
             raise OptionError("--plot shows the engine's steps: leave out --through")
-        sizes = {
-            "max_model_len": max_model_len,
-            "kv_cache_dtype": kv_cache_dtype,
-            "tensor_parallel_size": tensor_parallel_size,
-            "data_parallel_size": data_parallel_size,
-            "max_num_seqs": max_num_seqs,
-            "gpu_memory_utilization": gpu_memory_utilization,
-        }
         if through == "transformers":
             # The engine only lends its weights: it gets a cache for one sequence, and no graphs.
-            sizes |= {"max_num_seqs": 1, "enforce_eager": True}
+            options |= {"max_num_seqs": 1, "enforce_eager": True}
         started = time.perf_counter()
-        llm = load_llm(model, load_format=load_format, device=device, dtype=dtype, moe=moe, routing=routing, **sizes)
+        llm = load_llm(model, load_format=load_format, routing=routing, **options)
         stderr.print(f"loading and warming up: {time.perf_counter() - started:.1f} s", style="dim")
         if through == "transformers":
             from peers import TransformersLM
@@ -254,7 +244,6 @@ def report_experts(experts: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    import beside_scripts  # noqa: F401
     from program import any_text
 
     any_text()

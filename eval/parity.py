@@ -38,6 +38,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import beside_scripts  # noqa: F401, before what lies there
+import cli_options as cli
 from qwen3vl_moe.errors import OptionError, UserError
 
 SIGNIFICANCE = 0.05
@@ -50,7 +52,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = "demo",
+    model: cli.Model = "demo",
     variants: Annotated[
         str, typer.Option(help="Of tma, triton, reference, transformers, tma@2...; the first is on trial.")
     ] = ("tma,reference"),
@@ -62,10 +64,10 @@ def main(
     max_gen_toks: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
     logprob_problems: Annotated[int, typer.Option(help="Problems that are compared token by token.")] = 64,
     output: Annotated[Path | None, typer.Option(help="Folder for parity.json and lm-eval's files.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
+    device: cli.Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16.")] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, in tokens.")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Most problems in a step; unset: by the cache.")] = None,
+    max_model_len: cli.MaxModelLen = None,
+    max_num_seqs: cli.MaxNumSeqs = None,
     load_format: Annotated[str, typer.Option(help="auto, or dummy: random weights.")] = "auto",
 ) -> None:
     """Compare accuracy and log-probabilities of several ways to compute the same weights."""
@@ -77,7 +79,6 @@ def main(
         asked = problems.Gsm8k(split, num_fewshot, limit, data, chat)
         problems.require_lm_eval()
         task_check(asked, output, max_gen_toks)
-        import beside_scripts  # noqa: F401
         from benchmarking.loading import load_llm
         from peers import OURS, RANKED, VARIANTS, EngineLM, release
 
@@ -347,7 +348,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    import beside_scripts  # noqa: F401
     from program import any_text
 
     any_text()

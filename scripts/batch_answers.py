@@ -16,6 +16,7 @@ from batch_file import MAX_LINE_BYTES, FileRequest, lines_of
 from batch_records import PlainForm, RecordForm, Result, line_of
 from qwen3vl_moe.errors import UserError
 from qwen3vl_moe.json_files import parse_json
+from qwen3vl_moe.server.parts import Reasons
 from replace_file import replace_file
 
 _PLAIN = PlainForm()
@@ -73,13 +74,16 @@ class AnswerFile:
         """Requests without a record, in order."""
         return [request for request in self.requests if request.index not in self.done]
 
-    def write(self, request: FileRequest, result: Result) -> None:
+    def write(self, request: FileRequest, result: Result, reasons: Reasons = "never") -> None:
         """Append the record of one request: its answer, or the error in its place. It survives the process.
+
+        Args:
+            reasons: where the reasoning of the answer is.
 
         Raises:
             UserError: the file cannot be written.
         """
-        record = self._form.record(request, result)
+        record = self._form.record(request, result, reasons)
         line = line_of(record)
         try:
             while line:

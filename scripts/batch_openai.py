@@ -24,6 +24,7 @@ from typing import Any
 
 from qwen3vl_moe.engine.outputs import RequestOutput
 from qwen3vl_moe.errors import PromptError, one_line
+from qwen3vl_moe.server.parts import Parts, Reasons
 from qwen3vl_moe.server.protocol import RequestError, parse_chat  # needs no web server
 
 URL = "/v1/chat/completions"
@@ -83,13 +84,15 @@ def _chat_body(body: dict[str, Any], model_names: tuple[str, ...]) -> tuple[list
     return asked.messages, asked.sampling
 
 
-def answer_record(index: int, name: Any, fingerprint: str, model: str, result: RequestOutput) -> dict[str, Any]:
-    """The line that answers a request."""
+def answer_record(
+    index: int, name: Any, fingerprint: str, model: str, result: RequestOutput, reasons: Reasons = "never"
+) -> dict[str, Any]:
+    """The line that answers a request; ``reasons``: where the reasoning of its answers is."""
     prompt, answer = len(result.prompt_token_ids), sum(len(output.token_ids) for output in result.outputs)
     choices = [
         {
             "index": number,
-            "message": {"role": "assistant", "content": output.text},
+            "message": _message(output.text, reasons),
             "logprobs": None,
             "finish_reason": output.finish_reason,
         }
@@ -104,6 +107,13 @@ def answer_record(index: int, name: Any, fingerprint: str, model: str, result: R
         "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
     }
     return _record(index, name, fingerprint, 200, body, None)
+
+
+def _message(text: str, reasons: Reasons) -> dict[str, Any]:
+    """As the server gives it."""
+    said = {part.kind: part.text for part in Parts(reasons).push(text, last=True)}  # neighbours of a kind are one
+    message = {"role": "assistant", "content": said.get("content", "")}
+    return message | ({"reasoning_content": said["reasoning"]} if "reasoning" in said else {})
 
 
 def error_record(index: int, name: Any, fingerprint: str, message: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -58,3 +58,9 @@ def input_options(
     names = (model, Path(model).name) if served_model_name is None else (served_model_name,)
     columns = prompt_column, image_column, id_column
     return InputOptions(prompt, *columns, keep_input, tuple(drop or ()), names, served_model_name)
+
+
+def answer_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """What the answers of a job depend on besides sampling, of a program's options: part of their fingerprints."""
+    settings = {"model": given["model"], "max_pixels": given["max_pixels"]}
+    return settings | {name: given[name] for name in ("min_pixels", "engine") if given[name] is not None}

@@ -23,6 +23,7 @@ import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,7 +57,9 @@ def main(
     ],
     model: cli.Model = "demo",
     actors: Annotated[int, typer.Option(min=1, help="How many models answer at a time.")] = 1,
-    num_gpus: Annotated[int, typer.Option(min=0, max=1, help="GPUs of an actor: 1, or 0 to compute on CPUs.")] = 1,
+    num_gpus: Annotated[
+        int, typer.Option(min=0, max=1, help="1: on GPUs, as many an actor as --tensor-parallel-size; 0: on CPUs.")
+    ] = 1,
     address: Annotated[
         str | None,
         typer.Option(help="The cluster's, 'auto' for this machine's. [default: RAY_ADDRESS, or none]"),
@@ -73,21 +76,37 @@ def main(
     served_model_name: batch.ServedModelName = None,
     max_tokens: cli.MaxTokens = 512,
     temperature: cli.Temperature = None,
+    top_p: cli.TopP = None,
+    top_k: cli.TopK = None,
+    min_p: cli.MinP = None,
+    repetition_penalty: cli.RepetitionPenalty = None,
+    presence_penalty: cli.PresencePenalty = None,
+    frequency_penalty: cli.FrequencyPenalty = None,
+    stop: cli.Stop = None,
     seed: cli.Seed = None,
+    sampling: cli.Sampling = None,
     dtype: cli.Dtype = "auto",
     moe: cli.Moe = "auto",
     max_model_len: cli.MaxModelLen = None,
+    max_num_seqs: cli.MaxNumSeqs = None,
+    max_prefill_tokens: cli.MaxPrefillTokens = None,
+    gpu_memory_utilization: cli.GpuMemoryUtilization = None,
     kv_cache_dtype: cli.KvCacheDtype = "auto",
+    tensor_parallel_size: cli.TensorParallelSize = 1,
+    eager: cli.Eager = False,
+    min_pixels: cli.MinPixels = None,
     max_pixels: cli.MaxPixels = None,
+    expert_layout: cli.ExpertLayout = None,
+    engine: cli.Engine = None,
     media_root: cli.MediaRoot = None,
     allow_hosts: cli.AllowHosts = None,
     allow_private_hosts: batch.AllowPrivateHosts = None,
-    expert_layout: cli.ExpertLayout = None,
 ) -> None:
     """Answer a batch on many GPUs and many machines, with Ray Data doing the distribution.
 
     Exit status: 0 done, 1 some requests could not be answered, 2 an error in the call, 130 interrupted.
     """
+    given = {**locals(), "allow_private_hosts": bool(allow_private_hosts)}
     try:
         if importlib.util.find_spec("ray") is None:
             raise UserError("Ray is not installed: pip install -e '.[ray]' (scripts/generate.py needs none)")
@@ -96,15 +115,19 @@ def main(
         from batch_inputs import Job, open_input
         from batch_parts import Parts
         from batch_run import Output, ended_by_signals, is_table
-        from qwen3vl_moe.engine import SamplingParams
 
         one_file = is_table(output) or output.suffix.lower() == ".jsonl"
         understood = batch.input_options(
             model, prompt, prompt_column, image_column, id_column, keep_input, drop, served_model_name
         )
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        params, options = cli.sampling_params(given), cli.engine_options(given)
+        if tensor_parallel_size < 1:
+            raise OptionError(f"--tensor-parallel-size {tensor_parallel_size}: 1 or more is needed")
+        if "data_parallel_size" in options:
+            raise OptionError("--engine says data_parallel_size; here --actors are the engines that share requests")
+        options["progress"] = False
         table = is_table(output) if one_file else format == "parquet"
-        job = Job(params, {"model": model, "max_pixels": max_pixels}, understood, rows=not table)
+        job = Job(params, batch.answer_settings(given), understood, rows=not table)
         opened = open_input(source.absolute(), job)  # other processes have other working directories
         for note in opened.notes:
             stderr.print(note, style="dim")
@@ -120,24 +143,18 @@ def main(
         if one_file and output.exists() and not folder.exists():
             raise typer.Exit(_finished(form, opened))
         parts = Parts(folder, opened, job, form, rows_per_part)
-        limits = cli.media_limits(
-            {"media_root": media_root, "allow_hosts": allow_hosts, "allow_private_hosts": bool(allow_private_hosts)}
-        )
+        limits = cli.media_limits(given)
         limits |= {"media_root": None if media_root is None else media_root.absolute()}
         load = partial(
             _load,
             str(Path(model).absolute()) if model != "demo" and Path(model).is_dir() else model,
             device="cuda" if num_gpus else "cpu",
-            dtype=dtype,
-            moe=moe,
-            max_model_len=max_model_len,
-            kv_cache_dtype=kv_cache_dtype,
-            max_pixels=max_pixels,
-            expert_layout=expert_layout,
+            **options,
             **limits,
         )
+        each = Actors(actors, "GPU" if num_gpus else "CPU", tensor_parallel_size)
         with parts.locked(), ended_by_signals():
-            speed = _answer(parts, load, actors, num_gpus, address, len(opened)) if parts.todo else "nothing to do"
+            speed = _answer(parts, load, each, address, len(opened)) if parts.todo else "nothing to do"
             errors = parts.count_errors()
             if one_file:
                 parts.join(output.absolute())
@@ -156,7 +173,7 @@ def main(
 def _load(model: str, **arguments: Any) -> Any:
     from qwen3vl_moe.engine import LLM
 
-    return LLM(model, progress=False, **arguments)
+    return LLM(model, **arguments)
 
 
 def _finished(output: Any, source: Any) -> int:
@@ -184,12 +201,12 @@ def _finished(output: Any, source: Any) -> int:
     return 1 if errors else 0
 
 
-def _answer(parts: Parts, load: Any, actors: int, num_gpus: int, address: str | None, rows: int) -> str:
+def _answer(parts: Parts, load: Any, actors: Actors, address: str | None, rows: int) -> str:
     """Have all parts that are left answered; how fast that was, in words."""
     if parts.done:
         stderr.print(f"{parts.folder} has {parts.done} parts; going on with the other {len(parts.todo)}")
     counts, begun, said = Counts(rows), time.monotonic(), time.monotonic()
-    for done in answered_parts(parts.todo, load, actors, num_gpus, address):
+    for done in answered_parts(parts.todo, load, actors, address):
         if done["problem"]:
             raise UserError(f"{done['problem']} (worker {done['worker']})")
         if counts.add(done):
@@ -202,15 +219,29 @@ def _answer(parts: Parts, load: Any, actors: int, num_gpus: int, address: str | 
     return f"{counts.speed(time.monotonic() - begun)}, with starting and loading"
 
 
+@dataclass(frozen=True)
+class Actors:
+    """Which actors there are to be.
+
+    Attributes:
+        count: most of them.
+        unit: "GPU" or "CPU".
+        each: how many of these an actor has: as many as its model has ranks.
+    """
+
+    count: int
+    unit: str
+    each: int = 1
+
+
 def answered_parts(
-    todo: Sequence[Part], load: Callable[[], Any], actors: int, num_gpus: int, address: str | None = None
+    todo: Sequence[Part], load: Callable[[], Any], actors: Actors, address: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """What :class:`.PartWorker` says of each part, as soon as it is written.
 
     Args:
         load: gives an actor its model.
-        actors: how many there are; no more than parts.
-        num_gpus: of each; on none, an actor has one CPU.
+        actors: no more of them than parts.
         address: of the cluster; None: RAY_ADDRESS, else Ray is started here. What is started here is ended.
 
     Raises:
@@ -228,17 +259,20 @@ def answered_parts(
     try:
         if started:
             _connect(address or os.environ.get("RAY_ADDRESS", "local"))
-        unit, each = ("GPU", num_gpus) if num_gpus else ("CPU", 1)
-        there = int(ray.cluster_resources().get(unit, 0))
-        if not there:
-            raise UserError(f"no machine of the cluster has a {unit}" + ("; --num-gpus 0 takes CPUs" * bool(num_gpus)))
-        if there < actors * each:
-            stderr.print(f"the cluster has {there} {unit}s, so {actors - there} of {actors} actors wait for more")
+        unit, each = actors.unit, actors.each
+        there = [int(node["Resources"].get(unit, 0)) for node in ray.nodes() if node["Alive"]]
+        if max(there, default=0) < each:
+            needed = f"{each} {unit}s" if each > 1 else f"a {unit}"
+            raise UserError(f"no machine of the cluster has {needed}" + ("; --num-gpus 0 takes CPUs" * (unit == "GPU")))
+        seats = sum(count // each for count in there)
+        if seats < actors.count:
+            having = f"{sum(there)} {unit}s" + (f", {each} an actor" if each > 1 else "")
+            stderr.print(f"the cluster has {having}, so {actors.count - seats} of {actors.count} actors wait for more")
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it tells of its own absence
         ray.data.DataContext.get_current().enable_progress_bars = False
         pool = ray.data.ActorPoolStrategy(
-            size=min(actors, len(todo)),
+            size=min(actors.count, len(todo)),
             max_concurrent_calls_per_actor=PARTS_AT_A_TIME,
             max_tasks_in_flight_per_actor=PARTS_AT_A_TIME + 1,
         )
@@ -248,7 +282,7 @@ def answered_parts(
             batch_size=1,
             compute=pool,
             fn_constructor_kwargs={"load": load},
-            **({"num_gpus": num_gpus} if num_gpus else {"num_cpus": 1}),
+            **{f"num_{unit.lower()}s": each},
         )
         yield from done.iter_rows()
     except (RayError, ConnectionError) as error:

@@ -15,6 +15,7 @@ import batch_openai
 from batch_file import FileRequest
 from qwen3vl_moe.engine.outputs import CompletionOutput, RequestOutput
 from qwen3vl_moe.errors import one_line
+from qwen3vl_moe.server.parts import Reasons
 
 Result = RequestOutput | Exception | str  # of a request: a text or an exception is what is wrong with it
 
@@ -31,7 +32,9 @@ class RecordForm(Protocol):
 
     start: bytes
 
-    def record(self, request: FileRequest, result: Result) -> dict[str, Any]: ...
+    def record(self, request: FileRequest, result: Result, reasons: Reasons = "never") -> dict[str, Any]:
+        """The record of a request; ``reasons``: where the reasoning of the answer is."""
+        ...
 
     def identity(self, record: Mapping[str, Any]) -> tuple[int, str, bool]:
         """Number and fingerprint of the request, and whether the record is an error; ValueError, KeyError or TypeError
@@ -45,6 +48,8 @@ class PlainForm:
     Args:
         keep_input: whether what the input says of the request stands beside the answer, as ``input``. Bytes, which
             JSON does not have, are left out.
+
+    A text is whole, as the model wrote it: with its reasoning.
     """
 
     start = b'{"index": '
@@ -52,7 +57,7 @@ class PlainForm:
     def __init__(self, keep_input: bool = False):
         self._keep_input = keep_input
 
-    def record(self, request: FileRequest, result: Result) -> dict[str, Any]:
+    def record(self, request: FileRequest, result: Result, reasons: Reasons = "never") -> dict[str, Any]:
         record = {"index": request.index, "id": request.id, "request": request.fingerprint}
         if isinstance(result, RequestOutput):
             counts = {"prompt_tokens": len(result.prompt_token_ids), "image_tokens": result.num_image_tokens}
@@ -84,10 +89,10 @@ class OpenAIForm:
     def __init__(self, model: str):
         self._model = model
 
-    def record(self, request: FileRequest, result: Result) -> dict[str, Any]:
+    def record(self, request: FileRequest, result: Result, reasons: Reasons = "never") -> dict[str, Any]:
         common = request.index, request.id, request.fingerprint
         if isinstance(result, RequestOutput):
-            return batch_openai.answer_record(*common, self._model, result)
+            return batch_openai.answer_record(*common, self._model, result, reasons)
         return batch_openai.error_record(*common, str(result))
 
     def identity(self, record: Mapping[str, Any]) -> tuple[int, str, bool]:

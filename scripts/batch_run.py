@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from batch_answers import AnswerFile
 from batch_file import FileRequest
 from batch_inputs import Source, require_pyarrow
+from batch_model import answered
 from batch_records import OpenAIForm, PlainForm, RecordForm
 from qwen3vl_moe.errors import OptionError, UserError, one_line
 
@@ -176,15 +177,14 @@ def _answer(llm: Any, todo: list[FileRequest], answers: AnswerFile, console: Con
             answers.write(request, request.error)
     if not valid:
         return "no request of this run could be read"
-    conversations, params = [request.conversation for request in valid], [request.params for request in valid]
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     with (
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
-        closing(llm.as_completed(conversations, params, return_exceptions=True)) as results,
+        closing(answered(llm, valid)) as results,
     ):
         bar = progress.add_task(speed(), total=len(valid))
-        for number, result in results:
-            answers.write(valid[number], result)
+        for number, result, reasons in results:
+            answers.write(valid[number], result, reasons)
             requests += 1
             tokens += 0 if isinstance(result, Exception) else sum(len(each.token_ids) for each in result.outputs)
             progress.update(bar, advance=1, description=speed())

@@ -25,10 +25,12 @@ import numpy as np
 
 from batch_file import FileRequest
 from batch_inputs import Source
+from batch_model import answered
 from batch_records import PlainForm, Result, line_of
 from batch_run import Output
 from qwen3vl_moe.engine import LLM, SamplingParams
 from qwen3vl_moe.errors import UserError
+from qwen3vl_moe.server.parts import Reasons
 from replace_file import replace_file
 
 if TYPE_CHECKING:
@@ -101,7 +103,8 @@ class Worker:
             # Made in its turn, so that what is wrong with a row is that row's error.
             conversation = partial(_conversation, prompt, None if images is None else images[number])
             requests.append(FileRequest(number, None, "", conversation, self._params))
-        records = [_PLAIN.record(*pair) for pair in zip(requests, answers(self._llm, requests), strict=True)]
+        results = answers(self._llm, requests)
+        records = [_PLAIN.record(request, *result) for request, result in zip(requests, results, strict=True)]
         new = {key: _column([record.get(key) for record in records]) for key in _ANSWER_KEYS}
         return {**batch, **{f"{self._prefix}{key}": values for key, values in new.items()}}
 
@@ -184,7 +187,7 @@ class PartWorker:
     def _write(self, part: Part) -> tuple[int, int, int]:
         requests, output = part.source.requests(part.start, part.stop), part.output
         results = answers(self._llm, requests)
-        records = [output.form.record(*pair) for pair in zip(requests, results, strict=True)]
+        records = [output.form.record(request, *result) for request, result in zip(requests, results, strict=True)]
         path = Path(output.path)
         try:
             if output.table:
@@ -196,18 +199,17 @@ class PartWorker:
                 replace_file(path, map(line_of, records))
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-        errors = sum(isinstance(result, Exception | str) for result in results)
-        return len(records), errors, sum(_tokens(result) for result in results)
+        errors = sum(isinstance(result, Exception | str) for result, _ in results)
+        return len(records), errors, sum(_tokens(result) for result, _ in results)
 
 
-def answers(llm: LLM, requests: list[FileRequest]) -> list[Result]:
-    """The answer to each request, or what is wrong with it, in their order."""
-    results: list[Result] = [request.error or "" for request in requests]
+def answers(llm: LLM, requests: list[FileRequest]) -> list[tuple[Result, Reasons]]:
+    """The answer to each request, or what is wrong with it, in their order; and where the reasoning of each is."""
+    results: list[tuple[Result, Reasons]] = [(request.error or "", "never") for request in requests]
     valid = [number for number, request in enumerate(requests) if request.error is None]
-    asked = [requests[number].conversation for number in valid], [requests[number].params for number in valid]
-    with closing(llm.as_completed(*asked, return_exceptions=True)) as done:
-        for place, result in done:
-            results[valid[place]] = result
+    with closing(answered(llm, [requests[number] for number in valid])) as done:
+        for place, result, reasons in done:
+            results[valid[place]] = result, reasons
     return results
 
 

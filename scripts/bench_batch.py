@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 
@@ -41,8 +40,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 @app.command()
 def main(
     through: Annotated[str, typer.Option(help="process, or ray.")] = "process",
-    model: Annotated[str | None, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = None,
-    load_format: Annotated[str, typer.Option(help="auto, dummy (random weights) or dummy-fp8.")] = "auto",
+    model: cli.ModelOrSizes = None,
+    load_format: cli.LoadFormatOrSizes = "auto",
     routing: Annotated[str | None, typer.Option(help="With dummy: balanced or skewed.")] = None,
     actors: Annotated[int, typer.Option(min=1, help="Of Ray.")] = 1,
     num_gpus: Annotated[int, typer.Option(min=0, max=1, help="Of an actor or the process; 0: on CPUs.")] = 1,
@@ -91,6 +90,7 @@ def _load(model: str | None, load_format: str, **arguments: Any) -> Any:
 
 def _write_pictures(path: Path, rows: int) -> Path:
     """JPEGs of noise, which cost the most to decode; the same in each run."""
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -129,13 +129,13 @@ def _process(load: Any, source: Any, output: Any) -> dict[str, Any]:
 
 
 def _ray(parts: Any, load: Any, actors: int, num_gpus: int) -> dict[str, Any]:
-    from batch_ray import answered_parts
+    from batch_ray import Actors, answered_parts
 
     begun = time.time()
     shift = begun - time.monotonic()
     first, last, errors = float("inf"), 0.0, 0
     with card_use() as samples:
-        for done in answered_parts(parts.todo, load, actors, num_gpus):
+        for done in answered_parts(parts.todo, load, Actors(actors, "GPU" if num_gpus else "CPU")):
             if done["problem"]:
                 raise UserError(done["problem"])
             first, last, errors = min(first, done["begun"]), max(last, done["ended"]), errors + done["errors"]

@@ -28,6 +28,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+import cli_options as cli
 from program import any_text
 from qwen3vl_moe.errors import OptionError, UserError
 
@@ -38,11 +39,11 @@ WAYS = ("in process", "over HTTP")
 
 @app.command()
 def main(
-    model: Annotated[str | None, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = None,
-    load_format: Annotated[str, typer.Option(help="auto; dummy or dummy-fp8: random weights.")] = "auto",
-    routing: Annotated[str, typer.Option(help="With dummy: balanced or skewed choice of experts.")] = "balanced",
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
-    moe: Annotated[str, typer.Option(help="tma, triton, reference, auto.")] = "auto",
+    model: cli.ModelOrSizes = None,
+    load_format: cli.LoadFormatOrSizes = "auto",
+    routing: cli.Routing = "balanced",
+    device: cli.Device = "auto",
+    moe: cli.Moe = "auto",
     num_prompts: Annotated[int, typer.Option(help="Requests.")] = 256,
     max_concurrency: Annotated[str, typer.Option(help="Requests at a time; several with commas between them.")] = "32",
     random_input_len: Annotated[int, typer.Option(help="Most tokens of text.")] = 128,

@@ -1,11 +1,11 @@
-"""Talk with the model: a line is a turn, and pictures may come at any turn.
+"""Talk with the model: a line is a turn, and pictures and videos may come at any turn.
 
     python scripts/chat.py                       # the demo
     python scripts/chat.py --model Qwen/Qwen3-VL-30B-A3B-Instruct --image examples/cat.jpg
 
-/image FILE adds a picture to the next message, and so does a path that is dropped on the terminal; /new begins anew,
-/exit or Ctrl-D ends the chat, /help lists all of this. Answers go to stdout while they are written, and nothing else
-does. Lines may come from a pipe, too: the first that cannot be used then ends the chat.
+/image FILE adds a picture to the next message and /video FILE a video, and so does a path that is dropped on the
+terminal; /new begins anew, /exit or Ctrl-D ends the chat, /help lists all of this. Answers go to stdout while they are
+written, and nothing else does. Lines may come from a pipe, too: the first that cannot be used then ends the chat.
 
 Exit status: 0 done, 2 something in the call, or a line of a pipe, has to be mended.
 """
@@ -30,6 +30,7 @@ from qwen3vl_moe.errors import PromptError, UserError
 
 COMMANDS = {
     "/image FILE ...": "add pictures (files or URLs) to your next message; a pasted path does the same",
+    "/video FILE ...": "the same for videos",
     "/new": "forget all that was said",
     "/exit": "end the chat; so does Ctrl-D",
     "/help": "this list",
@@ -37,7 +38,11 @@ COMMANDS = {
 _COMMAND = re.compile(r"/[a-z]+")
 _SHELL_WORD = re.compile(r"""\s*(?:'([^']*)'|"([^"]*)"|((?:\\.|[^\s\\'"])+))(?=\s|$)""")
 _ESCAPED = re.compile(r"\\(.)")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".heic")
+SUFFIXES = {
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".avif", ".ppm", ".heic"),
+    "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".3gp"),
+}
+WORDS = {"image": "picture", "video": "video"}
 
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -47,6 +52,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     model: cli.Model = "demo",
     image: cli.Images = None,
+    video: cli.Videos = None,
+    fps: cli.Fps = None,
     system: cli.System = None,
     max_tokens: cli.MaxTokens = 512,
     temperature: cli.Temperature = None,
@@ -79,11 +86,11 @@ def main(
         bool | None,
         typer.Option(
             "--allow-private-hosts/--no-private-hosts",
-            help="Download images from this machine and from private networks too. [default: at a terminal alone]",
+            help="Download from this machine and from private networks too. [default: at a terminal alone]",
         ),
     ] = None,
 ) -> None:
-    """Talk with the model: a line is a turn, and pictures may come at any turn (/help).
+    """Talk with the model: a line is a turn, and pictures and videos may come at any turn (/help).
 
     Exit status: 0 done, 2 something in the call, or a line of a pipe, has to be mended.
     """
@@ -93,10 +100,10 @@ def main(
         from qwen3vl_moe.engine import LLM  # slow to import: not before --help has been answered
 
         limits, params = cli.media_limits(given), cli.sampling_params(given, one_answer=True)
-        pictures = check_pictures(image or [], limits)
+        media = check_pictures(image or [], limits) + check_videos(video or [], fps, limits)
         llm = LLM(model, **cli.engine_options(given), **limits)
         say_settings(llm)
-        talk(llm, pictures, params, system)
+        talk(llm, media, params, system, fps)
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None
@@ -134,16 +141,20 @@ def check_videos(sources: list[str], fps: float | None, limits: dict[str, Any]) 
         PromptError: a file is missing, is no video, or may not be read; or there are no such frames.
     """
     from qwen3vl_moe.inputs.access import media_access
-    from qwen3vl_moe.inputs.fetch import open_file
     from qwen3vl_moe.inputs.video import VideoOptions
-    from qwen3vl_moe.inputs.video_file import open_video_file
 
     VideoOptions.of({"fps": fps}, "the call")
-    for number, source in enumerate(sources):
-        if "://" not in source:
-            where = f"video {number} ({source!r})"
-            open_video_file(open_file(source, where, media_access(**limits)), where)
-    return [{"type": "video", "video": source, "fps": fps} for source in sources]
+    return [_video(source, number, media_access(**limits), fps) for number, source in enumerate(sources)]
+
+
+def _video(source: str, number: int, access: Any, fps: float | None) -> dict:
+    from qwen3vl_moe.inputs.fetch import open_file
+    from qwen3vl_moe.inputs.video_file import open_video_file
+
+    if "://" not in source:
+        where = f"video {number} ({source!r})"
+        open_video_file(open_file(source, where, access), where)
+    return {"type": "video", "video": source, "fps": fps}
 
 
 def say_settings(llm: Any) -> None:
@@ -159,21 +170,27 @@ def opening(system: str | None) -> list[dict]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def talk(llm: Any, images: list[dict], params: Any, system: str | None = None) -> None:
-    """A turn per line of stdin until it ends or says /exit; ``images`` belong to the first turn.
+def talk(llm: Any, media: list[dict], params: Any, system: str | None = None, fps: float | None = None) -> None:
+    """A turn per line of stdin until it ends or says /exit; ``media`` belong to the first turn.
 
     What cannot be used ends a chat from a pipe. At a terminal it can be said otherwise: the chat goes on, and pictures
-    that were added stay for the next message.
+    and videos that were added stay for the next message.
+
+    Args:
+        fps: frames taken of a second of each video; None: as the checkpoint says.
 
     Raises:
         PromptError: a line of a pipe cannot be used.
     """
-    conversation, waiting = opening(system), list(images)
+    conversation, waiting = opening(system), list(media)
     interactive = _at_a_terminal()
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  # gives input() its line editing and history
-        stderr.print("Type a message and press Enter; /image FILE adds a picture, /help lists the rest.", style="dim")
+        stderr.print(
+            "Type a message and press Enter; /image FILE adds a picture, /video FILE a video, /help lists the rest.",
+            style="dim",
+        )
     for line in _lines(interactive):
         try:
             sources, text, command = read_line(line, interactive)
@@ -185,10 +202,16 @@ def talk(llm: Any, images: list[dict], params: Any, system: str | None = None) -
             elif command == "/new":
                 conversation, waiting = opening(system), []
                 stderr.print("a new conversation", style="dim")
-            added = [_picture(source, len(waiting) + n, llm.processor.access) for n, source in enumerate(sources)]
+            added: list[dict] = []
+            for kind, source in sources:
+                number = sum(item["type"] == kind for item in (*waiting, *added))
+                if kind == "image":
+                    added.append(_picture(source, number, llm.processor.access))
+                else:
+                    added.append(_video(source, number, llm.processor.access, fps))
             waiting += added
             if added and interactive and not text:
-                stderr.print(f"{_count(len(waiting))} for your next message", style="dim")
+                stderr.print(f"{_count(waiting)} for your next message", style="dim")
             if not text:
                 continue
             turn = user_message(waiting, text)
@@ -198,36 +221,38 @@ def talk(llm: Any, images: list[dict], params: Any, system: str | None = None) -
                 raise
             stderr.print(f"error: {error}")
             if waiting and text:
-                stderr.print(f"{_count(len(waiting))} still added; /new lets go of all that was said", style="dim")
+                stderr.print(f"{_count(waiting)} still added; /new lets go of all that was said", style="dim")
         else:
             conversation += [turn, {"role": "assistant", "content": answer}]
             waiting = []
     if waiting and not conversation[len(opening(system)) :]:
-        stderr.print("the pictures were never asked about: say something after them", style="dim")
+        stderr.print(f"{_count(waiting)} never asked about: say something after that", style="dim")
 
 
-def read_line(line: str, interactive: bool) -> tuple[list[str], str, str]:
-    """What a line asks for: pictures, a text, a command; each may be empty.
+def read_line(line: str, interactive: bool) -> tuple[list[tuple[str, str]], str, str]:
+    """What a line asks for: pictures and videos ("image" or "video", and its path), a text, a command.
 
-    A path is looked for only at a terminal: what comes from a pipe names files by /image or not at all.
+    Each may be empty. A path is looked for only at a terminal: what comes from a pipe names files by /image and /video
+    or not at all.
 
     Raises:
-        PromptError: there is no such command, or /image names nothing.
+        PromptError: there is no such command, or /image or /video names nothing.
     """
     word, _, rest = line.rstrip().partition(" ")
-    if word == "/image":
-        sources, left = _leading_words(rest, lambda _: True)
+    if word in ("/image", "/video"):
+        kind = word[1:]
+        sources, left = _leading_words(rest, lambda _: kind)
         if left or _is_file(_as_path(rest.strip())):  # a lone quote, or a name with spaces in it
-            sources = [_as_path(rest.strip())]
+            sources = [(kind, _as_path(rest.strip()))]
         if not sources:
-            raise PromptError("/image needs the path or URL of a picture")
+            raise PromptError(f"{word} needs the path or URL of a {WORDS[kind]}")
         return sources, "", word
     if word in ("/exit", "/quit"):
         return [], "", "/exit"
     if word in ("/new", "/help"):
         return [], "", word
     if interactive:
-        sources, left = _leading_words(line, lambda path: Path(path).suffix.lower() in SUFFIXES and _is_file(path))
+        sources, left = _leading_words(line, lambda path: _kind_of(path) if _is_file(path) else None)
         if sources:
             return sources, left, ""
     if _COMMAND.fullmatch(word):
@@ -235,15 +260,20 @@ def read_line(line: str, interactive: bool) -> tuple[list[str], str, str]:
     return [], line, ""
 
 
-def _leading_words(line: str, wanted: Callable[[str], bool]) -> tuple[list[str], str]:
-    """The wanted paths that a line begins with, as shells quote them and as terminals paste them; and the rest."""
+def _kind_of(path: str) -> str | None:
+    return next((kind for kind, suffixes in SUFFIXES.items() if Path(path).suffix.lower() in suffixes), None)
+
+
+def _leading_words(line: str, kind_of: Callable[[str], str | None]) -> tuple[list[tuple[str, str]], str]:
+    """The paths of some kind that a line begins with, as shells and terminals quote them; and the rest."""
     sources, at = [], 0
     while match := _SHELL_WORD.match(line, at):
         single, double, bare = match.groups()
         path = _as_path(next(text for text in (single, double, bare and _ESCAPED.sub(r"\1", bare)) if text is not None))
-        if not wanted(path):
+        kind = kind_of(path)
+        if kind is None:
             break
-        sources.append(path)
+        sources.append((kind, path))
         at = match.end()
     return sources, line[at:].strip()
 
@@ -262,8 +292,10 @@ def _is_file(path: str) -> bool:
         return False
 
 
-def _count(number: int) -> str:
-    return "1 picture" if number == 1 else f"{number} pictures"
+def _count(media: list[dict]) -> str:
+    """As in "2 pictures and 1 video"."""
+    counts = {word: sum(item["type"] == kind for item in media) for kind, word in WORDS.items()}
+    return " and ".join(f"{count} {word}{'s' * (count > 1)}" for word, count in counts.items() if count)
 
 
 def _at_a_terminal() -> bool:

@@ -1,4 +1,4 @@
-"""The options that programs share, and what becomes of them: sampling, engine, what may be read."""
+"""The options that programs share, and what becomes of them: sampling, engine, random weights, what may be read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import typer
 
 from qwen3vl_moe.errors import OptionError
 
-Model = Annotated[str, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")]
+_MODEL = typer.Option(help="Checkpoint directory, hub id, or 'demo'.")
+Model = Annotated[str, _MODEL]
+ModelOrSizes = Annotated[str | None, _MODEL]  # of programs that take the 30B sizes without one
 Images = Annotated[list[str] | None, typer.Option(help="Image file or URL, before the text; repeatable.")]
+Videos = Annotated[list[str] | None, typer.Option(help="Video file or URL, after the images; repeatable.")]
+Fps = Annotated[float | None, typer.Option(help="Frames taken of a video's second. [default: the checkpoint's]")]
 System = Annotated[str | None, typer.Option(help="A system message, before all else.")]
 
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
@@ -39,11 +43,18 @@ GpuMemoryUtilization = Annotated[float | None, typer.Option(help="Part of the GP
 KvCacheDtype = Annotated[str, typer.Option(help="auto, or fp8: twice the tokens in the cache.")]
 TensorParallelSize = Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")]
 DataParallelSize = Annotated[int, typer.Option(help="Answer requests by so many engines, on GPUs of their own.")]
+OneEngine = Annotated[int, typer.Option("--data-parallel-size", hidden=True)]  # of programs that drive one engine
 MinPixels = Annotated[int | None, typer.Option(help="Enlarge smaller images to this many pixels.")]
 MaxPixels = Annotated[int | None, typer.Option(help="Resize larger images to this many pixels.")]
 Eager = Annotated[bool, typer.Option(help="Make no CUDA graphs: ready sooner, slower afterwards.")]
 ExpertLayout = Annotated[str | None, typer.Option(help="published or transformers5, if the checkpoint asks.")]
 Engine = Annotated[str | None, typer.Option(help="Other options of LLM(...), as JSON: '{\"block_size\": 32}'.")]
+
+LoadFormat = Annotated[str, typer.Option(help="auto; dummy or dummy-fp8: random weights.")]
+LoadFormatOrSizes = Annotated[
+    str, typer.Option(help="auto; dummy or dummy-fp8: random weights, of the 30B sizes without --model.")
+]
+Routing = Annotated[str, typer.Option(help="With dummy: balanced or skewed choice of experts.")]
 
 MediaRoot = Annotated[
     Path | None, typer.Option(help="Read images and videos from this directory and those in it alone.")
@@ -64,6 +75,8 @@ _ENGINE = (
     *("device", "dtype", "moe", "max_model_len", "max_num_seqs", "max_prefill_tokens", "gpu_memory_utilization"),
     *("kv_cache_dtype", "tensor_parallel_size", "data_parallel_size", "min_pixels", "max_pixels", "expert_layout"),
 )
+
+_MEDIA = ("media_root", "allow_hosts", "allow_private_hosts")
 
 
 def sampling_params(given: dict[str, Any], *, one_answer: bool = False) -> Any:
@@ -89,12 +102,25 @@ def engine_options(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of :class:`LLM` among a program's options, but for the model and what may be read.
 
     Raises:
-        OptionError: --engine is no JSON object, or names an option again.
+        OptionError: --engine is no JSON object, or names something that another option says.
     """
     named = {name: given[name] for name in _ENGINE if given.get(name) is not None}
-    if given["eager"]:
+    if given.get("eager"):
         named["enforce_eager"] = True
-    return named | _more("--engine", given.get("engine"), named)
+    more = _more("--engine", given.get("engine"), named)
+    if elsewhere := sorted(more.keys() & {"model", "device", *_MEDIA}):
+        raise OptionError(f"--engine says {elsewhere[0]}, which this program has options of its own for")
+    return named | more
+
+
+def require_one_engine(data_parallel_size: int, instead: str) -> None:
+    """Refuse several engines where one is driven step by step.
+
+    Raises:
+        OptionError: there are to be several.
+    """
+    if data_parallel_size != 1:
+        raise OptionError(f"--data-parallel-size {data_parallel_size}: this program drives one engine; {instead}")
 
 
 def media_limits(given: dict[str, Any]) -> dict[str, Any]:

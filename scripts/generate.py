@@ -39,10 +39,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 def main(
     model: cli.Model = "demo",
     image: cli.Images = None,
-    video: Annotated[list[str] | None, typer.Option(help="Video file or URL, after the images; repeatable.")] = None,
-    fps: Annotated[
-        float | None, typer.Option(help="Frames taken of a video's second. [default: the checkpoint's]")
-    ] = None,
+    video: cli.Videos = None,
+    fps: cli.Fps = None,
     prompt: Annotated[
         str | None, typer.Option(help="The question. Without it: a chat, one line of stdin a turn, as chat.py.")
     ] = None,
@@ -132,7 +130,7 @@ def main(
         columns = prompt_column, image_column, id_column, keep_input, drop, served_model_name
         if requests is None and any((shard, prefix, *columns)):
             raise UserError("--shard, --keep-input, --drop, --prefix and names of columns and models go with --input")
-        if fps is not None and not video:
+        if fps is not None and not video and (prompt is not None or requests is not None):
             raise UserError("--fps is of videos: give --video")
         if as_json and prompt is None:
             raise UserError("--json needs --prompt: a chat is not one JSON object")
@@ -154,9 +152,7 @@ def main(
             from batch_run import Output, answer_input, is_table
 
             table, understood = is_table(answers), batch.input_options(model, prompt, *columns)
-            settings = {"model": model, "max_pixels": max_pixels}  # what an answer depends on
-            settings |= {name: given[name] for name in ("min_pixels", "engine") if given[name] is not None}
-            job = Job(params, settings, understood, rows=not table)
+            job = Job(params, batch.answer_settings(given), understood, rows=not table)
             source = open_input(requests, job)
             for note in source.notes:
                 stderr.print(note, style="dim")
@@ -166,7 +162,7 @@ def main(
             raise typer.Exit(answer_input(load, source, parse_shard(shard, len(source)), output, stderr))
         llm = load()
         if prompt is None:
-            talk(llm, media, params, system)
+            talk(llm, media, params, system, fps)
         else:
             conversation = [*opening(system), user_message(media, prompt)]
             if as_json:

@@ -44,7 +44,15 @@ def main(
     max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 64,
     max_image_mib: Annotated[int, typer.Option(help="Largest image file, in MiB.")] = 20,
     max_image_megapixels: Annotated[int, typer.Option(help="Largest image, in millions of pixels.")] = 64,
-    allow_remote_images: Annotated[bool, typer.Option(help="Download images that requests give as URLs.")] = False,
+    max_videos: Annotated[int, typer.Option(help="Most videos of a request.")] = 8,
+    max_video_mib: Annotated[int, typer.Option(help="Largest video file, in MiB.")] = 48,
+    max_video_gigapixels: Annotated[
+        int, typer.Option(help="Most pixels of all frames of a video file, in billions: what decoding may take.")
+    ] = 50,
+    max_video_frames: Annotated[int, typer.Option(help="Most frames that are taken of a video.")] = 768,
+    allow_remote_images: Annotated[
+        bool, typer.Option(help="Download images and videos that requests give as URLs.")
+    ] = False,
     allow_hosts: Annotated[
         str | None,
         typer.Option(
@@ -61,6 +69,7 @@ def main(
     gpu_memory_utilization: cli.GpuMemoryUtilization = None,
     kv_cache_dtype: cli.KvCacheDtype = "auto",
     tensor_parallel_size: cli.TensorParallelSize = 1,
+    data_parallel_size: cli.OneEngine = 1,
     eager: cli.Eager = False,
     prefix_caching: Annotated[bool, typer.Option(help="Let prompts reuse beginnings of earlier ones.")] = True,
     min_pixels: cli.MinPixels = None,
@@ -75,11 +84,14 @@ def main(
     Exit status: 0 ended after a signal, 1 the engine has failed, 2 an error in the call, 130 ended by a second signal.
     """
     options = cli.engine_options(locals())
-    limits_in_mib = {"--max-body-mib": max_body_mib, "--max-image-mib": max_image_mib}
-    counts = {"--max-images": max_images, "--max-image-megapixels": max_image_megapixels, "--max-waiting": max_waiting}
+    may_be_0 = {"--max-images": max_images, "--max-videos": max_videos, "--max-waiting": max_waiting}
+    at_least_1 = {"--max-body-mib": max_body_mib, "--max-image-mib": max_image_mib, "--max-video-mib": max_video_mib}
+    at_least_1 |= {"--max-image-megapixels": max_image_megapixels, "--max-video-gigapixels": max_video_gigapixels}
+    at_least_1 |= {"--max-video-frames": max_video_frames}
     try:
-        for option, value in {**limits_in_mib, **counts}.items():
-            if value < (0 if option in ("--max-images", "--max-waiting") else 1):
+        cli.require_one_engine(data_parallel_size, "start one server for each, behind a proxy that shares requests")
+        for option, value in {**may_be_0, **at_least_1}.items():
+            if value < (option in at_least_1):
                 raise OptionError(f"{option} {value} leaves nothing to serve; give a larger number")
         if allow_hosts is not None and not allow_remote_images:
             raise OptionError("--allow-hosts needs --allow-remote-images")
@@ -102,6 +114,12 @@ def main(
             image_bytes=max_image_mib * MIB,
             image_pixels=max_image_megapixels * 1_000_000,
             max_pixels=llm.processor.image_settings.max_pixels,
+            videos=max_videos,
+            video_bytes=max_video_mib * MIB,
+            video_pixels=max_video_gigapixels * 1_000_000_000,
+            video_frames=max_video_frames,
+            usual_frames=llm.processor.video_settings.max_frames,
+            total_pixels=llm.processor.video_settings.max_pixels,
             remote=allow_remote_images,
             access=access,
         )

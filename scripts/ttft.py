@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 from tqdm import tqdm
 
+import cli_options as cli
 from program import any_text
 from qwen3vl_moe.errors import OptionError, UserError
 
@@ -38,16 +39,15 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def main(
-    model: Annotated[str | None, typer.Option(help="Checkpoint directory, hub id, or 'demo'.")] = None,
-    load_format: Annotated[
-        str, typer.Option(help="auto; dummy or dummy-fp8: random weights, of the 30B sizes without --model.")
-    ] = "auto",
-    routing: Annotated[str, typer.Option(help="With dummy: balanced or skewed choice of experts.")] = "balanced",
-    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
-    moe: Annotated[str, typer.Option(help="tma, triton, reference, auto.")] = "auto",
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto or fp8.")] = "auto",
-    tensor_parallel_size: Annotated[int, typer.Option(help="Divide every layer among so many GPUs.")] = 1,
-    eager: Annotated[bool, typer.Option(help="Make no CUDA graphs.")] = False,
+    model: cli.ModelOrSizes = None,
+    load_format: cli.LoadFormatOrSizes = "auto",
+    routing: cli.Routing = "balanced",
+    device: cli.Device = "auto",
+    moe: cli.Moe = "auto",
+    kv_cache_dtype: cli.KvCacheDtype = "auto",
+    tensor_parallel_size: cli.TensorParallelSize = 1,
+    data_parallel_size: cli.OneEngine = 1,
+    eager: cli.Eager = False,
     workload: Annotated[str, typer.Option(help="single, closed-loop, both.")] = "both",
     sizes: Annotated[str, typer.Option(help="Single stream: image sizes, HEIGHTxWIDTH.")] = (
         "224x224,560x560,1024x1024,1080x1920"
@@ -88,11 +88,13 @@ def main(
 ) -> None:
     """Measure the time to first token, and serving under load, on this machine."""
     options = dict(locals())
+    del options["data_parallel_size"]
     import torch  # slow to import: not before --help has been answered
 
     results: dict[str, Any] = {}
     try:
         try:
+            cli.require_one_engine(data_parallel_size, "gsm8k.py times several")
             run(options, results)
         finally:  # what has been measured is shown and kept, whatever became of the rest
             if "cold" in results:

@@ -37,15 +37,15 @@ class Environment:
     python: Path
     elsewhere: Path
 
-    def run(self, *command, stdin=None, status=0):
+    def run(self, *command, stdin=None, **variables):
         """(stdout, stderr) of a command, whose first word may be one that was installed."""
         scripts = self.python.parent
         whole = [scripts / command[0] if (scripts / command[0]).exists() else command[0], *map(str, command[1:])]
-        environment = clean() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = clean() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
         done = subprocess.run(
             whole, cwd=self.elsewhere, env=environment, input=stdin, capture_output=True, text=True, timeout=300
         )
-        assert done.returncode == status, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout, done.stderr
 
 
@@ -71,7 +71,7 @@ def build(folder, kind, target):
 
 @pytest.fixture(scope="module")
 def make_environment(tmp_path_factory):
-    def make(wheel, triton=True):
+    def make(wheel):
         folder = tmp_path_factory.mktemp("environment")
         venv.create(folder / "venv", with_pip=False)
         python = folder / "venv" / "bin" / "python"
@@ -80,8 +80,9 @@ def make_environment(tmp_path_factory):
         pip = [sys.executable, "-m", "pip", "--python", str(python), *install]
         subprocess.run(pip, check=True, timeout=300, env=clean())
         (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        if not triton:  # as if it were not installed
-            (site / "no_triton.pth").write_text("import sys; sys.modules['triton'] = None\n")
+        # As if triton were not installed, where a test asks for that.
+        hide = "import os, sys; 'NO_TRITON' in os.environ and sys.modules.update(triton=None)\n"
+        (site / "no_triton.pth").write_text(hide)
         (folder / "elsewhere").mkdir()
         return Environment(python, folder / "elsewhere")
 
@@ -89,36 +90,55 @@ def make_environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(tree, tmp_path_factory):
-    return build(tree, "wheel", tmp_path_factory.mktemp("wheel"))
+def installed(tree, make_environment, tmp_path_factory):
+    """What the wheel makes of an empty environment."""
+    return make_environment(build(tree, "wheel", tmp_path_factory.mktemp("wheel")))
 
 
-@pytest.mark.parametrize("triton", [True, False])
-def test_every_command_of_the_wheel(wheel, make_environment, triton):
-    """With triton and without; each program answers, or says in a line what it needs."""
-    environment = make_environment(wheel, triton)
-    run, shapes = environment.run, ROOT / "examples/shapes.png"
+# Several commands in one process, as importing torch and transformers takes the most of each; their exit statuses last.
+_IN_TURN = """
+import json, sys
+from qwen3vl_moe_programs.scripts import command_line
+statuses = []
+for arguments in json.loads(sys.argv[1]):
+    try:
+        command_line.main(arguments)
+        statuses.append(0)
+    except SystemExit as ended:
+        statuses.append(ended.code or 0)
+print("\\nstatuses", statuses)
+"""
+
+
+def test_every_command_of_the_wheel(installed):
+    """Each program answers, or says in a line what it needs."""
+    run, shapes = installed.run, ROOT / "examples/shapes.png"
     where = "import qwen3vl_moe, tma_moe; print(qwen3vl_moe.__file__); print(tma_moe.__file__)"
     assert str(ROOT) not in run("python", "-c", where)[0]
     assert run("qwen3vl-moe", "--version")[0] == f"qwen3vl-moe {qwen3vl_moe.__version__}\n"
-    question = ["--image", shapes, "--prompt", "What do you see in this picture?", "--temperature", 0]
-    answer = "From left to right: a large red circle, a small blue square and a large green triangle.\n"
-    assert run("qwen3vl-moe", "generate", *question)[0] == answer
-    if not triton:
-        error = run("qwen3vl-moe", "generate", "--moe", "tma", "--prompt", "Hi", status=2)[1]
-        assert error.startswith("error: moe='tma' cannot run here: triton >= 3.6 is needed")
-        return
     assert "square" in run("qwen3vl-moe", "chat", stdin=f"/image {shapes}\nWhat shape is blue?\n/exit\n")[0]
     for word in command_line._offered():
         stdout, _ = run("qwen3vl-moe", word, "--help")
         assert f"qwen3vl-moe {word}" in stdout or word == "lm-eval"
-    data = ["--data", ROOT / "tests/eval/problems", "--limit", 2, "--num-fewshot", 0, "--max-gen-toks", 16]
-    assert "gsm8k, test, 2 problems" in run("qwen3vl-moe", "gsm8k", "--model", "demo", *data)[0]
-    small = ["--sizes", "64x64", "--text-lens", 8, "--repeats", 1, "--workload", "single", "--json", "ttft.json"]
-    run("qwen3vl-moe", "ttft", "--model", "demo", *small)
-    environment_of_it = json.loads((environment.elsewhere / "ttft.json").read_text())["environment"]
+    data = ["--data", str(ROOT / "tests/eval/problems"), "--limit", "2", "--num-fewshot", "0", "--max-gen-toks", "16"]
+    small = ["--sizes", "64x64", "--text-lens", "8", "--repeats", "1", "--workload", "single", "--json", "ttft.json"]
+    both = ["gsm8k", "--model", "demo", *data], ["ttft", "--model", "demo", *small]
+    stdout, _ = run("python", "-c", _IN_TURN, json.dumps(both))
+    assert stdout.endswith("\nstatuses [0, 0]\n")
+    assert "gsm8k, test, 2 problems" in stdout
+    environment_of_it = json.loads((installed.elsewhere / "ttft.json").read_text())["environment"]
     assert environment_of_it["command"].startswith("qwen3vl-moe ttft --model demo")
     assert environment_of_it["commit"] is None  # whatever repository the folder may lie in is not ours
+
+
+def test_the_wheel_without_triton(installed):
+    question = ["--image", str(ROOT / "examples/shapes.png"), "--prompt", "What do you see in this picture?"]
+    both = ["generate", *question, "--temperature", "0"], ["generate", "--moe", "tma", "--prompt", "Hi"]
+    stdout, stderr = installed.run("python", "-c", _IN_TURN, json.dumps(both), NO_TRITON="1")
+    answer = "From left to right: a large red circle, a small blue square and a large green triangle.\n"
+    assert stdout == f"{answer}\nstatuses [0, 2]\n"
+    error = stderr.splitlines()[-1]
+    assert error.startswith("error: moe='tma' cannot run here: triton >= 3.6 is needed")
 
 
 def test_the_kernel_alone(tree, make_environment, tmp_path):
@@ -149,7 +169,7 @@ def test_the_sdist_holds_all_that_its_tests_need(tree, tmp_path):
     if (ROOT / ".git").exists():
         names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert not [name for name in names.splitlines() if (ROOT / name).exists() and not (folder / name).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_config.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_json_files.py"]
     done = subprocess.run(command, cwd=folder, env=clean(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout

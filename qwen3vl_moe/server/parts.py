@@ -16,6 +16,19 @@ from qwen3vl_moe.server.tools import CLOSE, OPEN
 
 THINK, END_THINK = "<think>", "</think>"
 Kind = Literal["reasoning", "content", "call"]
+Reasons = Literal["at once", "tagged", "never"]  # see Parts
+
+
+def reasons_of(template: str | None, prompt: str | None) -> Reasons:
+    """Where the reasoning of an answer is.
+
+    Args:
+        template: the checkpoint's chat template.
+        prompt: the text that is answered, as the template has made it.
+    """
+    if (prompt or "").rstrip().endswith(THINK):
+        return "at once"
+    return "tagged" if template is not None and THINK in template else "never"
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ class Parts:
         calls: whether there may be calls of tools.
     """
 
-    def __init__(self, reasons: str = "never", calls: bool = False):
+    def __init__(self, reasons: Reasons = "never", calls: bool = False):
         self._calls, self._held = calls, ""
         self._state = {"at once": "reasoning", "tagged": "start", "never": "content"}[reasons]
         self._strips = reasons == "at once"  # whether space at the beginning of what waits belongs to a tag before it

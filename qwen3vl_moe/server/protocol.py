@@ -49,7 +49,7 @@ _REFUSED = {
     "guided_regex": "structured_outputs={'regex': ...}",
     "guided_choice": "structured_outputs={'choice': [...]}",
     "guided_grammar": "structured_outputs={'grammar': ...}",
-    "mm_processor_kwargs": "min_pixels and max_pixels stand beside the url of an image",
+    "mm_processor_kwargs": "min_pixels and max_pixels stand beside the url of an image, fps and num_frames of a video",
     "chat_template": "the checkpoint's own is used",
     "use_beam_search": "set n and a temperature to draw several answers",
     "priority": "requests begin in their order",

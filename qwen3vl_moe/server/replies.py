@@ -26,7 +26,7 @@ class Reply:
     Args:
         model: the name under which it is served.
         num_prompt: tokens of all prompts.
-        num_image: how many of these are of images.
+        num_image: how many of these are of images and videos.
         count: of the answers.
     """
 

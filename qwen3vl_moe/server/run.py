@@ -100,6 +100,9 @@ class Server:
         name: of the model.
         api_key: that clients have to give; None: none.
         say: takes lines for whoever looks after it.
+
+    Raises:
+        OptionError: the model has several engines, of which only the first one would work.
     """
 
     def __init__(
@@ -111,6 +114,8 @@ class Server:
         api_key: str | None = None,
         say: Callable[[str], None] = print,
     ):
+        if (engines := llm.settings["data_parallel_size"]) > 1:
+            raise OptionError(f"data_parallel_size={engines}: a server drives one engine; start one for each")
         self.address, self._bound, self._say = address_of(bound), bound, say
         self.serving = Serving(llm, name, limits or Limits(), self.stop)
         config = uvicorn.Config(

@@ -24,7 +24,7 @@ from qwen3vl_moe.json_files import parse_json
 from qwen3vl_moe.server.engine_thread import EngineEnded, EngineThread, Prepared, Stream
 from qwen3vl_moe.server.media import MediaLimits, with_bytes
 from qwen3vl_moe.server.metrics import Metrics
-from qwen3vl_moe.server.parts import THINK, Parts
+from qwen3vl_moe.server.parts import Parts, Reasons, reasons_of
 from qwen3vl_moe.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -47,7 +47,7 @@ class Limits:
     Attributes:
         waiting: answers beyond those that are computed at a time.
         body_bytes: of one request.
-        media: of its pictures.
+        media: of its pictures and videos.
     """
 
     waiting: int = 1024
@@ -125,8 +125,6 @@ class Serving:
         self._service = Service(llm.engine)
         self._token_bytes = TokenBytes(llm.get_tokenizer())
         self._ahead = asyncio.Semaphore(min(seats, _AHEAD))
-        template = llm.processor.chat_template
-        self._thinks = template is not None and THINK in template
 
     async def begin(self, kind: str, raw: bytes, arrival: float, ticket: Ticket) -> tuple[Request, Stream, Reply]:
         """A request, once it is in the engine.
@@ -187,7 +185,7 @@ class Serving:
 
         prepared = self._prepared(request, [request.messages], make, arrival)
         form = request.params.structured_outputs
-        if form is not None and _thinks_first(prepared):
+        if form is not None and self._reasons(prepared) == "at once":
             request = replace(request, params=replace(request.params, structured_outputs=after_thinking(dict(form))))
             self.llm.engine.check(request.params)
         return request, prepared
@@ -230,10 +228,13 @@ class Serving:
         if isinstance(request, CompletionRequest):
             return CompletionReply(self.name, num_prompt, count, request.params.logprobs)
         assert isinstance(request, ChatRequest)
-        reasons = "at once" if _thinks_first(prepared) else "tagged" if self._thinks else "never"
         num_image = sum(image.num_tokens for each in prepared for image in each.prompt.images)
-        parts, num_top = partial(Parts, reasons, bool(request.tools)), request.params.logprobs or 0
+        parts, num_top = partial(Parts, self._reasons(prepared), bool(request.tools)), request.params.logprobs or 0
         return ChatReply(self.name, num_prompt, num_image, count, parts, self._token_bytes, num_top)
+
+    def _reasons(self, prepared: list[Prepared]) -> Reasons:
+        """Where the reasoning of a chat's answers is."""
+        return reasons_of(self.llm.processor.chat_template, prepared[0].prompt.text)
 
     def _gauges(self) -> dict[str, tuple[str, float]]:
         running, waiting = self.thread.load
@@ -244,11 +245,6 @@ class Serving:
             "answers_inside": ("All answers that were let in and have not ended.", self.gate.inside),
             "kv_cache_usage_ratio": ("Part of the cache's blocks that is held.", 1 - cache.num_free / cache.num_blocks),
         }
-
-
-def _thinks_first(prepared: list[Prepared]) -> bool:
-    """Whether a chat's prompt ends within the reasoning of the answer."""
-    return (prepared[0].prompt.text or "").rstrip().endswith(THINK)
 
 
 def request_error(error: Exception) -> RequestError:

@@ -1,1 +1,1 @@
-"""What the timing programs share: random models, request inputs, load generators, statistics, comparisons, reports."""
+"""What the timing programs do, and what they share: models, inputs, load generators, statistics, reports."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarking import engine_steps
 from benchmarking.loading import load_llm
 from scripts import bench_engine
 
@@ -60,13 +61,13 @@ def test_timed_steps_are_those_in_which_all_decode(monkeypatch):
 
     llm.engine.step = counted
     timed = []
-    monkeypatch.setattr(bench_engine.statistics, "median", lambda seconds: timed.append(len(seconds)) or 1.0)
-    row = bench_engine.decode_step(llm, 6, 40, 1e9, np.random.default_rng(0), 16)
+    monkeypatch.setattr(engine_steps.statistics, "median", lambda seconds: timed.append(len(seconds)) or 1.0)
+    row = engine_steps.decode_step(llm, 6, 40, 1e9, np.random.default_rng(0), 16)
     together = sum(pending == [1] * 6 for pending in running)
     assert timed == [together - 1]  # one of them counted the experts
     assert 4 < together < 16 < len(running)
     assert row["note"].endswith("of 16 experts a layer")
-    assert bench_engine.decode_step(llm, 20, 40, 1e9, np.random.default_rng(0), 16) is None
+    assert engine_steps.decode_step(llm, 20, 40, 1e9, np.random.default_rng(0), 16) is None
 
 
 def test_what_a_step_reads():
@@ -75,18 +76,18 @@ def test_what_a_step_reads():
     experts = sum(p.nbytes for layer in text.layers for p in layer.moe.experts.parameters())
     whole = sum(p.nbytes for n, p in parameters.items() if n.startswith(("text.", "lm_head")))
     whole -= text.embed.weight.nbytes  # of which a step reads a few rows
-    assert bench_engine.bytes_of_step(llm, 16, 0) == whole
-    assert bench_engine.bytes_of_step(llm, 4, 0) == whole - experts * 12 / 16
+    assert engine_steps.bytes_of_step(llm, 16, 0) == whole
+    assert engine_steps.bytes_of_step(llm, 4, 0) == whole - experts * 12 / 16
     cache = llm.engine.cache
     a_token = cache.tensor.nbytes / (cache.num_blocks * cache.block_size)
-    assert bench_engine.bytes_of_step(llm, 16, 100) == whole + 100 * a_token
+    assert engine_steps.bytes_of_step(llm, 16, 100) == whole + 100 * a_token
 
 
 def test_what_was_measured_is_kept_where_the_rest_fails(monkeypatch, tmp_path, capsys):
     def fail(*arguments):
         raise torch.OutOfMemoryError("no room for the pictures")
 
-    monkeypatch.setattr(bench_engine, "vision_call", fail)
+    monkeypatch.setattr(engine_steps, "vision_call", fail)
     file = tmp_path / "out.json"
     with pytest.raises(torch.OutOfMemoryError):
         bench_engine.main("demo", "auto", "balanced", "cpu", "auto", "auto", 1, False, True, False, file, None)

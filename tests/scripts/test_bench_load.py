@@ -1,6 +1,5 @@
 """scripts/bench_load.py: both loaders on the same files, the values compared, and clean errors."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,9 @@ from pathlib import Path
 import pytest
 import typer
 from typer.testing import CliRunner
+
+from benchmarking import load_times
+from scripts import bench_load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -23,11 +25,8 @@ def run(*args):
 @pytest.fixture(scope="module")
 def program():
     """The program in this process."""
-    spec = importlib.util.spec_from_file_location("bench_load", ROOT / "scripts" / "bench_load.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     app = typer.Typer()
-    app.command()(module.main)
+    app.command()(bench_load.main)
     return app
 
 
@@ -85,8 +84,7 @@ def test_what_was_measured_is_kept_where_the_rest_fails(program, plain, tmp_path
     def fail(directory, files, device):
         raise OSError("the disk has gone")
 
-    loaders = program.registered_commands[0].callback.__globals__["LOADERS"]
-    monkeypatch.setitem(loaders, "safetensors", fail)
+    monkeypatch.setitem(load_times.LOADERS, "safetensors", fail)
     file = tmp_path / "out.json"
     done = CliRunner().invoke(program, ["--dir", str(plain.published), "--device", "cpu", "--json", str(file)])
     assert done.exit_code == 2

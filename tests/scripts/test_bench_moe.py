@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 import tma_moe
-from benchmarking import card, moe
+from benchmarking import card, hf_stack, moe, moe_layer
 from benchmarking.card import Ceilings
 from benchmarking.moe import Candidate, CudaTimer, MoeShape, draw_routing, floor_us, grouped_mm_moe
 from scripts import bench_hf, bench_moe
@@ -50,7 +50,7 @@ class FakeTimer:
 
 def run_tiny(**changes):
     options = {"tokens": [1, 5], "routings": ("uniform", "zipf"), "num_layers": 5, "timer": FakeTimer()} | changes
-    return bench_moe.run(TINY, **options, backend="reference", device="cpu", dtype=torch.bfloat16)
+    return moe_layer.run(TINY, **options, backend="reference", device="cpu", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "zipf"])
@@ -120,13 +120,13 @@ def test_the_portable_kernels_stand_beside_those_for_hopper(monkeypatch):
     monkeypatch.setattr(tma_moe, "fused_moe", recorded)
     options = {"tokens": [5], "routings": ("uniform",), "num_layers": 4, "timer": FakeTimer()}
     for wrong in (False, True):
-        [row] = bench_moe.run(TINY, **options, backend="tma", device="cpu", dtype=torch.bfloat16)["points"]
+        [row] = moe_layer.run(TINY, **options, backend="tma", device="cpu", dtype=torch.bfloat16)["points"]
         assert row["graph"].keys() == {"fused_moe", "triton", "grouped_mm"}
         assert row["correct"] == (not wrong)
     assert {"tma", "triton"} <= set(asked)
     row["graph"]["triton"] = [1234.5]
-    with bench_moe.console.capture() as captured:
-        bench_moe.console.print(bench_moe.graph_table({"points": [row]}))
+    with moe_layer.console.capture() as captured:
+        moe_layer.console.print(moe_layer.graph_table({"points": [row]}))
     assert "1234.5" in captured.get()
 
 
@@ -200,7 +200,7 @@ def test_what_was_measured_is_there_after_an_error():
     with pytest.raises(torch.OutOfMemoryError):
         run_tiny(timer=Failing(), results=results)
     assert [row["tokens"] for row in results["points"]] == [1, 5]
-    bench_moe.graph_table(results)
+    moe_layer.graph_table(results)
 
 
 def test_report_writes_json_and_plot_and_the_tables_show_the_numbers(tmp_path, capsys):
@@ -277,16 +277,16 @@ def test_transformers_bench_runs_and_tables(capsys):
     widths |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "vocab_size": 16}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
     with torch.inference_mode():
-        model = bench_hf.text_stack(2, widths, rope, "cpu", torch.bfloat16)
+        model = hf_stack.text_stack(2, widths, rope, "cpu", torch.bfloat16)
         assert next(model.parameters()).dtype == torch.bfloat16
-        results = bench_hf.run(model, [1, 450], FakeTimer(), ours="tma_moe_reference", rounds=2)
+        results = hf_stack.run(model, [1, 450], FakeTimer(), ours="tma_moe_reference", rounds=2)
     assert results["correct"], results["errors"]
     assert [sorted(point["ms"]) for point in results["points"]] == [
         ["batched_mm", "grouped_mm", "tma_moe_reference"],
         ["eager", "grouped_mm", "tma_moe_reference"],
     ]
     assert results["points"][0]["ms"]["grouped_mm"] == [0.05, 0.06] * 2
-    bench_hf.console.print(bench_hf.table(results, "tma_moe_reference"))
+    hf_stack.console.print(hf_stack.table(results, "tma_moe_reference"))
     assert "1.00x" in capsys.readouterr().out
 
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
-from bench_engine import profile_table, scaling
 from benchmarking import figures, report, timeline
+from benchmarking.engine_steps import profile_table, scaling
 from benchmarking.inputs import Images
 from benchmarking.step_profile import KINDS, StepProfile
 from benchmarking.workloads import Load

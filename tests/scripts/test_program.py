@@ -14,6 +14,9 @@ from rich.console import Console
 from program import any_text, json_line
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = (".", "kernels", "scripts", "eval")
+SLOW = {"torch", "transformers", "numpy", "triton", "pyarrow", "ray", "matplotlib", "fastapi"}
+OWN_HELP = ("lm.py", "command_line.py")  # of lm-eval, and of the list of commands
 TEXT = "naïve 漢字 😀 \ud800 \udcff"
 PROGRAMS = sorted(
     path
@@ -72,6 +75,24 @@ def test_every_program_begins_so(program):
     block = re.search(r'^if __name__ == "__main__":.*\n((?:    .*\n|\n)+)', program.read_text(encoding="utf-8"), re.M)
     lines = [line.strip() for line in block[1].splitlines() if line.strip() not in ("", "raise SystemExit")]
     assert lines.index("any_text()") == len(lines) - 2, "right before the program itself"
+
+
+def test_help_imports_nothing_slow():
+    """Neither torch nor what brings it: `--help` is read more often than a program is run. (One process for all.)"""
+    code = (
+        "import contextlib, io, runpy, sys\n"
+        f"slow = {SLOW!r}\n"
+        "for path in sys.argv[1:]:\n"
+        "    sys.argv = [path, '--help']\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:\n"
+        "        runpy.run_path(path, run_name='__main__')\n"
+        "    print(path, 'Usage:' in shown.getvalue(), slow & sys.modules.keys())\n"
+    )
+    programs = [str(path.relative_to(ROOT)) for path in PROGRAMS if path.name not in OWN_HELP]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / each) for each in SOURCES)}
+    command = [sys.executable, "-c", code, *programs]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [f"{program} True set()" for program in programs], done.stderr
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1:strict"])

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import fp8_checkpoint
 import quantize
 from qwen3vl_moe import LLM, SamplingParams
 from qwen3vl_moe.weights import load_model
@@ -121,16 +122,18 @@ def test_the_demo_answers(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import quantize
-quantize.SHARD_BYTES = 60_000
-quantise_tensor, calls = quantize._quantised, []
+import torch
+import fp8_checkpoint
+fp8_checkpoint.SHARD_BYTES = 60_000
+quantise_tensor, calls = fp8_checkpoint._quantised, []
 def fatal(*arguments):
     calls.append(arguments)
     if len(calls) == 6:
         os.kill(os.getpid(), signal.SIGKILL)
     return quantise_tensor(*arguments)
-quantize._quantised = fatal
-quantize.quantise(quantize.Source.read(Path(sys.argv[1])), Path(sys.argv[2]), "bf16", quantize.parse_device("cpu"))
+fp8_checkpoint._quantised = fatal
+source = fp8_checkpoint.Source.read(Path(sys.argv[1]))
+fp8_checkpoint.quantise(source, Path(sys.argv[2]), "bf16", torch.device("cpu"))
 """
 
 
@@ -142,7 +145,7 @@ def test_killed_it_goes_on_and_clears_up(blocks, tmp_path, monkeypatch):
     assert list(target.glob("*.safetensors"))
     assert list(target.glob(".*.part"))  # nothing could remove it
     assert not (target / "config.json").exists()
-    monkeypatch.setattr(quantize, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(fp8_checkpoint, "SHARD_BYTES", 60_000)
     written(blocks.published, target)
     whole = written(blocks.published, tmp_path / "whole")
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {
@@ -151,12 +154,12 @@ def test_killed_it_goes_on_and_clears_up(blocks, tmp_path, monkeypatch):
 
 
 def test_interrupted_it_goes_on(blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantize, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(fp8_checkpoint, "SHARD_BYTES", 60_000)
     whole = written(blocks.path, tmp_path / "whole")
     names = sorted(path.name for path in whole.glob("*.safetensors"))
     assert len(names) > 3
     for after in range(len(names)):
-        target, replace_file, calls = tmp_path / f"{after}", quantize.replace_file, []
+        target, replace_file, calls = tmp_path / f"{after}", fp8_checkpoint.replace_file, []
 
         def fail(path, pieces, after=after, calls=calls, replace_file=replace_file):
             if path.suffix == ".safetensors":
@@ -166,10 +169,10 @@ def test_interrupted_it_goes_on(blocks, tmp_path, monkeypatch):
                     raise KeyboardInterrupt
             replace_file(path, pieces)
 
-        monkeypatch.setattr(quantize, "replace_file", fail)
+        monkeypatch.setattr(fp8_checkpoint, "replace_file", fail)
         assert run(blocks.path, target).exit_code == 130
         assert not (target / "config.json").exists()
-        monkeypatch.setattr(quantize, "replace_file", replace_file)
+        monkeypatch.setattr(fp8_checkpoint, "replace_file", replace_file)
         kept = {name: (target / name).stat().st_mtime_ns for name in names[:after]}
         assert kept.keys() == {path.name for path in target.glob("*.safetensors")}
         written(blocks.path, target)
@@ -179,7 +182,7 @@ def test_interrupted_it_goes_on(blocks, tmp_path, monkeypatch):
 
 
 def test_unfinished_work_of_other_settings(blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantize, "_shard_bytes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(fp8_checkpoint, "_shard_bytes", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(blocks.path, tmp_path / "fp8").exit_code == 130
     monkeypatch.undo()
     done = run(blocks.path, tmp_path / "fp8", "--scales", "fp32")
@@ -199,23 +202,24 @@ def test_half_a_step_is_the_bound():
     weight, scale = torch.cat([between, -between])[:, None] * 0.37, torch.full((1, 1), 0.37)
     for of_one in weight.split(1):
         nearest = (of_one / scale).to(torch.float8_e4m3fn)
-        found = quantize.deviation(nearest, scale, of_one)
+        found = fp8_checkpoint.deviation(nearest, scale, of_one)
         assert found.within_bound
         assert 0.49 < found.in_half_steps < 0.99
         byte = nearest.view(torch.uint8)
         neighbours = [byte + 1] if not int(byte) & 0x7F else [byte - 1, byte + 1]  # magnitudes: 0 has none below
         for other in neighbours:
-            assert not quantize.deviation(
+            assert not fp8_checkpoint.deviation(
                 other.view(nearest.dtype), scale, of_one
             ).within_bound  # nor is NaN, above 448
 
 
 def test_zero_may_only_become_zero():
     least = torch.tensor([[0x00, 0x01, 0x80, 0x81]], dtype=torch.uint8).view(torch.float8_e4m3fn)
-    found = [quantize.deviation(w8, torch.full((1, 1), 0.37), torch.zeros(1, 1)) for w8 in least.split(1, dim=1)]
+    found = [fp8_checkpoint.deviation(w8, torch.full((1, 1), 0.37), torch.zeros(1, 1)) for w8 in least.split(1, dim=1)]
     assert [each.in_half_steps for each in found] == [0, 2, 0, 2]
-    assert not quantize.deviation(least, torch.zeros(1, 1), torch.ones(1, 4)).within_bound  # nor all by a scale of zero
-    assert quantize.deviation(least, torch.zeros(1, 1), torch.zeros(1, 4)).within_bound
+    gone = fp8_checkpoint.deviation(least, torch.zeros(1, 1), torch.ones(1, 4))
+    assert not gone.within_bound  # nor all by a scale of zero
+    assert fp8_checkpoint.deviation(least, torch.zeros(1, 1), torch.zeros(1, 4)).within_bound
 
 
 def damage(directory, name, change):
@@ -282,7 +286,7 @@ def test_a_source_with_infinity(blocks, tmp_path):
 
 
 def test_no_room(blocks, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantize.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(fp8_checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     done = run(blocks.path, tmp_path / "fp8")
     assert done.exit_code == 2
     assert "GB are free there" in done.output

@@ -381,6 +381,7 @@ def test_the_program_compares(app, tmp_path):
         (["--model", "demo", "--text-lens", "a"], "--text-lens 'a'"),
         (["--model", "demo", "--images", "no/such/place"], "no/such/place is not a directory"),
         (["--model", "demo", "--images", str(SCRIPTS)], "holds 0 images"),
+        (["--model", "demo", "--data-parallel-size", "2"], "--data-parallel-size 2: this program drives one engine"),
         (["--model", "demo", "--video-frames", "-1"], "--video-frames -1: 0 or more"),
         (["--model", "demo", "--video-frames", "2", "--images", str(SCRIPTS)], "no --images beside it"),
         (["--model", "demo", "--compare", "warp"], "'warp' is unknown"),

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 import tma_moe
-from benchmarking import tile_search
+from benchmarking import moe, tile_output, tile_search, tile_tuning
 from benchmarking.moe import Candidate, MoeShape, parse_tokens
 from benchmarking.tile_search import ROLES, Resources, families, same_kernel
 from scripts import tune_moe
@@ -52,12 +53,12 @@ class FakeOp:
 
 class FakeTimer:
     def graph_us(self, candidates):
-        assert len(candidates) <= tune_moe.AT_ONCE
+        assert len(candidates) <= tile_tuning.AT_ONCE
         return {choice: [cost(choice)] * 3 for choice in candidates}
 
 
-def search(op=None, rejected=None, seconds=1000.0) -> tune_moe.Search:
-    return tune_moe.Search(SHAPE, op or FakeOp(), FakeTimer(), rejected or {}, time.monotonic() + seconds)
+def search(op=None, rejected=None, seconds=1000.0) -> tile_tuning.Search:
+    return tile_tuning.Search(SHAPE, op or FakeOp(), FakeTimer(), rejected or {}, time.monotonic() + seconds)
 
 
 def fastest(num_tokens: int, role: str) -> Tiles:
@@ -118,7 +119,7 @@ def test_the_kernels_take_every_candidate(num_tokens, shape):
     for family in families(shape, num_tokens):
         for role in ROLES:
             for tiles in family[role]:
-                for choice in tune_moe.keeping(Choice(None, tiles, tiles)):
+                for choice in tile_tuning.keeping(Choice(None, tiles, tiles)):
                     product(role, choice.up, sizes)
 
 
@@ -159,8 +160,8 @@ def test_compiled_resources_decide():
 
 def test_candidates_compile_for_hopper_in_worker_processes(monkeypatch):
     good, spilling = Tiles("weights_m", 16, 64, 64, 4, 3), Tiles("weights_m", 128, 128, 64, 4, 3)
-    monkeypatch.setattr(tune_moe, "families", lambda *_: [{"up": [good, spilling], "down": [good]}])
-    rejected = tune_moe.compile_all(SMALL, [16, 32], 2, "tma", (9, 0))
+    monkeypatch.setattr(tile_tuning, "families", lambda *_: [{"up": [good, spilling], "down": [good]}])
+    rejected = tile_tuning.compile_all(SMALL, [16, 32], 2, "tma", (9, 0))
     assert set(rejected) == {("up", spilling)}
     assert "bytes spilled" in rejected["up", spilling]
 
@@ -173,35 +174,35 @@ def test_a_kernel_that_does_not_compile_is_a_reason_not_a_crash(monkeypatch):
 
 @pytest.mark.parametrize("num_tokens", [8, 512])
 def test_search_finds_the_fastest(num_tokens):
-    row = search().best(num_tokens, tune_moe.in_use(CURRENT, num_tokens))
+    row = search().best(num_tokens, tile_tuning.in_use(CURRENT, num_tokens))
     assert row["choice"] == Choice(None, fastest(num_tokens, "up"), fastest(num_tokens, "down"))
     assert row["us"] == cost(row["choice"]) < row["current_us"]
 
 
 @pytest.mark.parametrize("gain", [1, -1])
 def test_whether_l2_keeps_what_is_stored_is_tried_for_the_fastest(monkeypatch, gain):
-    plain, current = cost, tune_moe.in_use(CURRENT, 8)
+    plain, current = cost, tile_tuning.in_use(CURRENT, 8)
     monkeypatch.setitem(globals(), "cost", lambda choice: plain(choice) - gain * (choice.up.keep - choice.down.keep))
     found = search().best(8, current)["choice"]
     assert (found.up.keep, found.down.keep) == (gain > 0, gain < 0)
-    assert "keep" in tune_moe.show(found)
+    assert "keep" in tile_tuning.show(found)
     tokens_m_ws = Tiles("tokens_m_ws", 128, 128, 64, 4, 4, 1)
-    both = tune_moe.keeping(Choice(None, tokens_m_ws, found.down))  # of which one alone can keep
+    both = tile_tuning.keeping(Choice(None, tokens_m_ws, found.down))  # of which one alone can keep
     assert [(choice.up.keep, choice.down.keep) for choice in both] == [(False, False), (False, True)]
 
 
 def test_rejected_and_unlaunchable_tiles_are_passed_over():
     best = fastest(512, "up")
     op = FakeOp()
-    row = search(op, {("up", same_kernel(best)): "64 bytes spilled"}).best(512, tune_moe.in_use(CURRENT, 512))
+    row = search(op, {("up", same_kernel(best)): "64 bytes spilled"}).best(512, tile_tuning.in_use(CURRENT, 512))
     assert same_kernel(row["choice"].up) != same_kernel(best)
     assert all(same_kernel(choice.up) != same_kernel(best) for choice in op.launched)
-    row = search(FakeOp(unlaunchable=[best])).best(512, tune_moe.in_use(CURRENT, 512))
+    row = search(FakeOp(unlaunchable=[best])).best(512, tile_tuning.in_use(CURRENT, 512))
     assert row["choice"].up != best
 
 
 def test_a_fast_wrong_answer_loses(capsys):
-    current = tune_moe.in_use(CURRENT, 512)
+    current = tile_tuning.in_use(CURRENT, 512)
     row = search(FakeOp(wrong=[fastest(512, "down")])).best(512, current)
     assert row["choice"] == Choice(None, current.up, current.down)
     assert "wrong result (3.00 of the allowed error)" in capsys.readouterr().out
@@ -212,7 +213,7 @@ def test_a_fast_wrong_answer_loses(capsys):
 
 def test_a_full_run_writes_a_file_that_the_op_reads(tmp_path, monkeypatch):
     output = tmp_path / "card.json"
-    rows, complete = tune_moe.tune(search(), [8, 512, 8192], CURRENT, output, "Some Card")
+    rows, complete = tile_tuning.tune(search(), [8, 512, 8192], CURRENT, output, "Some Card")
     assert complete
     assert not (tmp_path / "card.json.partial").exists()
     monkeypatch.setattr(tile_files, "CONFIG_DIR", tmp_path)
@@ -223,24 +224,24 @@ def test_a_full_run_writes_a_file_that_the_op_reads(tmp_path, monkeypatch):
     finally:
         tile_files._files.cache_clear()
     for count in (8, 512, 8192):
-        found = tune_moe.in_use(read, count)
+        found = tile_tuning.in_use(read, count)
         assert (found.up, found.down) == (rows[count]["choice"].up, rows[count]["choice"].down)
     assert read[-1].up == rows[8192]["choice"].up, "the largest count was tuned in the open-ended bucket"
     assert other == tile_files.default_choices(8, 2, 256, 128)
-    assert "512" in render(tune_moe.table(rows))
+    assert "512" in render(tile_tuning.table(rows))
 
 
 def render(table) -> str:
-    with tune_moe.console.capture() as captured:
-        tune_moe.console.print(table)
+    with tile_tuning.console.capture() as captured:
+        tile_tuning.console.print(table)
     return captured.get()
 
 
 def test_a_second_shape_joins_the_file(tmp_path):
     output = tmp_path / "card.json"
-    tune_moe.write_config(output, "Card", SHAPE, CURRENT)
-    tune_moe.write_config(output, "Card", SMALL, CURRENT[-1:])
-    tune_moe.write_config(output, "Twin Card", SHAPE, CURRENT[-1:])
+    tile_tuning.write_config(output, "Card", SHAPE, CURRENT)
+    tile_tuning.write_config(output, "Card", SMALL, CURRENT[-1:])
+    tile_tuning.write_config(output, "Twin Card", SHAPE, CURRENT[-1:])
     loaded = tile_files.load(output)
     assert loaded["devices"] == ["Card", "Twin Card"]
     assert loaded["shapes"] == [((8, 2, 256, 128), CURRENT[-1:]), ((128, 8, 2048, 768), CURRENT[-1:])]
@@ -250,7 +251,7 @@ def test_a_second_shape_joins_the_file(tmp_path):
 def test_a_run_out_of_time_goes_on_later(tmp_path):
     output = tmp_path / "card.json"
     first = search()
-    done, complete = tune_moe.tune(first, [8], CURRENT, output, "Card")
+    done, complete = tile_tuning.tune(first, [8], CURRENT, output, "Card")
     assert complete
     stopping = search()
 
@@ -260,13 +261,13 @@ def test_a_run_out_of_time_goes_on_later(tmp_path):
             return 0.4
 
     stopping.op = StopAfterOne()
-    rows, complete = tune_moe.tune(stopping, [16, 512], CURRENT, output, "Card")
+    rows, complete = tile_tuning.tune(stopping, [16, 512], CURRENT, output, "Card")
     assert (list(rows), complete) == ([16], False)
-    assert tune_moe.in_use(tile_files.load(output)["shapes"][0][1], 16384) == CURRENT[-1], (
+    assert tile_tuning.in_use(tile_files.load(output)["shapes"][0][1], 16384) == CURRENT[-1], (
         "untuned sizes keep their tiles"
     )
     op = FakeOp()
-    rows, complete = tune_moe.tune(search(op), [16, 512], CURRENT, output, "Card")
+    rows, complete = tile_tuning.tune(search(op), [16, 512], CURRENT, output, "Card")
     assert (sorted(rows), complete) == ([16, 512], True)
     assert all(choice.up.kernel != "gemv" for choice in op.launched), "16 tokens were tuned again"
     assert done[8]["us"] > 0
@@ -275,14 +276,14 @@ def test_a_run_out_of_time_goes_on_later(tmp_path):
 def test_notes_of_another_card_are_not_used_and_broken_ones_are_named(tmp_path):
     notes = tmp_path / "x.partial"
     notes.write_text(json.dumps({"key": "other card", "rows": {}}))
-    assert tune_moe.load_partial(notes, "this card") == {}
+    assert tile_tuning.load_partial(notes, "this card") == {}
     notes.write_text("{")
     with pytest.raises(ValueError, match=r"x\.partial: not notes of an earlier run .*delete it"):
-        tune_moe.load_partial(notes, "this card")
+        tile_tuning.load_partial(notes, "this card")
 
 
 def test_no_time_at_all_writes_nothing(tmp_path):
-    rows, complete = tune_moe.tune(search(seconds=-1), [8], CURRENT, tmp_path / "card.json", "Card")
+    rows, complete = tile_tuning.tune(search(seconds=-1), [8], CURRENT, tmp_path / "card.json", "Card")
     assert (rows, complete, list(tmp_path.iterdir())) == ({}, False, [])
 
 
@@ -305,28 +306,28 @@ def plain_choice(limit: int | None, rows: int) -> Choice:
 )
 def test_tuned_counts_are_put_into_the_table(tuned, expected):
     current = (plain_choice(100, 16), plain_choice(400, 32), plain_choice(None, 256))
-    choices = tune_moe.with_buckets(current, {count: plain_choice(None, rows) for count, rows in tuned.items()})
+    choices = tile_tuning.with_buckets(current, {count: plain_choice(None, rows) for count, rows in tuned.items()})
     assert [(choice.max_tokens, choice.up.rows) for choice in choices] == expected
 
 
 def test_file_names_follow_the_card_and_triton(tmp_path, monkeypatch):
     monkeypatch.setattr(tile_files, "CONFIG_DIR", tmp_path)
     expected = tmp_path / f"nvidia-h200-triton-{triton.__version__}.json"
-    assert tune_moe.config_path("NVIDIA H200") == expected
-    tune_moe.write_config(tmp_path / "hopper.json", "NVIDIA H200", SHAPE, CURRENT)
-    assert tune_moe.config_path("NVIDIA H200") == tmp_path / "hopper.json"
-    assert tune_moe.config_path("Card") != tmp_path / "hopper.json"
+    assert tile_output.config_path("NVIDIA H200") == expected
+    tile_tuning.write_config(tmp_path / "hopper.json", "NVIDIA H200", SHAPE, CURRENT)
+    assert tile_output.config_path("NVIDIA H200") == tmp_path / "hopper.json"
+    assert tile_output.config_path("Card") != tmp_path / "hopper.json"
 
 
 def test_output_of_another_triton_is_refused(tmp_path):
     path = tmp_path / "old.json"
-    tune_moe.write_config(path, "Card", SHAPE, CURRENT)
-    tune_moe.check_output(path)
+    tile_tuning.write_config(path, "Card", SHAPE, CURRENT)
+    tile_output.check_output(path)
     path.write_text(path.read_text().replace(f'"{triton.__version__}"', '"3.1.0"'))
     with pytest.raises(ValueError, match=r"old.json was measured with triton 3\.1\.0"):
-        tune_moe.check_output(path)
+        tile_output.check_output(path)
     with pytest.raises(ValueError, match="the folder /no/such does not exist"):
-        tune_moe.check_output(tune_moe.Path("/no/such/x.json"))
+        tile_output.check_output(Path("/no/such/x.json"))
 
 
 @pytest.mark.parametrize(
@@ -373,7 +374,7 @@ def test_the_real_op_in_the_interpreter():
     ],
 )
 def test_interpreted_op_runs_given_tiles_and_sees_their_error(choice, monkeypatch):
-    op = tune_moe.GpuOp(MoeShape(2, 1, 16, 8), "cpu", torch.float16)
+    op = tile_tuning.GpuOp(MoeShape(2, 1, 16, 8), "cpu", torch.float16)
     candidate = op.candidate(choice, 2)
     candidate.run()
     assert candidate.num_calls == len(op.experts) == 4
@@ -385,7 +386,7 @@ def test_interpreted_op_runs_given_tiles_and_sees_their_error(choice, monkeypatc
         recipe.run = lambda *operands: 1.5 * right(*operands)
         return recipe
 
-    monkeypatch.setattr(tune_moe, "make_recipe", wrong)
+    monkeypatch.setattr(tile_tuning, "make_recipe", wrong)
     assert op.error(choice, 2) > 1
 
 
@@ -398,15 +399,15 @@ def test_the_whole_program_with_a_fake_gpu(tmp_path, monkeypatch, backend, card)
     monkeypatch.setattr(tma_moe, "unavailable", unavailable)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: card)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake Card")
-    monkeypatch.setattr(tune_moe, "compile_all", lambda *_: {})
-    monkeypatch.setattr(tune_moe, "CudaTimer", lambda **options: FakeTimer())
+    monkeypatch.setattr(tile_tuning, "compile_all", lambda *_: {})
+    monkeypatch.setattr(moe, "CudaTimer", lambda **options: FakeTimer())
 
     class Op(FakeOp):
         def __init__(self, shape):
             super().__init__()
             self.sizes = (shape.num_experts, shape.experts_per_token, shape.hidden_size, shape.expert_width)
 
-    monkeypatch.setattr(tune_moe, "GpuOp", Op)
+    monkeypatch.setattr(tile_tuning, "GpuOp", Op)
     output = tmp_path / "card.json"
     with pytest.warns(UserWarning, match="no measured tiles for 'Fake Card'"):
         outcome = invoke("--tokens", "8,512", "--output", str(output))

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.inputs.clips import make_clip
 from tests.server.conftest import served
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAGE = Path(__file__).resolve().parents[2] / "qwen3vl_moe/server/page.html"
 SIZES = {"wide": (1280, 800), "narrow": (360, 720)}
-DROP = """([type, data]) => {
+DROP = """([type, data, kind]) => {
   const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
   const transfer = new DataTransfer();
-  transfer.items.add(new File([bytes], "picture.png", { type: "image/png" }));
+  transfer.items.add(new File([bytes], "picture", { type: kind || "image/png" }));
   const event = type === "paste" ? new ClipboardEvent(type, { clipboardData: transfer, bubbles: true })
     : new DragEvent(type, { dataTransfer: transfer, bubbles: true, cancelable: true });
   document.body.dispatchEvent(event);
@@ -96,6 +97,19 @@ def test_a_picture_and_a_conversation_about_it(server, open_page, question, size
     page.screenshot(path=f"{folder}/{size}-{way}.png")
     page.click("#new")
     assert page.locator(".turn").count() == 0
+
+
+def test_a_video_is_dropped(server, open_page):
+    clip = make_clip("webm", "libvpx", frames=10)
+    page = open_page(server.url)
+    page.evaluate(DROP, ["drop", base64.b64encode(clip).decode(), "video/webm"])
+    page.wait_for_selector("#pictures video")
+    page.click("summary")
+    page.fill("#tokens", "2")
+    ask(page, "What happens?")
+    assert len(wait_for_answers(page, 1)) == 1
+    assert "tokens in, 2 out" in page.locator(".figures").inner_text()
+    assert page.locator(".user video").evaluate("video => video.readyState >= 1 && video.videoWidth") == 64
 
 
 def test_answers_are_text_whatever_they_hold(server, open_page):

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from typer.testing import CliRunner
 
 import serve
+from qwen3vl_moe.errors import OptionError
+from qwen3vl_moe.server.run import Server, bind
 from tests.server.conftest import HELLO
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +84,9 @@ def test_ctrl_c_finishes_and_a_second_one_does_not(program, signals, status):
         (["--port", "99999"], "--port 99999"),
         (["--port", "TAKEN"], "Address already in use; choose another port"),
         (["--max-body-mib", "0"], "--max-body-mib 0"),
+        (["--max-videos", "-1"], "--max-videos -1"),
+        (["--max-video-frames", "0"], "--max-video-frames 0"),
+        (["--data-parallel-size", "2"], "--data-parallel-size 2: this program drives one engine; start one server"),
         (["--allow-hosts", "x.org"], "--allow-hosts needs --allow-remote-images"),
         (["--allow-remote-images", "--allow-hosts", "http://x"], "allow_hosts has 'http://x'"),
         (["--api-key", ""], "--api-key"),
@@ -95,3 +101,8 @@ def test_mistakes_are_one_line_and_status_2(options, said):
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert said in result.stderr
+
+
+def test_several_engines_are_refused_in_python_too():
+    with bind("127.0.0.1", 0) as bound, pytest.raises(OptionError, match="data_parallel_size=2: a server drives one"):
+        Server(SimpleNamespace(settings={"data_parallel_size": 2}), bound, "demo")

@@ -90,11 +90,11 @@ def test_a_table_is_taken_up_again(generated, inputs, plain, tmp_path, monkeypat
     command = plain.path, source, output, *options, "--drop", "image", "--prefix", "model_"
     real, written = batch_run.AnswerFile.write, []
 
-    def ended(self, request, result):
+    def ended(self, request, *result):
         if len(written) == 4:
             raise KeyboardInterrupt
         written.append(request.index)
-        real(self, request, result)
+        real(self, request, *result)
 
     with monkeypatch.context() as patch:
         patch.setattr(batch_run.AnswerFile, "write", ended)

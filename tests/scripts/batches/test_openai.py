@@ -8,6 +8,7 @@ import re
 import pytest
 
 from qwen3vl_moe.engine import SamplingParams
+from tests.inputs.clips import make_clip
 from tests.scripts.batches.conftest import PARAMS, picture, records, write_lines
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -103,8 +104,9 @@ def test_any_model_may_be_named(read):
 
 def test_the_lines_that_answer(generated, plain, tmp_path):
     image = "data:image/png;base64," + base64.b64encode(picture(1)).decode()
-    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "What?"}]
-    messages = [{"role": "user", "content": content}]
+    clip = "data:video/mp4;base64," + base64.b64encode(make_clip(frames=10)).decode()
+    shown = [{"type": "image_url", "image_url": {"url": image}}, {"type": "video_url", "video_url": {"url": clip}}]
+    messages = [{"role": "user", "content": [*shown, {"type": "text", "text": "What?"}]}]
     lines = [line("a"), line("b", stream=True), line("c", messages=messages, n=2, temperature=0.9), "{"]
     source, output = write_lines(tmp_path / "batch.jsonl", lines), tmp_path / "answers.jsonl"
     command = plain.path, source, output, "--served-model-name", "m"

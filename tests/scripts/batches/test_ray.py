@@ -11,12 +11,15 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 import batch_ray
 from batch_inputs import InputOptions, Job, open_input
 from batch_parts import Parts
 from batch_run import Output
+from qwen3vl_moe.engine import SamplingParams
+from tests.docs_commands import calls_of
 from tests.scripts.batches.conftest import PARAMS, QUESTION, picture, records, write_lines, write_parquet, write_tar
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,6 +48,45 @@ def test_progress_tells_workers_apart():
         "worker a: 16 rows, 4.0 rows/s, 40 answer tokens/s",
         "worker b: 4 rows, 2.0 rows/s, 20 answer tokens/s",
     ]
+
+
+def test_every_option_reaches_the_model(run, plain, tmp_path, monkeypatch):
+    """Those of sampling and of the engine are generate.py's, and so are the fingerprints of what they give."""
+    found = {}
+
+    def answer(parts, load, actors, *_):
+        found.update(load=load.keywords, actors=actors, request=parts.todo[0].source.requests(0, 1)[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch_ray, "_answer", answer)
+    monkeypatch.setattr(batch_ray.importlib.util, "find_spec", lambda name: True)
+    source = write_lines(tmp_path / "rows.jsonl", [{"id": 1, "prompt": "Hi"}])
+    given = ["--top-p", "0.9", "--top-k", "5", "--min-p", "0.1", "--stop", "x", "--stop", "y", "--seed", "3"]
+    given += ["--repetition-penalty", "1.1", "--sampling", '{"min_tokens": 2}', "--temperature", "0.5"]
+    options = ["--engine", '{"block_size": 32}', "--min-pixels", "1024", "--max-num-seqs", "7", "--eager"]
+    options += ["--max-prefill-tokens", "64", "--gpu-memory-utilization", "0.5", "--tensor-parallel-size", "2"]
+    arguments = ["--model", plain.path, "--input", source, "--output", tmp_path / "out", *given, *options]
+    status, _ = run(batch_ray, *arguments)
+    assert status == 130
+    sampled = {"top_p": 0.9, "top_k": 5, "min_p": 0.1, "stop": ["x", "y"], "seed": 3, "repetition_penalty": 1.1}
+    expected = SamplingParams(max_tokens=512, temperature=0.5, min_tokens=2, **sampled)
+    assert found["request"].params == expected
+    wanted = {"block_size": 32, "min_pixels": 1024, "max_num_seqs": 7, "enforce_eager": True, "max_prefill_tokens": 64}
+    wanted |= {"gpu_memory_utilization": 0.5, "tensor_parallel_size": 2, "device": "cuda"}
+    assert found["load"].items() >= wanted.items()
+    assert found["actors"] == batch_ray.Actors(1, "GPU", 2)
+    settings = {"model": str(plain.path), "max_pixels": None, "min_pixels": 1024, "engine": '{"block_size": 32}'}
+    job = Job(expected, settings, InputOptions(), rows=False)
+    assert open_input(source, job).requests(0, 1)[0].fingerprint == found["request"].fingerprint
+    for option, said in (
+        (["--engine", '{"data_parallel_size": 2}'], "--engine says data_parallel_size; here --actors are"),
+        (["--engine", '{"device": "cpu"}'], "--engine says device, which this program has options of its own for"),
+        (["--engine", '{"media_root": "/"}'], "--engine says media_root, which this program has options"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size 0: 1 or more is needed"),
+        (["--sampling", "{"], "--sampling '{' is no JSON"),
+    ):
+        status, stderr = run(batch_ray, *arguments[:6], *option)
+        assert (status, stderr.startswith(f"error: {said}"), stderr.count("\n")) == (2, True, 1)
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +150,10 @@ def test_an_actor_is_killed(ray, inputs, expected, tmp_path):
     """Every row is there once, in order, with the very answers of generate.py."""
     jobs = {kind: parts_of(kind, source, tmp_path / kind) for kind, source in inputs.items()}
     todo = [part for parts in jobs.values() for part in parts.todo]
-    load = partial(batch_ray._load, "demo", device="cpu", dtype="float32", allow_private_hosts=False)
+    options = {"device": "cpu", "dtype": "float32", "allow_private_hosts": False, "progress": False}
+    load = partial(batch_ray._load, "demo", **options)
     done, killed, workers = 0, None, set()
-    for part in batch_ray.answered_parts(todo, load, actors=2, num_gpus=0):
+    for part in batch_ray.answered_parts(todo, load, batch_ray.Actors(2, "CPU")):
         assert part["problem"] == ""
         done += part["rows"]
         workers.add(part["worker"])
@@ -155,6 +198,27 @@ def test_the_driver_is_killed(ray, run, inputs, expected, tmp_path):
     assert not parts.exists()
     status, stderr = run(batch_ray, *arguments)
     assert (status, "nothing to do" in stderr) == (1, True)
+
+
+def test_the_command_of_the_page_on_two_ranks(ray, run, generated, tmp_path, monkeypatch):
+    """An actor takes two units of a machine, starts its other rank by itself, and answers as one rank does."""
+    calls = calls_of((ROOT / "docs/scale.md").read_text(encoding="utf-8"))
+    (call,) = (call for call in calls if {"--model", "demo"} <= {*call.arguments})
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(picture(number))
+    monkeypatch.chdir(tmp_path)
+    command = *call.arguments, "--tensor-parallel-size"
+    status, stderr = run(batch_ray, *command, 5)
+    assert (status, stderr.splitlines()[-1]) == (2, "error: no machine of the cluster has 5 CPUs")
+    status, stderr = run(batch_ray, *command, 2)
+    assert (status, "captions.parquet is complete: 2 answers, 0 errors" in stderr) == (0, True)
+    assert "tensor_parallel_size 2" in stderr
+    alone = tmp_path / "alone.jsonl"
+    asked = "--prompt", call.arguments[call.arguments.index("--prompt") + 1], "--max-tokens", 512
+    assert generated("demo", "pictures", alone, *asked)[0] == 0
+    texts = [record["text"] for record in records(alone)]
+    assert pq.read_table(tmp_path / "captions.parquet").column("text").to_pylist() == texts
 
 
 def test_a_mistake_leaves_nothing_behind(ray, run, inputs, tmp_path):

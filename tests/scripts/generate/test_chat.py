@@ -13,6 +13,7 @@ import chat
 import cli_options
 from qwen3vl_moe.engine import LLM, SamplingParams
 from qwen3vl_moe.errors import OptionError, PromptError
+from tests.inputs.clips import make_clip
 from tests.scripts.generate.test_program import Typed
 
 
@@ -32,7 +33,7 @@ def llm(plain):
 def said(llm, monkeypatch, capsys):
     """``said(lines)``: what a chat of these lines hands to the model, turn by turn, and what stderr says."""
 
-    def talk(*lines, stdin=Typed, system=None, images=()):
+    def talk(*lines, stdin=Typed, system=None, images=(), fps=None):
         turns = []
 
         def stream(_, conversation, params):
@@ -43,7 +44,7 @@ def said(llm, monkeypatch, capsys):
 
         monkeypatch.setattr(chat, "stream", stream)
         monkeypatch.setattr(sys, "stdin", stdin("".join(f"{line}\n" for line in lines)))
-        chat.talk(llm, list(images), SamplingParams(), system)
+        chat.talk(llm, list(images), SamplingParams(), system, fps)
         return turns, capsys.readouterr().err
 
     return talk
@@ -90,6 +91,27 @@ def test_pasted_paths(said, tmp_path, form):
     assert contents(turn) == [("user", count, "What's this?")]
 
 
+def test_videos_come_at_any_turn(said, picture, tmp_path):
+    """By the command or as a pasted path, in the order in which they were added, with the frames that --fps says."""
+    clip, other = tmp_path / "walk.mp4", tmp_path / "my walk.webm"
+    clip.write_bytes(make_clip(frames=6))
+    other.write_bytes(make_clip("webm", "libvpx", frames=6))
+    lines = f"/video {clip}", f"/image {picture}", f"/video '{other}'", "What happens?", f"'{other}' And here?"
+    first, second = said(*lines, fps=1.0)[0]
+    assert [(item["type"], item.get(item["type"]), item.get("fps")) for item in first[-1]["content"][:-1]] == [
+        ("video", str(clip), 1.0),
+        ("image", str(picture), None),
+        ("video", str(other), 1.0),
+    ]
+    assert contents(second)[-1] == ("user", 1, "And here?")
+    _, stderr = said(*lines[:3])
+    assert "1 video for your next message" in stderr
+    assert "1 picture and 2 videos for your next message" in stderr
+    assert "1 picture and 2 videos never asked about" in stderr
+    [turn], _ = said(f"/video {clip}", str(clip), stdin=io.StringIO)
+    assert contents(turn) == [("user", 1, str(clip))]
+
+
 def test_a_pipe_names_files_by_the_command_alone(said, picture, pictures):
     [turn], _ = said(f"{pictures[0]}", stdin=io.StringIO)
     assert contents(turn) == [("user", 0, str(pictures[0]))]
@@ -114,6 +136,9 @@ def test_commands(said, pictures):
         ("/image", "/image needs the path or URL of a picture"),
         ("/image nowhere.png", "image 0 ('nowhere.png'): there is no such file"),
         (f"/image {__file__}", "is not an image"),
+        ("/video", "/video needs the path or URL of a video"),
+        ("/video nowhere.mp4", "video 0 ('nowhere.mp4'): there is no such file"),
+        (f"/video {__file__}", "is not a video that can be read"),
         ("/imag cat.png", "there is no command /imag; /help lists them"),
     ],
 )
@@ -121,7 +146,7 @@ def test_a_command_that_cannot_be_used(said, line, message):
     turns, stderr = said(line, "Hello", "/home/me is a path", " /me is said")
     assert [contents(turn)[-1][2] for turn in turns] == ["Hello", "/home/me is a path", " /me is said"]
     assert f"error: {message}" in stderr or message in stderr
-    with pytest.raises(PromptError, match=r"image|command"):
+    with pytest.raises(PromptError, match=r"image|video|command"):
         said(line, stdin=io.StringIO)
 
 
@@ -138,6 +163,21 @@ def test_the_program_itself(plain, pictures):
     asked = [*chat.opening("Be brief."), chat.user_message([image], "Hi")]
     assert result.stdout == llm.chat(asked, SamplingParams(max_tokens=4))[0].outputs[0].text + "\n"
     assert result.exit_code == 0
+
+
+def test_the_program_shows_a_video(plain, tmp_path):
+    clip = tmp_path / "walk.mp4"
+    clip.write_bytes(make_clip(frames=20))
+    arguments = ["--model", str(plain.path), "--device", "cpu", "--max-tokens", "4", "--temperature", "0"]
+    by_option = CliRunner().invoke(chat.app, [*arguments, "--video", str(clip), "--fps", "3"], input="Hi\n")
+    by_command = CliRunner().invoke(chat.app, [*arguments, "--fps", "3"], input=f"/video {clip}\nHi\n")
+    llm, video = LLM(plain.path, device="cpu", progress=False), {"type": "video", "video": clip, "num_frames": 6}
+    [expected] = llm.chat([chat.user_message([video], "Hi")], SamplingParams(max_tokens=4, temperature=0))
+    assert by_option.stdout == by_command.stdout == expected.outputs[0].text + "\n"
+    assert f"{len(expected.prompt_token_ids)} prompt tokens" in by_command.stderr
+    missing = CliRunner().invoke(chat.app, [*arguments, "--video", "nowhere.mp4"])
+    assert missing.exit_code == 2
+    assert missing.stderr == "error: video 0 ('nowhere.mp4'): there is no such file\n"
 
 
 GIVEN = dict.fromkeys((*cli_options._SAMPLING, *cli_options._ENGINE, "sampling", "engine")) | {"eager": False}
