@@ -18,13 +18,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from demo_training.asking import one_view, wide_size
+from demo_training.batches import WIDE
 from demo_training.forward import image_features
 from demo_training.pictures import CLASSES, IGNORE, MERGE, MOST_PATCHES, WHAT, Pictures, pack_pictures
 from demo_training.repeated import Repeated
-from demo_training.scenes import SIZES, draw_scene
+from demo_training.scenes import SIZES, Scene, draw_scene
 from demo_training.trainer import MasterWeights, TrainingRecipe
+from demo_training.views import View
 
 KINDS = ("shapes", "shapes", "chart", "number", "word")
+WIDE_KINDS = (
+    "shapes",
+    "shapes",
+    "shapes",
+    "word",
+    "word",
+    "word",
+    "number",
+    "number",
+    "grid",
+    "rows",
+    "chart",
+    "digit",
+)
 NOTHING = 0.1  # weight of a patch without anything: most are
 
 
@@ -41,8 +58,14 @@ class TowerBatches(Dataset):
         if not 0 <= step < self._steps:
             raise IndexError(step)
         rng = Random(f"tower/{self._seed}/{step}")
-        sizes = [rng.choice(SIZES) for _ in range(self._pictures)]
-        scenes = [(draw_scene(rng, size, rng.choice(KINDS)), size) for size in sizes]
+        scenes: list[tuple[Scene | View, tuple[int, int]]] = []
+        for _ in range(self._pictures):
+            if rng.random() < WIDE:
+                size = wide_size(rng)
+                scenes.append((one_view(rng, size, rng.choice(WIDE_KINDS)), size))
+            else:
+                size = rng.choice(SIZES)
+                scenes.append((draw_scene(rng, size, rng.choice(KINDS)), size))
         return pack_pictures(scenes, self._pictures * MOST_PATCHES)
 
 
