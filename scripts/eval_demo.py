@@ -1,7 +1,7 @@
 """Accuracy of a demo checkpoint on held-out pictures, by question kind, through this package's LLM.
 
     python scripts/eval_demo.py --model demo
-    python scripts/eval_demo.py --model demo --against-transformers
+    python scripts/eval_demo.py --model demo --new 1150 --against-transformers
     python scripts/eval_demo.py --sample picture.png     # draw one of them, and print its question and answer
 
 The pictures and phrasings are never used in training. The table goes to stderr; stdout holds nothing but JSON with
@@ -30,6 +30,9 @@ SAMPLE_KIND = "describe"
 def main(
     model: Annotated[str | None, typer.Option(help="Checkpoint directory, or 'demo'.")] = None,
     questions: Annotated[int, typer.Option(help="Held-out picture questions.")] = 1400,
+    new: Annotated[
+        int, typer.Option(help="Questions of the new set: pictures by another hand (pip install 'qwen3vl-moe[demo]').")
+    ] = 0,
     data: Annotated[Path | None, typer.Option(help="gsm8k's train.jsonl: score training problems too.")] = None,
     problems: Annotated[int, typer.Option(help="Training problems, the first of the file.")] = 200,
     device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
@@ -43,8 +46,8 @@ def main(
 ) -> None:
     """Accuracy of a demo checkpoint on held-out pictures, by question kind."""
     try:
-        if questions < 1 or problems < 1:
-            raise OptionError("--questions and --problems have to be positive")
+        if problems < 1 or min(questions, new) < 0 or questions + new < 1:
+            raise OptionError("--problems, and --questions or --new, have to be positive")
         if sample is not None:
             _draw_sample(sample)
             return
@@ -63,29 +66,35 @@ def main(
                     "--against-transformers compares in fp32 on the CPU: leave --device, --dtype and --moe"
                 )
             options = {"device": "cpu", "dtype": "float32", "moe": "reference"}
-        _evaluate(model, questions, data, problems, options, against_transformers, as_json)
+        _evaluate(model, (questions, new), data, problems, options, against_transformers, as_json)
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None
 
 
 def _evaluate(
-    model: str, questions: int, data: Path | None, problems: int, options: dict[str, str], against: bool, as_json: bool
+    model: str,
+    counts: tuple[int, int],
+    data: Path | None,
+    problems: int,
+    options: dict[str, str],
+    against: bool,
+    as_json: bool,
 ) -> None:
     from functools import partial
 
-    from demo_training.evaluation import evaluate, heldout_examples, our_answers, transformers_answers
+    from demo_training.evaluation import evaluate, heldout_examples, new_heldout, our_answers, transformers_answers
     from demo_training.texts import read_problems
     from qwen3vl_moe.engine import LLM  # slow to import: not before the options have been checked
 
-    examples = heldout_examples(questions)
+    examples, new = heldout_examples(counts[0]), new_heldout(counts[1])
     training = read_problems(data)[:problems] if data else []
     llm = LLM(model, **options)
-    scores, answers = evaluate(partial(our_answers, llm), examples, training)
+    scores, answers = evaluate(partial(our_answers, llm), examples, training, new)
     columns = {"ours": scores}
     if against:
         stderr.print(_table(columns))  # what is known so far: the rest takes longer, and may fail
-        columns["transformers"], theirs = evaluate(partial(transformers_answers, model), examples, training)
+        columns["transformers"], theirs = evaluate(partial(transformers_answers, model), examples, training, new)
         different = [number for number, pair in enumerate(zip(answers, theirs, strict=True)) if pair[0] != pair[1]]
         scores["transformers"] = columns["transformers"] | {"different_answers": len(different)}
     stderr.print(_table(columns))
@@ -103,7 +112,8 @@ def _table(columns: dict[str, dict]) -> Table:
     """Right answers by kind; a column for each who answered."""
     rows: dict[str, list[str]] = {}
     for scores in columns.values():
-        cells = {kind: (cell["right"], cell["of"]) for kind, cell in scores["pictures"].items()}
+        cells = {kind: (cell["right"], cell["of"]) for kind, cell in scores.get("pictures", {}).items()}
+        cells |= {f"new: {kind}": (cell["right"], cell["of"]) for kind, cell in scores.get("new", {}).items()}
         for name in ("strict", "flexible") if "training_problems" in scores else ():
             cell = scores["training_problems"]
             cells[f"training problems, {name}"] = cell[name], cell["of"]

@@ -53,6 +53,7 @@ def main(
     ] = None,
     size: Annotated[str, typer.Option(help="full (29 MB), medium (9 MB), small (1 MB, to try the program).")] = "full",
     questions: Annotated[int, typer.Option(help="Held-out picture questions at the end.")] = 1400,
+    new: Annotated[int, typer.Option(help="Questions of the new held-out set at the end.")] = 1150,
     problems: Annotated[int, typer.Option(help="Training problems at the end.")] = 200,
 ) -> None:
     """Make a demo checkpoint from nothing."""
@@ -63,8 +64,8 @@ def main(
             raise OptionError("--minutes, --tower-pictures and --steps have to be positive")
         if min(tokens, text_tokens) < SHORTEST_STEP:
             raise OptionError(f"--tokens and --text-tokens have to be {SHORTEST_STEP} at least, to hold a row")
-        if min(workers, tower_steps) < 0:
-            raise OptionError("--workers and --tower-steps have to be zero or more")
+        if min(workers, tower_steps, questions, new, problems) < 0:
+            raise OptionError("--workers, --tower-steps, --questions, --new and --problems have to be zero or more")
         if size not in ("full", "medium", "small"):
             raise OptionError(f"--size {size} is unknown; choose full, medium or small")
         if dtype not in ("auto", "bfloat16", "float32"):
@@ -79,7 +80,7 @@ def main(
 def train(options: dict[str, Any]) -> None:
     import torch
 
-    from demo_training.batches import Budget, TrainingBatches
+    from demo_training.batches import DATA_VERSION, Budget, TrainingBatches
     from demo_training.model import MEDIUM, SMALL, Sizes, build_model, published_config, token_ids
     from demo_training.publish import write_json, write_weights
     from demo_training.texts import read_problems
@@ -147,6 +148,7 @@ def train(options: dict[str, Any]) -> None:
     size = write_weights(trainer.model, out)
     progress = trainer.progress
     record = {
+        "data": DATA_VERSION,
         "sizes": dataclasses.asdict(sizes),
         "parameters": count,
         "bytes": size,
@@ -166,6 +168,8 @@ def train(options: dict[str, Any]) -> None:
         "history": progress.history[:: max(1, len(progress.history) // 50)],
     }
     write_json(out / "training.json", record)  # before the evaluation, which may fail
+    if not options["questions"] + options["new"] + options["problems"]:
+        return
     record["final"] = _evaluate(out, device, options, problems)
     write_json(out / "training.json", record)
 
@@ -214,16 +218,20 @@ def _report(figures: dict[str, float]) -> None:
 def _evaluate(out: Path, device: Any, options: dict[str, Any], problems: list) -> dict[str, Any]:
     from functools import partial
 
-    from demo_training.evaluation import evaluate, heldout_examples, our_answers
+    from demo_training.evaluation import evaluate, heldout_examples, new_heldout, our_answers
     from qwen3vl_moe.engine import LLM
 
     started = time.monotonic()
     llm = LLM(out, device=str(device), moe="reference")
     final, _ = evaluate(
-        partial(our_answers, llm), heldout_examples(options["questions"]), problems[: options["problems"]]
+        partial(our_answers, llm),
+        heldout_examples(options["questions"]),
+        problems[: options["problems"]],
+        new_heldout(options["new"]),
     )
-    for kind, cell in final["pictures"].items():
-        stderr.print(f"{kind:16s} {cell['right']:5d} of {cell['of']:5d}")
+    for part in ("pictures", "new"):
+        for kind, cell in final.get(part, {}).items():
+            stderr.print(f"{part:8s} {kind:24s} {cell['right']:5d} of {cell['of']:5d}")
     if "training_problems" in final:
         stderr.print(f"training problems: {final['training_problems']}")
     return final | {"evaluation_seconds": round(time.monotonic() - started, 1)}

@@ -12,14 +12,14 @@ from itertools import pairwise
 from random import Random
 
 from demo_training.layouts import WIDE_SIZES, digit_view, photograph_view, shapes_view, unit_of, writing_view
-from demo_training.ordered import chart_view, grid_view, nearer_view, path_view, rows_view
+from demo_training.ordered import CELL, chart_view, grid_view, nearer_view, path_view, rows_view
 from demo_training.phrases import phrase
 from demo_training.questions import Example, Fact, Question, scene_facts, shape_facts, two_picture_facts
 from demo_training.views import View
 from demo_training.words import number_to_read, word_to_read
 
 UNKNOWN = "I do not know this one."
-NTH = ("first", "second", "third", "fourth", "fifth", "sixth")
+NTH = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 # Of one picture, and of two, by weight. What was hardest to learn has most: reading, and what asks for positions.
 ONE = {
     "shapes": 26, "word": 17, "number": 10, "grid": 14, "rows": 8, "path": 5, "nearer": 5, "chart": 6, "digit": 4,
@@ -73,16 +73,19 @@ def one_view(rng: Random, size: tuple[int, int], kind: str) -> View:
 
 
 def two_views(rng: Random, size: tuple[int, int]) -> tuple[View, View]:
+    """The first has this size; the second, in half of the cases, another."""
     kind = rng.choices(tuple(TWO), tuple(TWO.values()))[0]
+    other = size if rng.random() < 0.5 else wide_size(rng)
     if kind == "shapes":
-        return shapes_view(rng, size), shapes_view(rng, size)
+        return shapes_view(rng, size), shapes_view(rng, other)
     if kind == "grid":
         first = grid_view(rng, size)
-        return first, grid_view(rng, size, like=first)
+        fits = other[0] >= CELL * len(first.cells[0]) and other[1] >= CELL * len(first.cells)
+        return first, grid_view(rng, other if fits else size, like=first)
     first = nearer_view(rng, size)
     names = (first.shapes[1].name, first.shapes[0].name)
     for _ in range(20):
-        pair = nearer_view(rng, size, names), nearer_view(rng, size, names)
+        pair = nearer_view(rng, size, names), nearer_view(rng, other, names)
         near, far = sorted(_gap(view) for view in pair)
         if far > 1.4 * near:
             return pair

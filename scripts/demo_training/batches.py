@@ -24,6 +24,8 @@ from demo_training.views import View
 from qwen3vl_moe.inputs.tokenizer import IMAGE_PAD, VISION_END, VISION_START
 from qwen3vl_moe.model.rope import mrope_positions
 
+# Of what is trained on, in training.json: 1 had the scenes alone, drawn by Pillow; 2 has the wide set beside them.
+DATA_VERSION = 2
 TURNS = 5  # most questions about one picture: drawing it costs more than asking
 FEW_SHOT = 1 / 60  # share of the text rows that are few-shot prompts, which are several times as long
 LONGEST_ROW = 2048
@@ -95,15 +97,17 @@ class Encoder:
 
         Args:
             messages: contents are text; a picture stands in it as its placeholder.
-            scenes: the pictures, all of one size.
+            scenes: the pictures.
+            size: of those that are scenes; views have their own.
         """
-        image_tokens = image_tokens_of(size)
+        sizes = [scene.size if isinstance(scene, View) else size for scene in scenes]
+        image_tokens = iter([image_tokens_of(size) for size in sizes])
         ids: list[int] = []
         labels: list[int] = []
 
         def add(text: str, learned: bool = False, spelled: bool = False) -> None:
             pieces = [i for letter in text for i in self._ids(letter)] if spelled else self._ids(text)
-            new = [t for i in pieces for t in ([i] * image_tokens if i == self.image else [i])]
+            new = [t for i in pieces for t in ([i] * next(image_tokens) if i == self.image else [i])]
             ids.extend(new)
             labels.extend(new if learned else [IGNORE] * len(new))
 
@@ -115,7 +119,7 @@ class Encoder:
                 add("\n")
             else:
                 add(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n")
-        return Row(ids, labels, [(scene, size) for scene in scenes])
+        return Row(ids, labels, list(zip(scenes, sizes, strict=True)))
 
 
 def example_messages(example: Example) -> list[dict]:
@@ -250,7 +254,7 @@ class TrainingBatches(Dataset):
                 example = make_example("train", self._seed, number, **how)
             row = self.encoder.row(example_messages(example), example.scenes, size)
             tokens -= len(row.ids)
-            image_tokens -= len(example.scenes) * image_tokens_of(size)
+            image_tokens -= sum(image_tokens_of(size) for _, size in row.scenes)
             learned -= row.learned
             if min(tokens, image_tokens, learned) < 0:
                 return rows

@@ -38,7 +38,8 @@ def blank(rng: Random, size: tuple[int, int], kind: str, grounds: tuple[str, ...
         noise=rng.uniform(2, 11) if rng.random() < 0.15 else 0.0,
         jpeg=rng.randint(35, 96) if rng.random() < 0.3 else 0,
     )
-    return View(kind, width, height, choose_ground(rng, grounds), rng.choice(RENDERERS), finish, rng.getrandbits(32))
+    ground = choose_ground(rng, grounds)
+    return View(kind, size, width, height, ground, rng.choice(RENDERERS), finish, rng.getrandbits(32))
 
 
 def unit_of(view: View) -> float:

@@ -71,7 +71,7 @@ def grid_view(rng: Random, size: tuple[int, int], like: View | None = None) -> V
         rows, columns = len(like.cells), len(like.cells[0])
     else:
         rows, columns = (rng.randint(2, max(2, min(5, side // CELL))) for side in (size[1], size[0]))
-    even = not like and min(size) < 256 and rng.random() < 0.4
+    even = not like and max(size) <= 288 and rng.random() < 0.4
     if even:  # of many: a cell for each image token
         rows, columns = size[1] // 32, size[0] // 32
     margin = 0.0 if even else rng.uniform(0, 0.06)

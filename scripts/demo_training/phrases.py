@@ -112,7 +112,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "[How high|How tall] is the {colour} [column|bar in the chart|bar here]?",
     ),
     "which_picture": (
-        "[Which image|Which of the pictures|Which of both] [shows|has] a {name}, [first or second|the first or second]?",
+        "[Which image|Which of the pictures|Which of both] [shows|has] a {name}, [|the ]first or second?",
         "Is [the|a] {name} in the first [picture or the second|or the second picture|or in the second one]?",
         "In which image [is the {name}|do you see a {name}], [first or second|the first or the second]?",
     ),

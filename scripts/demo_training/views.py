@@ -114,12 +114,14 @@ class View:
     ``digit`` or ``photograph``.
 
     Attributes:
+        size: width and height that it is resized to, as the processor would; it is drawn at ``width`` x ``height``.
         cells: of a grid, row by row, what stands in each; of rows, the same, of different lengths; of a path, one row,
             from its start.
         bars: in the order drawn, as in a chart of scenes.py.
     """
 
     kind: str
+    size: tuple[int, int]
     width: int
     height: int
     ground: Ground

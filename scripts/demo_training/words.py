@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-# None of them is in scenes.WORDS or in the held-out list (heldout_words of heldout.py); a test compares.
+# None of them is in scenes.WORDS or in the held-out list (heldout_phrases.py); a test compares.
 _REAL = """
 able about acid actor after again agent air alarm album alive alley alone along amber angel anger angle animal ant
 arch area arm army arrow art ash ask atlas attic aunt autumn away axe baby back badge bag bake ball band bank bar barn
