@@ -116,5 +116,5 @@ def stamp(canvas: np.ndarray, mask: np.ndarray, matrix: np.ndarray, rgb: tuple[i
     if not smooth:
         alpha = np.where(alpha > 110, 255, 0).astype(np.uint8)
     part = canvas[top:bottom, left:right]
-    weight = alpha[:, :, None].astype(np.uint16)
-    part[:] = ((part * (255 - weight) + np.array(rgb, np.uint16) * weight) // 255).astype(np.uint8)
+    weight = (alpha >> 1)[:, :, None].astype(np.int16)  # of 127: the product stays within 16 bits
+    part += ((np.array(rgb, np.int16) - part) * weight // 127).astype(np.uint8)  # modulo 256: differences wrap back

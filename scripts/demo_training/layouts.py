@@ -27,11 +27,11 @@ MOST = 8  # shapes
 
 
 def blank(rng: Random, size: tuple[int, int], kind: str, grounds: tuple[str, ...] = KINDS) -> View:
-    """A view with nothing in it yet. One in three is drawn larger or smaller than ``size``, and resized to it then."""
+    """A view with nothing in it yet. One in four is drawn larger or smaller than ``size``, and resized to it then."""
     width, height = size
     chance = rng.random()
-    if chance < 0.33:
-        scale = rng.uniform(1.05, 1.9) if chance < 0.24 else rng.uniform(0.6, 0.95)
+    if chance < 0.28:
+        scale = rng.uniform(1.05, 1.9) if chance < 0.2 else rng.uniform(0.6, 0.95)
         width, height = round(width * scale * rng.uniform(0.95, 1.05)), round(height * scale)
     finish = Finish(
         blur=rng.uniform(0.4, 0.9) if rng.random() < 0.12 else 0.0,
@@ -84,7 +84,7 @@ def shape(rng: Random, kind: str, colour: str, rgb: RGB, diameter: float, size: 
     angle = rng.uniform(-most, most) if rng.random() < 0.4 else 0.0
     if kind == "triangle" and rng.random() < 0.12:
         angle = rng.uniform(0, 2 * math.pi)
-    thing = Thing(kind, colour, size, rng.random(), 0.0, radius, high, angle, rgb)
+    thing = Thing(kind, colour, size, 0.0, 0.0, radius, high, angle, rgb, arm=rng.choice((0.25, 0.3, 0.33, 0.4)))
     if style == "outline":
         return replace(thing, line=max(2.0, diameter * rng.uniform(0.05, 0.14)))
     return replace(thing, edge=(0, 0, 0) if style == "edge" else None)
@@ -114,7 +114,7 @@ def place(rng: Random, view: View, things: Sequence[Thing]) -> View:
             dx, dy = gap - left + rng.random() * x_room, gap - top + rng.random() * y_room
             box = (left + dx, top + dy, right + dx, bottom + dy)
             if all(boxes_apart(box, other, gap) for other in boxes):
-                placed.append(replace(thing, x=thing.x + dx, y=thing.y + dy))
+                placed.append(replace(thing, x=dx, y=dy))
                 boxes.append(box)
                 break
     return replace(view, shapes=tuple(placed))

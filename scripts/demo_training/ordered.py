@@ -56,7 +56,7 @@ def _items(rng: Random, view: View, places: list[Place], labels: list[str] | Non
         diameter = room * share
         size = "large" if diameter > 0.2 * unit_of(view) else "small"
         thing = shape(rng, kind, colour, colours[colour], diameter, size, style)
-        things.append(replace(thing, x=thing.x * 0.5 + x, y=y))
+        things.append(replace(thing, x=x, y=y))
     return replace(view, shapes=tuple(things)), labels
 
 
@@ -197,7 +197,7 @@ def nearer_view(rng: Random, size: tuple[int, int], names: tuple[str, str] | Non
         left, top, right, bottom = box_of(wanted[len(placed)])
         dx = gap - left + rng.random() * (view.width - (right - left) - 2 * gap)
         dy = gap - top + rng.random() * (view.height - (bottom - top) - 2 * gap)
-        thing = replace(wanted[len(placed)], x=wanted[len(placed)].x + dx, y=dy)
+        thing = replace(wanted[len(placed)], x=dx, y=dy)
         if all(boxes_apart(box_of(thing), box_of(each), gap) for each in placed):
             placed.append(thing)
             if len(placed) == 3 and _even(placed):

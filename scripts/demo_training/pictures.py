@@ -30,6 +30,7 @@ from qwen3vl_moe.model.vision import PatchPlan
 IGNORE = -100  # label of what is not learned
 PATCH, MERGE, FRAMES, POSITIONS = 16, 2, 2, 256
 WHAT = ("nothing", *SHAPES, "bar", *string.digits, *string.ascii_letters)
+_WHAT = {what: number for number, what in enumerate(WHAT)}
 COLOUR = tuple(COLOURS)
 SIZE = ("small", "large", *map(str, range(1, CHART_TOP + 1)))
 PLACES = 16  # columns and rows that a picture is cut into, to tell where things are
@@ -93,17 +94,19 @@ def patches_of(pixels: np.ndarray) -> Tensor:
 def targets_of(scene: Scene | View, size: tuple[int, int]) -> Tensor:
     """``targets_5P`` of one picture; ``size`` is that of the resized picture."""
     columns, rows = size[0] // PATCH, size[1] // PATCH
-    target = torch.full((5, rows, columns), IGNORE)
+    target = np.full((5, rows, columns), IGNORE)
     target[0] = 0
     for mark in marks(scene) if isinstance(scene, Scene) else view_marks(scene):
-        column = int(mark.x * size[0] / scene.width) // PATCH
-        row = int(mark.y * size[1] / scene.height) // PATCH
-        target[0, row, column] = WHAT.index(mark.what)
-        target[1, row, column] = COLOUR.index(mark.colour) if mark.colour else IGNORE
-        target[2, row, column] = SIZE.index(mark.size) if mark.size else IGNORE
-        target[3, row, column] = min(int(mark.x / scene.width * PLACES), PLACES - 1)
-        target[4, row, column] = min(int(mark.y / scene.height * PLACES), PLACES - 1)
-    return target.view(5, rows // MERGE, MERGE, columns // MERGE, MERGE).transpose(2, 3).reshape(5, -1)
+        x, y = mark.x / scene.width, mark.y / scene.height
+        target[:, int(y * size[1]) // PATCH, int(x * size[0]) // PATCH] = (
+            _WHAT[mark.what],
+            COLOUR.index(mark.colour) if mark.colour else IGNORE,
+            SIZE.index(mark.size) if mark.size else IGNORE,
+            min(int(x * PLACES), PLACES - 1),
+            min(int(y * PLACES), PLACES - 1),
+        )
+    merged = target.reshape(5, rows // MERGE, MERGE, columns // MERGE, MERGE).swapaxes(2, 3)
+    return torch.from_numpy(merged.reshape(5, -1))
 
 
 @lru_cache

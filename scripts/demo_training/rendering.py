@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from functools import lru_cache
 
 import cv2
@@ -55,29 +56,30 @@ def _matrix(writing: Writing) -> np.ndarray:
 
 def outline_of(thing: Thing) -> np.ndarray:
     """Its corners, [n, 2], in pixels."""
-    kind = thing.kind
+    points = _unit(thing.kind, thing.arm) * (thing.radius, thing.high)
+    if thing.angle:
+        cos, sin = math.cos(thing.angle), math.sin(thing.angle)
+        points = points @ np.array([[cos, sin], [-sin, cos]])
+    return np.add(points, (thing.x, thing.y))
+
+
+@lru_cache(maxsize=256)
+def _unit(kind: str, arm: float) -> np.ndarray:
+    """Corners of a shape in the square from -1 to 1."""
     if kind == "circle":
         turn = np.linspace(0, 2 * np.pi, 49)[:-1]
-        points = np.column_stack([np.cos(turn), np.sin(turn)])
-    elif kind == "square":
-        points = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float)
-    elif kind == "triangle":
-        points = np.array([(0, -1), (1, 1), (-1, 1)], float)
-    elif kind == "diamond":
-        points = np.array([(0, -1), (1, 0), (0, 1), (-1, 0)], float)
-    else:
-        a = 0.24 + thing.x % 1 * 0.16  # arms of several widths
-        quarter = [(-a, -1), (a, -1), (a, -a)]
-        points = np.array([p for turn in range(4) for p in _turned(quarter, turn)], float)
-    points = points * (thing.radius, thing.high)
-    cos, sin = np.cos(thing.angle), np.sin(thing.angle)
-    return points @ np.array([[cos, sin], [-sin, cos]]) + (thing.x, thing.y)
-
-
-def _turned(points: list[tuple[float, float]], quarters: int) -> list[tuple[float, float]]:
-    for _ in range(quarters):
-        points = [(-y, x) for x, y in points]
-    return points
+        return np.column_stack([np.cos(turn), np.sin(turn)])
+    if kind == "cross":
+        corners = [(-arm, -1), (arm, -1), (arm, -arm)]
+        for _ in range(3):
+            corners += [(-y, x) for x, y in corners[-3:]]
+        return np.array(corners, float)
+    corners = {
+        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+        "triangle": [(0, -1), (1, 1), (-1, 1)],
+        "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
+    }
+    return np.array(corners[kind], float)
 
 
 def _draw_thing(pen: _Pillow | _OpenCV, thing: Thing) -> None:

@@ -28,7 +28,7 @@ class Ground:
 class Thing:
     """A shape. ``x``, ``y``: the middle of the box around it, ``radius`` and ``high``: half of its width and height
     before it is turned by ``angle`` (radians); ``line``: width of an outline that is not filled, 0 if filled;
-    ``edge``: colour of a line around what is filled."""
+    ``edge``: colour of a line around what is filled; ``arm``: half of the width of a cross's arms, as a share."""
 
     kind: str
     colour: str
@@ -41,6 +41,7 @@ class Thing:
     rgb: RGB
     line: float = 0.0
     edge: RGB | None = None
+    arm: float = 0.3
 
     @property
     def name(self) -> str:
