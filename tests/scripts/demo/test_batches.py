@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
+from random import Random
 
 import pytest
 import torch
@@ -93,8 +94,26 @@ def test_easy_pictures_give_way(data):
     def scenes(step):
         return [scene for row in data.picture_rows(step) for scene, _ in row.scenes]
 
-    assert all(1 <= len(scene.shapes) <= 3 for scene in scenes(0))
-    assert any(not scene.shapes for step in range(3000, 3005) for scene in scenes(step))
+    assert all(1 <= len(scene.shapes) <= 3 or len(scene.text) == 1 for scene in scenes(0))
+    assert any(len(scene.text) > 1 for step in range(3000, 3005) for scene in scenes(step))
+
+
+def test_learned_positions_are_moved_about_within_a_picture(data):
+    """Those of a share of the pictures, to other patches of the same picture: nothing else changes."""
+    scenes = [scene for row in data.picture_rows(3000) for scene in row.scenes]
+    plain = pack_pictures(scenes, 2000)
+    moved = pack_pictures(scenes, 2000, Random(0), 1.0)
+    for name in ("pixels_P", "positions_P2", "starts", "targets_5P"):
+        assert torch.equal(getattr(plain, name), getattr(moved, name))
+    changed = 0
+    for start, end in pairwise(plain.starts[: len(scenes) + 1].tolist()):
+        theirs, ours = (
+            sorted(map(tuple, torch.cat([p.index_P4[start:end], p.weight_P4[start:end]], 1).tolist()))
+            for p in (plain, moved)
+        )
+        assert theirs == ours
+        changed += not torch.equal(plain.index_P4[start:end], moved.index_P4[start:end])
+    assert changed > 0.8 * len(scenes)
 
 
 def test_pictures_that_do_not_fit_are_an_error(data):
@@ -105,7 +124,8 @@ def test_pictures_that_do_not_fit_are_an_error(data):
 
 def test_losses_and_gradients_are_those_of_transformers(untrained, data):
     """Row by row through transformers' own forward pass; the packed one has rows of all kinds, and padding."""
-    batch = data[2995]
+    rows = [*data.picture_rows(2995), *data.text_rows(2995)]
+    batch = collate(rows, data.encoder, BUDGET)  # learned positions where transformers has them
     assert (batch.pictures.starts.diff() > 0).sum() > 3
     ours = copy.deepcopy(untrained[1]).requires_grad_()
     losses = losses_of(ours, batch)
