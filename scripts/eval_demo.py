@@ -2,6 +2,7 @@
 
     python scripts/eval_demo.py --model demo
     python scripts/eval_demo.py --model demo --new 1150 --against-transformers
+    python scripts/eval_demo.py --model demo --new 460 --faults
     python scripts/eval_demo.py --sample picture.png     # draw one of them, and print its question and answer
 
 The pictures and phrasings are never used in training. The table goes to stderr; stdout holds nothing but JSON with
@@ -41,6 +42,10 @@ def main(
     against_transformers: Annotated[
         bool, typer.Option("--against-transformers", help="Ask transformers too: on the CPU, in fp32, one by one.")
     ] = False,
+    faults: Annotated[
+        bool,
+        typer.Option("--faults", help="Plant faults in the model, and count the answers to --new that change."),
+    ] = False,
     sample: Annotated[Path | None, typer.Option(help="Write one held-out picture here instead; .png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The counts as one JSON object on stdout.")] = False,
 ) -> None:
@@ -60,12 +65,17 @@ def main(
         if not Path(model).is_dir():
             raise OptionError(f"--model {model} is no directory; scripts/train_demo.py makes one")
         options = {"device": device, "dtype": dtype, "moe": moe}
-        if against_transformers:
+        if against_transformers or faults:
             if set(options.values()) != {"auto"}:
                 raise OptionError(
-                    "--against-transformers compares in fp32 on the CPU: leave --device, --dtype and --moe"
+                    "--against-transformers and --faults compare in fp32 on the CPU: leave --device, --dtype and --moe"
                 )
             options = {"device": "cpu", "dtype": "float32", "moe": "reference"}
+        if faults:
+            if new < 1 or against_transformers:
+                raise OptionError("--faults needs questions of the new set, --new 230 or more, and no other comparison")
+            _plant(model, new, options, as_json)
+            return
         _evaluate(model, (questions, new), data, problems, options, against_transformers, as_json)
     except UserError as error:
         stderr.print(f"error: {error}")
@@ -106,6 +116,21 @@ def _evaluate(
         print(json.dumps(scores))
     if against and different:
         raise typer.Exit(1)
+
+
+def _plant(model: str, count: int, options: dict[str, str], as_json: bool) -> None:
+    from demo_training.evaluation import new_heldout
+    from demo_training.faults import measure
+    from qwen3vl_moe.engine import LLM
+
+    counted = measure(LLM(model, **options), new_heldout(count))
+    table = Table("fault", "answers changed", "at least")
+    for name, cell in counted.items():
+        share = cell["changed"] / max(cell["of"], 1)
+        table.add_row(name, f"{cell['changed']} of {cell['of']} ({share:.1%})", f"{cell['least']:.0%}")
+    stderr.print(table)
+    if as_json:
+        print(json.dumps(counted))
 
 
 def _table(columns: dict[str, dict]) -> Table:
