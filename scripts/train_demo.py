@@ -15,6 +15,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,6 +72,9 @@ def main(
         if dtype not in ("auto", "bfloat16", "float32"):
             raise OptionError(f"--dtype {dtype} is unknown; choose auto, bfloat16 or float32")
         options = dict(locals())
+        for package in ("cv2", "matplotlib", "skimage", "sklearn", "font_roboto", "font_source_sans_pro"):
+            if find_spec(package) is None:
+                raise OptionError(f"{package} is missing, which training draws with; pip install 'qwen3vl-moe[demo]'")
         train(options)
     except UserError as error:
         stderr.print(f"error: {error}")

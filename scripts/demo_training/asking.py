@@ -63,7 +63,7 @@ def _easy_view(rng: Random, size: tuple[int, int]) -> View:
 
 def one_view(rng: Random, size: tuple[int, int], kind: str) -> View:
     if kind in ("word", "number"):
-        longest = max(2, min(9, size[0] // 11))
+        longest = max(2, min(9, size[0] // 14))
         return writing_view(rng, size, kind, (word_to_read if kind == "word" else number_to_read)(rng, longest))
     makers: dict[str, Callable[[Random, tuple[int, int]], View]] = {
         "shapes": shapes_view, "grid": grid_view, "rows": rows_view, "path": path_view, "nearer": nearer_view,

@@ -165,7 +165,7 @@ def writing_view(rng: Random, size: tuple[int, int], kind: str, text: str) -> Vi
     cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
     room_x, room_y = view.width * 0.94, view.height * 0.92
     most = min(room_x / (ratio * cos + sin), room_y / (ratio * sin + cos))
-    least = min(most, 12 * view.height / size[1])  # pixels of the resized picture
+    least = min(most, 16 * view.height / size[1])  # pixels of the resized picture
     height = most * rng.uniform(0.6, 1.0) if rng.random() < 0.5 else rng.uniform(least, most)
     half_x, half_y = height * (ratio * cos + sin) / 2, height * (ratio * sin + cos) / 2
     x = rng.uniform(half_x, view.width - half_x) if rng.random() < 0.7 else view.width / 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from functools import lru_cache
+from random import Random
 
 import cv2
 import numpy as np
@@ -23,8 +24,6 @@ cv2.setNumThreads(1)  # there is a process for every core
 def render(view: View) -> Image.Image:
     """The picture, RGB, ``view.width`` x ``view.height``."""
     if view.kind == "photograph":
-        from random import Random  # a photograph is its own ground
-
         canvas = crop(Random(view.seed), view.width, view.height, things=True)
     else:
         canvas = paint(view.ground, view.width, view.height)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,9 @@ from demo_training.evaluation import new_conversation, new_heldout, score_new
 from demo_training.heldout import heldout_question
 from demo_training.heldout_phrases import ASKED, KINDS
 from qwen3vl_moe.errors import OptionError
+
+ROOT = Path(__file__).resolve().parents[3]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "scripts"))}
 
 
 def test_it_shares_no_code_with_the_training():
@@ -71,6 +77,18 @@ def test_scores_tell_right_from_wrong():
     assert table["colour"] == {"right": 1, "of": 2}
     assert len(table) == len(KINDS) + 1
     assert new_conversation(asked[0])[0]["content"][-1] == {"type": "text", "text": asked[0].question}
+
+
+def test_the_first_set_needs_no_further_package():
+    """Whoever asks the demo the old questions has installed none of the packages that the new pictures come of."""
+    code = (
+        "import sys\n"
+        "for name in ('cv2', 'matplotlib', 'skimage', 'sklearn', 'font_caladea'): sys.modules[name] = None\n"
+        "from demo_training.evaluation import conversation, heldout_examples\n"
+        "print(len(conversation(heldout_examples(1)[0])))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_a_missing_package_is_one_clear_line():
