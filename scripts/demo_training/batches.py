@@ -33,10 +33,11 @@ SHORTEST_ROW = 32  # on average: bounds the number of rows
 # Steps over which easy pictures give way to all the others. Where there is one shape, an answer needs no search for the
 # thing it is about: colours and shapes are learned there at once, and among many hardly ever.
 EASY_STEPS = 2000
-# Share of the pictures whose learned positions are moved about, from so many steps on. The tower's features would tell
-# the decoder where things are; what it cannot rely on it learns to read off its own positions.
-MOVED, MOVED_STEPS = 0.7, 4000
-WIDE = 0.7  # share of the rows of the wide set (asking.py); the others are of the first (questions.py)
+# Share of the pictures whose learned positions are moved about: from none at the first of these steps to all of it at
+# the second. The tower's features tell the decoder where things are, and questions of places are learned fast with
+# that; once it cannot rely on them any more, it learns to read places off its own positions.
+MOVED, MOVED_FROM, MOVED_TO = 0.75, 2000, 8000
+WIDE = 0.65  # share of the rows of the wide set (asking.py); the others are of the first (questions.py)
 
 
 @dataclass
@@ -223,7 +224,13 @@ class TrainingBatches(Dataset):
             raise IndexError(step)
         rows = [*self.picture_rows(step), *self.text_rows(step)]
         rng = Random(f"moved/{self._seed}/{step}")
-        return collate(rows, self.encoder, self._budget, rng, MOVED * min(1.0, step / MOVED_STEPS))
+        return collate(
+            rows,
+            self.encoder,
+            self._budget,
+            rng,
+            MOVED * min(1.0, max(0.0, (step - MOVED_FROM) / (MOVED_TO - MOVED_FROM))),
+        )
 
     @property
     def encoder(self) -> Encoder:

@@ -33,10 +33,9 @@ WHAT = ("nothing", *SHAPES, "bar", *string.digits, *string.ascii_letters)
 _WHAT = {what: number for number, what in enumerate(WHAT)}
 COLOUR = tuple(COLOURS)
 SIZE = ("small", "large", *map(str, range(1, CHART_TOP + 1)))
-PLACES = 16  # columns and rows that a picture is cut into, to tell where things are
 ALL_SIZES = (*SIZES, *WIDE_SIZES)
 FEWEST_PATCHES, MOST_PATCHES = (f(w * h for w, h in ALL_SIZES) // PATCH**2 for f in (min, max))
-CLASSES = (len(WHAT), len(COLOUR), len(SIZE), PLACES, PLACES)
+CLASSES = (len(WHAT), len(COLOUR), len(SIZE))
 
 
 class Tensors:
@@ -66,8 +65,8 @@ class Pictures(Tensors):
         index_P4, weight_P4: which learned positions a patch mixes, and how (int64, fp32).
         positions_P2: int64 row and column of each patch.
         starts: int32, cumulative patches, as many as there can be pictures, plus one.
-        targets_5P: int64: what has its centre in the patch, its colour and size, and in which of PLACES columns and
-            rows of the picture it is; IGNORE where there is none.
+        targets_3P: int64: what has its centre in the patch, its colour and its size; IGNORE where there is none. Not
+            where it is: the decoder shall read that off its own positions.
     """
 
     pixels_P: Tensor
@@ -75,7 +74,7 @@ class Pictures(Tensors):
     weight_P4: Tensor
     positions_P2: Tensor
     starts: Tensor
-    targets_5P: Tensor
+    targets_3P: Tensor
 
 
 def pixels_of(scene: Scene | View, size: tuple[int, int]) -> np.ndarray:
@@ -92,9 +91,9 @@ def patches_of(pixels: np.ndarray) -> Tensor:
 
 
 def targets_of(scene: Scene | View, size: tuple[int, int]) -> Tensor:
-    """``targets_5P`` of one picture; ``size`` is that of the resized picture."""
+    """``targets_3P`` of one picture; ``size`` is that of the resized picture."""
     columns, rows = size[0] // PATCH, size[1] // PATCH
-    target = np.full((5, rows, columns), IGNORE)
+    target = np.full((3, rows, columns), IGNORE)
     target[0] = 0
     for mark in marks(scene) if isinstance(scene, Scene) else view_marks(scene):
         x, y = mark.x / scene.width, mark.y / scene.height
@@ -102,11 +101,9 @@ def targets_of(scene: Scene | View, size: tuple[int, int]) -> Tensor:
             _WHAT[mark.what],
             COLOUR.index(mark.colour) if mark.colour else IGNORE,
             SIZE.index(mark.size) if mark.size else IGNORE,
-            min(int(x * PLACES), PLACES - 1),
-            min(int(y * PLACES), PLACES - 1),
         )
-    merged = target.reshape(5, rows // MERGE, MERGE, columns // MERGE, MERGE).swapaxes(2, 3)
-    return torch.from_numpy(merged.reshape(5, -1))
+    merged = target.reshape(3, rows // MERGE, MERGE, columns // MERGE, MERGE).swapaxes(2, 3)
+    return torch.from_numpy(merged.reshape(3, -1))
 
 
 @lru_cache

@@ -151,7 +151,7 @@ class Trainer:
     def step(self, batch: TrainingBatch, progress: float) -> dict[str, Tensor]:
         """One update at ``progress`` of the schedule; figures as tensors, since reading them would wait."""
         self.progress.tokens += int(batch.valid_N.sum())
-        self.progress.patches += int((batch.pictures.targets_5P[0] != IGNORE).sum())
+        self.progress.patches += int((batch.pictures.targets_3P[0] != IGNORE).sum())
         self.weights.set_rate(self.recipe.rate(progress))
         figures = dict(zip(FIGURES, self._learn(batch), strict=True))
         self.progress.step += 1
@@ -159,7 +159,7 @@ class Trainer:
 
     def _update(self, batch: TrainingBatch) -> list[Tensor]:
         losses, recipe = losses_of(self.model, batch), self.recipe
-        seen, named = self.heads(losses.features, batch.pictures.targets_5P)
+        seen, named = self.heads(losses.features, batch.pictures.targets_3P)
         loss = losses.pictures + recipe.text * losses.text + recipe.balance * losses.balance + recipe.sight * seen
         loss.backward()
         norm = self.weights.step()
