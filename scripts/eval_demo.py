@@ -1,7 +1,7 @@
 """Accuracy of a demo checkpoint on held-out pictures, by question kind, through this package's LLM.
 
     python scripts/eval_demo.py --model demo
-    python scripts/eval_demo.py --model demo --new 1150 --against-transformers
+    python scripts/eval_demo.py --model demo --new 1300 --against-transformers
     python scripts/eval_demo.py --model demo --new 460 --faults
     python scripts/eval_demo.py --sample picture.png     # draw one of them, and print its question and answer
 

@@ -54,7 +54,7 @@ def main(
     ] = None,
     size: Annotated[str, typer.Option(help="full (29 MB), medium (9 MB), small (1 MB, to try the program).")] = "full",
     questions: Annotated[int, typer.Option(help="Held-out picture questions at the end.")] = 1400,
-    new: Annotated[int, typer.Option(help="Questions of the new held-out set at the end.")] = 1150,
+    new: Annotated[int, typer.Option(help="Questions of the new held-out set at the end.")] = 1300,
     problems: Annotated[int, typer.Option(help="Training problems at the end.")] = 200,
 ) -> None:
     """Make a demo checkpoint from nothing."""

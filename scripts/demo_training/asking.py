@@ -19,6 +19,7 @@ from demo_training.views import View
 from demo_training.words import number_to_read, word_to_read
 
 UNKNOWN = "I do not know this one."
+NUMBERS = {2: "two", 3: "three"}
 NTH = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 # Of one picture, and of two, by weight. What was hardest to learn has most: reading, and what asks for positions.
 ONE = {
@@ -131,7 +132,7 @@ def _shapes_facts(view: View, rng: Random) -> list[Fact]:
 
 def _grid_facts(view: View) -> list[Fact]:
     facts = _row_facts(view)
-    rows, columns = len(view.cells), len(view.cells[0])
+    rows = len(view.cells)
     all_cells = Counter(label for row in view.cells for label in row)
     for r, row in enumerate(view.cells):
         for c, label in enumerate(row):
@@ -142,10 +143,30 @@ def _grid_facts(view: View) -> list[Fact]:
             if all_cells[label] > 1:
                 continue
             facts.append(("cell_of", {"item": label}, f"row {r + 1}, column {c + 1}"))
-            for side, y, x in (("left of", r, c - 1), ("right of", r, c + 1), ("above", r - 1, c), ("below", r + 1, c)):
-                if 0 <= y < rows and 0 <= x < columns:
-                    facts.append(("beside", {"item": label, "side": side}, view.cells[y][x]))
+    for label, side, to, steps, other in _neighbours(view):
+        if steps == 1:
+            facts.append(("beside", {"item": label, "side": side}, other))
+        else:
+            facts.append(("steps", {"item": label, "side": side, "to": to, "steps": NUMBERS[steps]}, other))
     return facts
+
+
+def _neighbours(view: View) -> list[tuple[str, str, str, int, str]]:
+    """Of what stands once in a grid: ``(it, "left of", "to the left", steps, what is there)``, for one to three."""
+    counts = Counter(label for row in view.cells for label in row)
+    found = []
+    for r, row in enumerate(view.cells):
+        for c, label in enumerate(row):
+            for steps in (1, 2, 3) if counts[label] == 1 else ():
+                for side, to, y, x in (
+                    ("left of", "to the left", r, c - steps),
+                    ("right of", "to the right", r, c + steps),
+                    ("above", "up", r - steps, c),
+                    ("below", "down", r + steps, c),
+                ):
+                    if 0 <= y < len(view.cells) and 0 <= x < len(row):
+                        found.append((label, side, to, steps, view.cells[y][x]))
+    return found
 
 
 def _row_facts(view: View) -> list[Fact]:
@@ -188,6 +209,9 @@ def two_view_facts(first: View, second: View, rng: Random) -> list[Fact]:
         for r, row in enumerate(view.cells):
             for c, label in enumerate(row):
                 facts.append(("cell_in_one", {"row": str(r + 1), "column": str(c + 1), "which": which}, label))
+        for label, side, _, steps, other in _neighbours(view):
+            if steps == 1:
+                facts.append(("beside_in_one", {"item": label, "side": side, "which": which}, other))
     answers: dict[str, list[Fact]] = {"yes": [], "no": []}
     for r, rows in enumerate(zip(first.cells, second.cells, strict=True)):
         for c, (one, other) in enumerate(zip(*rows, strict=True)):

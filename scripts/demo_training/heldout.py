@@ -16,7 +16,7 @@ from random import Random
 from PIL import Image
 
 from demo_training.heldout_board import FACES, FORMS, PAINTS, PAPERS, PHOTOGRAPHS, Board, hands, photograph
-from demo_training.heldout_phrases import ASKED, DONT_KNOW, HELDOUT_WORDS, INKS, KINDS, ORDINALS, SIGNS
+from demo_training.heldout_phrases import ASKED, DONT_KNOW, HELDOUT_WORDS, INKS, KINDS, ORDINALS, SIDES, SIGNS
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,40 @@ def _from_side(rng: Random) -> Made:
     return (_grid(rng, grid),), (ORDINALS[n], side, str(r + 1), ORDINALS[r]), label
 
 
+def _neighbour(rng: Random, grid: _Grid, steps: int) -> tuple[tuple[str, str, str], str]:
+    """What fills the phrasing (side, of which sign, direction), and what stands there; signs of a grid differ."""
+    while True:
+        side = rng.randrange(4)
+        r, c = rng.randrange(len(grid)), rng.randrange(len(grid[0]))
+        y, x = r + steps * (0, 0, -1, 1)[side], c + steps * (-1, 1, 0, 0)[side]
+        if 0 <= y < len(grid) and 0 <= x < len(grid[0]):
+            return (SIDES[side][0], grid[r][c], SIDES[side][1]), grid[y][x]
+
+
+def _signs(rng: Random) -> _Grid:
+    rows, columns = rng.randint(2, 4), rng.randint(3, 5)
+    signs = rng.sample(SIGNS, rows * columns)
+    return [signs[r * columns : (r + 1) * columns] for r in range(rows)]
+
+
+def _next_to(steps: int) -> Callable[[Random], Made]:
+    def make(rng: Random) -> Made:
+        grid = _signs(rng)
+        blanks, answer = _neighbour(rng, grid, steps)
+        return (_grid(rng, grid),), blanks, answer
+
+    return make
+
+
+def _next_to_of_two(rng: Random) -> Made:
+    first, which = _signs(rng), rng.randrange(2)
+    flat = [label for row in first for label in row]
+    rng.shuffle(flat)
+    second = [flat[r * len(first[0]) : (r + 1) * len(first[0])] for r in range(len(first))]
+    (side, sign, _), answer = _neighbour(rng, (first, second)[which], 1)
+    return (_grid(rng, first), _grid(rng, second)), (side, sign, ORDINALS[which]), answer
+
+
 def _cell_of_two(rng: Random) -> Made:
     first = _labels(rng)
     flat = [label for row in first for label in row]
@@ -354,6 +388,8 @@ _MAKERS: dict[str, Callable[[Random], Made]] = {
     "describe several": _describe_several, "number": _number, "word": _word, "handwritten digit": _handwritten,
     "value of a bar": _bars("value"), "highest or lowest bar": _bars("extreme"),
     "which of two pictures": lambda rng: _two(rng, False), "count in one of two": lambda rng: _two(rng, True),
-    "row and column": _cell, "so many from the side": _from_side, "along a line": _along, "nearer of two": _twins,
-    "cell in one of two": _cell_of_two, "nearer in which picture": _closer_picture, "a photograph": _photograph,
+    "row and column": _cell, "so many from the side": _from_side, "beside": _next_to(1),
+    "two steps away": _next_to(2), "along a line": _along, "nearer of two": _twins,
+    "cell in one of two": _cell_of_two, "beside in one of two": _next_to_of_two,
+    "nearer in which picture": _closer_picture, "a photograph": _photograph,
 }  # fmt: skip

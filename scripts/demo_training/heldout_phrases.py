@@ -12,6 +12,7 @@ umbrella vine vulture waffle walrus willow yarn zipper den elf fib gap hub jab k
 """
 HELDOUT_WORDS = tuple(_REAL.split())
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
+SIDES = (("left of", "to the left"), ("right of", "to the right"), ("above", "up"), ("below", "down"))
 SIGNS = "ABCDEFGHJKLMNPRSTUVXYZ2345679"
 INKS = ("red", "orange", "green", "blue", "purple", "black")  # yellow writing is hard to see on paper
 DONT_KNOW = "I do not know this one."
@@ -46,6 +47,8 @@ ASKED: dict[str, tuple[str, ...]] = {
         "What do you find {0} from the {1} in row {2}?",
         "Which one is the {0} from the {1} in the {3} row?",
     ),
+    "beside": ("What do you find immediately {0} the {1}?", "Which one stands immediately {0} the {1}?"),
+    "two steps away": ("What do you find two steps {2} from the {1}?", "Which one stands two cells {0} the {1}?"),
     "along a line": ("Read along the line, beginning at the ring.", "What does the line join, beginning at the ring?"),
     "nearer of two": (
         "Of the two {0}s, is the {2} or the {3} one nearer to the {1}?",
@@ -54,6 +57,10 @@ ASKED: dict[str, tuple[str, ...]] = {
     "cell in one of two": (
         "What do you find in row {0}, column {1} of the {2} picture?",
         "Which one is at row {0}, column {1} in the {2} picture?",
+    ),
+    "beside in one of two": (
+        "What do you find immediately {0} the {1} in the {2} picture?",
+        "Which one stands immediately {0} the {1} in the {2} picture?",
     ),
     "nearer in which picture": (
         "Is the {0} nearer to the {1} in the first or in the second picture?",

@@ -149,6 +149,14 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "[What|Which thing] is [directly|right|just] {side} the {item}?",
         "[Name|Say] what is [directly|just] {side} the {item}.",
     ),
+    "steps": (
+        "[What|Which thing] is {steps} [places|cells] {side} the {item}?",
+        "[Go {steps} places {to} from the {item}|From the {item}, go {steps} places {to}]: what is there?",
+    ),
+    "beside_in_one": (
+        "In the {which} [picture|image], what is [directly|right|just] {side} the {item}?",
+        "[What|Which thing] is [directly|right|just] {side} the {item} in the {which} [picture|image]?",
+    ),
     "path": (
         "[Follow|Go along] the [line|path] from the ring[:| and] [read|name|list] the characters.",
         "[What stands|Which characters are] along the [line|path], from the ring?",
