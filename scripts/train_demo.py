@@ -40,6 +40,9 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Length in steps instead of minutes, to repeat a run.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a step in rows about pictures.")] = 16384,
     text_tokens: Annotated[int, typer.Option(help="Tokens of a step in rows of text.")] = 8192,
+    moved: Annotated[
+        float, typer.Option(help="Share of the pictures whose learned positions are moved about, from step 8000 on.")
+    ] = 0.6,
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of weights, tokenizer and data.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda, cpu.")] = "auto",
@@ -67,6 +70,8 @@ def main(
             raise OptionError(f"--tokens and --text-tokens have to be {SHORTEST_STEP} at least, to hold a row")
         if min(workers, tower_steps, questions, new, problems) < 0:
             raise OptionError("--workers, --tower-steps, --questions, --new and --problems have to be zero or more")
+        if not 0 <= moved <= 1:
+            raise OptionError("--moved is a share, from 0 to 1")
         if size not in ("full", "medium", "small"):
             raise OptionError(f"--size {size} is unknown; choose full, medium or small")
         if dtype not in ("auto", "bfloat16", "float32"):
@@ -140,6 +145,7 @@ def train(options: dict[str, Any]) -> None:
         budget=Budget(options["tokens"], options["text_tokens"]),
         steps=10_000_000,
         seed=seed,
+        moved=options["moved"],
     )
     batches = _batches(dataset, trainer.progress.step, options["workers"], device)
     done = trainer.run(batches, stop_after=options["stop_after"], report=_report, every=100 if count > 5e6 else 20)
@@ -160,6 +166,7 @@ def train(options: dict[str, Any]) -> None:
         "seed": seed,
         "tower_steps": options["tower_steps"],
         "tower_pictures": options["tower_pictures"],
+        "moved": options["moved"],
         "tokens_per_step": options["tokens"],
         "text_tokens_per_step": options["text_tokens"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),

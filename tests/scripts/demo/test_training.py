@@ -160,6 +160,7 @@ def test_the_program_makes_a_checkpoint_and_records_how(tmp_path):
         (["--device", "tpu"], "--device tpu"),
         (["--dtype", "fp8"], "--dtype fp8"),
         (["--size", "huge"], "--size huge"),
+        (["--moved", "2"], "--moved"),
         (["--tower-pictures", "0"], "--tower-pictures"),
         (["--text-tokens", "100"], "--text-tokens"),
     ],
