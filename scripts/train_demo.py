@@ -41,8 +41,8 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens of a step in rows about pictures.")] = 16384,
     text_tokens: Annotated[int, typer.Option(help="Tokens of a step in rows of text.")] = 8192,
     moved: Annotated[
-        float, typer.Option(help="Share of the pictures whose learned positions are moved about, from step 8000 on.")
-    ] = 0.6,
+        float, typer.Option(help="Share of the pictures whose learned positions are moved about (pictures.py).")
+    ] = 0.8,
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of weights, tokenizer and data.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda, cpu.")] = "auto",
@@ -222,7 +222,7 @@ def _report(figures: dict[str, float]) -> None:
         f"{figures['seconds']:7.0f} s  step {figures['step']:6d}  pictures {figures['pictures']:.3f} "
         f"({figures['pictures_right']:.3f} of tokens right)  text {figures['text']:.3f} "
         f"({figures['text_right']:.3f})  balance {figures['balance']:.2f}  "
-        f"things named rightly {figures['named']:.3f}  {speed:.0f} tokens/s"
+        f"things named rightly {figures['named']:.3f}, placed {figures['placed']:.3f}  {speed:.0f} tokens/s"
     )
 
 

@@ -33,10 +33,6 @@ SHORTEST_ROW = 32  # on average: bounds the number of rows
 # Steps over which easy pictures give way to all the others. Where there is one shape, an answer needs no search for the
 # thing it is about: colours and shapes are learned there at once, and among many hardly ever.
 EASY_STEPS = 2000
-# Steps over which the share of pictures whose learned positions are moved about grows from none to all of it. The
-# tower's features tell the decoder where things are, and questions of places are learned fast with that; once it cannot
-# rely on them any more, it learns to read places off its own positions.
-MOVED_FROM, MOVED_TO = 2000, 8000
 WIDE = 0.65  # share of the rows of the wide set (asking.py); the others are of the first (questions.py)
 
 
@@ -209,7 +205,7 @@ class TrainingBatches(Dataset):
         problems: gsm8k's training problems; generated ones stand in where there are none.
         budget: its size.
         steps: length of the data set.
-        moved: share of the pictures with learned positions moved about, in the end.
+        moved: share of the pictures with learned positions moved about.
     """
 
     def __init__(
@@ -239,7 +235,7 @@ class TrainingBatches(Dataset):
             self.encoder,
             self._budget,
             rng,
-            self._moved * min(1.0, max(0.0, (step - MOVED_FROM) / (MOVED_TO - MOVED_FROM))),
+            self._moved,
         )
 
     @property
