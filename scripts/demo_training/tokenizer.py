@@ -27,13 +27,13 @@ def corpus(problems: Sequence[Problem], seed: int) -> Iterator[str]:
     for problem in problems:
         yield prompt_text(problem.question)
         yield problem.answer
-    for number in range(2000):
+    for number in range(1500):
         problem = arithmetic_problem(rng)
         yield prompt_text(problem.question)
         yield problem.answer
         for message in chat_messages(rng):
             yield message["content"]
-        wide = make_wide_example(seed, number, size=wide_size(rng), images=rng.choice((1, 1, 2)), turns=4)
+        wide = make_wide_example(seed, number, size=wide_size(rng), images=1 + number % 3 // 2, turns=4)
         for question in (*make_example("train", seed, number, turns=4).questions, *wide.questions):
             yield question.text
             if not question.spelled:
