@@ -21,20 +21,18 @@ def test_it_asks_for_the_row_and_the_column_of_every_token_and_of_no_padding():
     pictures = pictures_of((128, 160), (288, 64), (192, 192))
     expected = [(r, c) for rows, columns in ((5, 4), (2, 9), (6, 6)) for r in range(rows) for c in range(columns)]
     head = PlaceHead(2 * SIDE)
-    with torch.no_grad():
-        head.head.weight.copy_(torch.eye(2 * SIDE))
-        head.head.bias.zero_()
+    head.codes.copy_(20 * torch.eye(2 * SIDE))
     x = torch.randn(250, 2 * SIDE)
     for number, (row, column) in enumerate(expected):
         x[number] = 0
-        x[number, row] = x[number, SIDE + column] = 50
+        x[number, row] = x[number, SIDE + column] = 1
     loss, right = head(x, pictures)
     assert loss < 1e-6
     assert right == 1
     x[0] = x[1]  # of the first token the column is wrong now
     loss, right = head(x, pictures)
     torch.testing.assert_close(right, torch.tensor(1 - 1 / len(expected)))
-    torch.testing.assert_close(loss, torch.tensor(50 / len(expected)))
+    torch.testing.assert_close(loss, torch.tensor(20 * SIDE**0.5 / len(expected)))
 
 
 def test_the_targets_are_the_positions_that_the_decoder_turns_by(untrained):
