@@ -47,6 +47,9 @@ def main(
         typer.Option("--faults", help="Plant faults in the model, and count the answers to --new that change."),
     ] = False,
     sample: Annotated[Path | None, typer.Option(help="Write one held-out picture here instead; .png.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Write the counts into the checkpoint's training.json.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The counts as one JSON object on stdout.")] = False,
 ) -> None:
     """Accuracy of a demo checkpoint on held-out pictures, by question kind."""
@@ -64,6 +67,8 @@ def main(
             model = str(resolve(model))
         if not Path(model).is_dir():
             raise OptionError(f"--model {model} is no directory; scripts/train_demo.py makes one")
+        if record and not (Path(model) / "training.json").is_file():
+            raise OptionError(f"--record needs {model}/training.json, which scripts/train_demo.py writes")
         options = {"device": device, "dtype": dtype, "moe": moe}
         if against_transformers or faults:
             if set(options.values()) != {"auto"}:
@@ -76,7 +81,13 @@ def main(
                 raise OptionError("--faults needs questions of the new set, --new 230 or more, and no other comparison")
             _plant(model, new, options, as_json)
             return
-        _evaluate(model, (questions, new), data, problems, options, against_transformers, as_json)
+        scores = _evaluate(model, (questions, new), data, problems, options, against_transformers)
+        if record:
+            _record(Path(model) / "training.json", scores, options)
+        if as_json:
+            print(json.dumps(scores))
+        if scores.get("transformers", {}).get("different_answers"):
+            raise typer.Exit(1)
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None
@@ -89,8 +100,7 @@ def _evaluate(
     problems: int,
     options: dict[str, str],
     against: bool,
-    as_json: bool,
-) -> None:
+) -> dict:
     from functools import partial
 
     from demo_training.evaluation import evaluate, heldout_examples, new_heldout, our_answers, transformers_answers
@@ -112,10 +122,21 @@ def _evaluate(
         stderr.print(f"{len(different)} of {len(answers)} answers differ between ours and transformers")
         for number in different[:5]:
             stderr.print(f"  question {number}: {answers[number]!r} and {theirs[number]!r}")
-    if as_json:
-        print(json.dumps(scores))
-    if against and different:
-        raise typer.Exit(1)
+    return scores
+
+
+def _record(path: Path, scores: dict, options: dict[str, str]) -> None:
+    """Counts of this program into ``final`` of a training.json; what was not asked stays as it is there."""
+    import torch
+
+    from replace_file import replace_file
+
+    record = json.loads(path.read_text(encoding="utf-8"))
+    how = ", ".join(f"{name} {value}" for name, value in options.items())
+    counts = {name: table for name, table in scores.items() if name != "transformers"}
+    evaluated = {"evaluated_on": f"{how}, torch {torch.__version__}, by scripts/eval_demo.py"}
+    record["final"] = record.get("final", {}) | counts | evaluated
+    replace_file(path, [json.dumps(record, indent=2).encode() + b"\n"])
 
 
 def _plant(model: str, count: int, options: dict[str, str], as_json: bool) -> None:
