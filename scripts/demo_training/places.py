@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from demo_training.pictures import ALL_SIZES, IGNORE, MERGE, PATCH, Pictures
 
-AFTER = 3  # layers; the features of DeepStack are in by then
+AFTER = 2  # layers; the features of DeepStack are in by then
 STRENGTH = 1.5  # length of the codes, of hidden states of mean square 1
 SIDE = max(max(size) for size in ALL_SIZES) // (PATCH * MERGE)  # most rows or columns of image tokens
 
