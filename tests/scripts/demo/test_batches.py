@@ -11,11 +11,13 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText
 
+from demo_training.asking import make_wide_example
 from demo_training.batches import Budget, TrainingBatches, collate, example_messages
 from demo_training.evaluation import conversation
 from demo_training.forward import balance_of, losses_of
 from demo_training.pictures import FRAMES, IGNORE, pack_pictures, patches_of, pixels_of
 from demo_training.questions import make_example
+from demo_training.rendering import render
 from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.inputs.processor import Processor
 
@@ -56,6 +58,40 @@ def test_rows_and_patches_are_those_of_the_processor(data, processor):
         learned = [i for i, label in zip(row.ids, row.labels, strict=True) if label != IGNORE]
         assert processor.tokenizer.decode(learned) == example.questions[0].answer + "<|im_end|>"
         assert row.labels[:n] == [IGNORE] * n
+
+
+def test_rows_of_the_wide_set_are_those_of_the_processor(data, processor):
+    """Two pictures of different sizes, by whatever renderer."""
+    done = 0
+    for number in range(200):
+        example = make_wide_example(0, number, size=SIZE, images=2)
+        sizes = [(view.width, view.height) for view in example.scenes]
+        if len(set(sizes)) == 1 or sizes != [view.size for view in example.scenes]:
+            continue  # of one size, or resized: to multiples of 32 that the processor may round otherwise
+        pictures = [{"type": "image", "image": render(view)} for view in example.scenes]
+        content = [*pictures, {"type": "text", "text": example.questions[0].text}]
+        prompt = processor.chat([{"role": "user", "content": content}])
+        row = data.encoder.row(example_messages(example), example.scenes)
+        n = len(prompt.token_ids)
+        assert row.ids[:n] == prompt.token_ids
+        batch = collate([row], data.encoder, BUDGET)
+        assert torch.equal(batch.positions_3N[:, :n], prompt.positions_3T)
+        theirs = torch.cat([image.pixel_values for image in prompt.images])
+        patches = normalised(batch.pictures.pixels_P[: len(theirs)])
+        torch.testing.assert_close(patches, theirs, rtol=0, atol=1e-6)
+        done += 1
+    assert done > 10
+
+
+def test_what_is_read_is_learned_letter_by_letter(data):
+    messages = [
+        {"role": "user", "content": "What word is written?"},
+        {"role": "assistant", "content": "there", "spelled": True},
+    ]
+    row = data.encoder.row(messages)
+    learned = [i for i, label in zip(row.ids, row.labels, strict=True) if label != IGNORE]
+    assert len(learned) == 6  # five letters and the end
+    assert data.encoder._tokenizer.decode(learned) == "there"
 
 
 def test_only_answers_are_learned_in_long_conversations(data, processor):
