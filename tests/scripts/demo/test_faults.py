@@ -58,7 +58,7 @@ def test_fewer_bits_err_more(llm, prompt):
 
 def test_changed_answers_are_counted_of_the_kinds_that_a_fault_is_about(llm):
     asked = new_heldout(len(KINDS))
-    faults = [FAULTS[0], next(fault for fault in FAULTS if fault.of_positions)]
+    faults = [FAULTS[0], next(fault for fault in FAULTS if fault.of == "positions")]
     table = measure(llm, asked, faults)
     assert [cell["of"] for cell in table.values()] == [len(KINDS), len(OF_POSITIONS)]
     assert all(0 <= cell["changed"] <= cell["of"] for cell in table.values())
