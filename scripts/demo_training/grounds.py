@@ -55,8 +55,8 @@ def paint(ground: Ground, width: int, height: int) -> np.ndarray:
     rng = Random(ground.seed)
     if ground.kind == "photograph":
         part = crop(rng, width, height).astype(np.int16)
-        share = rng.choice((64, 96, 128))  # of 256: the rest is the ground's colour, so that things show
-        return np.clip(base + (part - int(part.mean())) * share // 256, 0, 255).astype(np.uint8)
+        share = rng.choice((64, 96, 127))  # of 256: the rest is the ground's colour, so that things show
+        return _within(base + ((part - int(part.mean())) * share >> 8))
     if ground.kind == "texture":
         shift = _tile(rng.randrange(TILES), rng.randrange(1 << 16), width, height)[:, :, None] // (128 // CALM)
         if rng.random() < 0.4:  # colours vary too
@@ -77,7 +77,12 @@ def paint(ground: Ground, width: int, height: int) -> np.ndarray:
         else:
             on = (rows ^ columns, rows & columns, rows | np.zeros_like(columns), columns | np.zeros_like(rows))[form]
         shift = (on * amount).astype(np.int16)[:, :, None]
-    return np.clip(base + shift, 0, 255).astype(np.uint8)
+    return _within(base + shift)
+
+
+def _within(levels: np.ndarray) -> np.ndarray:
+    """int16, which is overwritten, as uint8."""
+    return np.clip(levels, 0, 255, out=levels).astype(np.uint8)
 
 
 @lru_cache(TILES)

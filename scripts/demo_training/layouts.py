@@ -27,11 +27,11 @@ MOST = 8  # shapes
 
 
 def blank(rng: Random, size: tuple[int, int], kind: str, grounds: tuple[str, ...] = KINDS) -> View:
-    """A view with nothing in it yet. One in four is drawn larger or smaller than ``size``, and resized to it then."""
+    """A view with nothing in it yet. One in five is drawn larger or smaller than ``size``, and resized to it then."""
     width, height = size
     chance = rng.random()
-    if chance < 0.28:
-        scale = rng.uniform(1.05, 1.9) if chance < 0.2 else rng.uniform(0.6, 0.95)
+    if chance < 0.2:
+        scale = rng.uniform(1.05, 1.8) if chance < 0.14 else rng.uniform(0.6, 0.95)
         width, height = round(width * scale * rng.uniform(0.95, 1.05)), round(height * scale)
     finish = Finish(
         blur=rng.uniform(0.4, 0.9) if rng.random() < 0.12 else 0.0,

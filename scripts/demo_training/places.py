@@ -9,6 +9,8 @@ places are there to be used by the layers above.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,16 +22,25 @@ STRENGTH = 1.5  # length of the codes, of hidden states of mean square 1
 SIDE = max(max(size) for size in ALL_SIZES) // (PATCH * MERGE)  # most rows or columns of image tokens
 
 
+WAVES = 8
+
+
 class PlaceHead(nn.Module):
-    """Row and column from hidden states of ``width``. The codes are fixed: learned ones would grow until a trace of a
-    place is enough, which the layers above could hardly read."""
+    """Row and column from hidden states of ``width``.
+
+    The codes are fixed: learned ones would grow until a trace of a place is enough, which the layers above could hardly
+    read. They are waves, so that near places have codes that are alike, and one step is the same turn everywhere.
+    """
 
     codes: Tensor
 
     def __init__(self, width: int):
         super().__init__()
-        codes = torch.randn(2 * SIDE, width, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("codes", STRENGTH * F.normalize(codes))
+        turns = torch.arange(SIDE)[:, None] * torch.arange(1, WAVES + 1) * (math.pi / SIDE)
+        waves = F.normalize(torch.cat([turns.cos(), turns.sin()], 1))
+        directions, _ = torch.linalg.qr(torch.randn(width, 4 * WAVES, generator=torch.Generator().manual_seed(0)))
+        of_row, of_column = directions.T.split(2 * WAVES)
+        self.register_buffer("codes", STRENGTH * torch.cat([waves @ of_row, waves @ of_column]))
 
     def forward(self, x_MH: Tensor, pictures: Pictures) -> tuple[Tensor, Tensor]:
         """The mean loss over the image tokens, and the share of them whose row and column are both right."""

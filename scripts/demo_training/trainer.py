@@ -38,7 +38,7 @@ class TrainingRecipe:
     tower: float = 0.1
     text: float = 0.5  # weight of the text rows: their losses are several times those of the pictures
     sight: float = 0.2  # weight of the tower's own lesson in conversations
-    place: float = 0.1  # weight of the decoder's own lesson
+    place: float = 0.2  # weight of the decoder's own lesson
 
     def rate(self, progress: float) -> float:
         """Learning rate at ``progress`` (0 to 1) of the schedule."""

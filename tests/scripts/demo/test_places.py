@@ -20,8 +20,8 @@ def pictures_of(*sizes: tuple[int, int], patches: int = 1000):
 def test_it_asks_for_the_row_and_the_column_of_every_token_and_of_no_padding():
     pictures = pictures_of((128, 160), (288, 64), (192, 192))
     expected = [(r, c) for rows, columns in ((5, 4), (2, 9), (6, 6)) for r in range(rows) for c in range(columns)]
-    head = PlaceHead(2 * SIDE)
-    head.codes.copy_(20 * torch.eye(2 * SIDE))
+    head = PlaceHead(64)
+    head.codes = 20 * torch.eye(2 * SIDE)
     x = torch.randn(250, 2 * SIDE)
     for number, (row, column) in enumerate(expected):
         x[number] = 0
@@ -33,6 +33,16 @@ def test_it_asks_for_the_row_and_the_column_of_every_token_and_of_no_padding():
     loss, right = head(x, pictures)
     torch.testing.assert_close(right, torch.tensor(1 - 1 / len(expected)))
     torch.testing.assert_close(loss, torch.tensor(20 * SIDE**0.5 / len(expected)))
+
+
+def test_codes_of_places_are_told_apart_and_near_ones_are_alike():
+    codes = PlaceHead(256).codes
+    likeness = codes @ codes.T / codes.square().sum(1)
+    for of in (likeness[:SIDE, :SIDE], likeness[SIDE:, SIDE:]):
+        assert (of.diagonal() > 0.999).all()
+        assert (of - torch.eye(SIDE)).max() < 0.5
+        assert (of.diagonal(1) > of.diagonal(3).max()).all()
+    assert likeness[:SIDE, SIDE:].abs().max() < 1e-5  # rows say nothing about columns
 
 
 def test_the_targets_are_the_positions_that_the_decoder_turns_by(untrained):
