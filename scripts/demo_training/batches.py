@@ -230,13 +230,7 @@ class TrainingBatches(Dataset):
             raise IndexError(step)
         rows = [*self.picture_rows(step), *self.text_rows(step)]
         rng = Random(f"moved/{self._seed}/{step}")
-        return collate(
-            rows,
-            self.encoder,
-            self._budget,
-            rng,
-            self._moved,
-        )
+        return collate(rows, self.encoder, self._budget, rng, self._moved)
 
     @property
     def encoder(self) -> Encoder:

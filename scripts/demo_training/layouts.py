@@ -171,9 +171,7 @@ def writing_view(rng: Random, size: tuple[int, int], kind: str, text: str) -> Vi
     x = rng.uniform(half_x, view.width - half_x) if rng.random() < 0.7 else view.width / 2
     y = rng.uniform(half_y, view.height - half_y) if rng.random() < 0.7 else view.height / 2
     lines = _frame(rng, view, x, y, half_x, half_y, rgb) if rng.random() < 0.12 and angle == 0 else ()
-    return replace(
-        view, writings=(Writing(text, x, y, height, font, rgb, colour or "black", stretch, slant, angle),), lines=lines
-    )
+    return replace(view, writings=(Writing(text, x, y, height, font, rgb, colour, stretch, slant, angle),), lines=lines)
 
 
 def _frame(rng: Random, view: View, x: float, y: float, half_x: float, half_y: float, rgb: RGB) -> tuple[Line, ...]:
@@ -193,7 +191,7 @@ def digit_view(rng: Random, size: tuple[int, int]) -> View:
     number = rng.randrange(TRAINING_DIGITS)
     x = rng.uniform(side / 2, view.width - side / 2)
     y = rng.uniform(side / 2, view.height - side / 2)
-    hand = Handwriting(number, digits()[1][number], x, y, side, rgb, colour or "black")
+    hand = Handwriting(number, digits()[1][number], x, y, side, rgb, colour)
     return replace(view, handwriting=(hand,), finish=replace(view.finish, grey=rng.random() < 0.3))
 
 

@@ -40,7 +40,7 @@ def _items(rng: Random, view: View, places: list[Place], labels: list[str] | Non
         writings = []
         for label, (x, y, room) in zip(labels, places, strict=True):
             height = min(room * share, room * 0.9 / extent(label, font, 1.0, 1.0))
-            writings.append(Writing(label, x, y, height, font, rgb, colour or "black"))
+            writings.append(Writing(label, x, y, height, font, rgb, colour))
         return replace(view, writings=tuple(writings)), labels
     view, colours = with_pens(rng, view)
     style = style_of(rng)
@@ -139,7 +139,7 @@ def path_view(rng: Random, size: tuple[int, int]) -> View:
     writings, parts = [], []
     for label, (x, y) in zip(labels, stations, strict=True):
         height = min(room * 0.95, room * 1.1 / extent(label, font, 1.0, 1.0))
-        writings.append(Writing(label, x, y, height, font, rgb, colour or "black"))
+        writings.append(Writing(label, x, y, height, font, rgb, colour))
     for (a, b), (c, d) in pairwise(stations):
         share = 0.85 * room / math.hypot(c - a, d - b)  # the line stops short of the characters
         ends = ((a + (c - a) * share, b + (d - b) * share), (c - (c - a) * share, d - (d - b) * share))
@@ -239,5 +239,5 @@ def chart_view(rng: Random, size: tuple[int, int]) -> View:
         for value in range(1, CHART_TOP + 1):
             height = min(unit * 0.8, left * 0.6)
             at = left * 0.42, base - value * unit
-            writings.append(Writing(str(value), *at, height, font, ink, colour or "black"))
+            writings.append(Writing(str(value), *at, height, font, ink, colour))
     return replace(view, lines=tuple(lines), columns=tuple(columns), writings=tuple(writings))

@@ -191,7 +191,8 @@ def make_example(
             del by_kind[kind]
         phrasing = rng.choice(PHRASINGS[kind][:-1]) if split == "train" else PHRASINGS[kind][-1]
         opening = rng.choice(_OPENINGS) if split == "train" else ""
-        questions.append(Question(kind, opening + _with_article(phrasing.format(**blanks)), answer))
+        text = opening + _with_article(phrasing.format(**blanks))
+        questions.append(Question(kind, text, answer, spelled=kind == "word"))
     return Example(scenes, tuple(questions))
 
 

@@ -50,7 +50,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Writing:
-    """A line of text around (x, y), ``height`` pixels from its highest to its lowest ink."""
+    """A line of text around (x, y), ``height`` pixels from its highest to its lowest ink; ``colour``: "" if it has no
+    name of ours (white)."""
 
     text: str
     x: float

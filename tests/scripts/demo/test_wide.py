@@ -89,6 +89,7 @@ def test_writing_is_whole_and_spelled_by_its_marks(kind):
         assert ink.sum() > 12
         assert not np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]]).any()
         found = view_marks(view)
+        assert (writing.rgb == (255, 255, 255)) <= (writing.colour == "")
         assert "".join(mark.what for mark in found) == writing.text
         for mark in found:
             reach = int(writing.height)
