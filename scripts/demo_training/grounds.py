@@ -22,7 +22,7 @@ _PHOTOGRAPHS = (
     ("skimage", "data", ("astronaut.png", "coffee.png", "rocket.jpg", "retina.jpg")),
     ("skimage", "data", ("brick.png", "grass.png", "gravel.png")),
 )
-COLOURED = 6  # the first so many show things; the others are surfaces
+OF_THINGS = 6  # the first so many; the others show surfaces
 KINDS = ("plain",) * 9 + ("gradient",) * 3 + ("pattern",) * 3 + ("texture",) * 3 + ("photograph",) * 2
 CALM = 14  # levels that patterns and textures differ by at most from the ground's colour
 TILE, TILES = 320, 12
@@ -122,9 +122,10 @@ def _photographs() -> tuple[np.ndarray, ...]:
 
 
 def crop(rng: Random, width: int, height: int, things: bool = False) -> np.ndarray:
-    """Some part of some photograph, mirrored or not, at some scale: uint8 [height, width, 3]."""
+    """Some part of some photograph, mirrored or not, at some scale, uint8 [height, width, 3]. ``things``: mostly of
+    those that show things, some in other colours."""
     pictures = _photographs()
-    picture = pictures[rng.randrange(COLOURED if things else len(pictures))]
+    picture = pictures[rng.randrange(OF_THINGS if things and rng.random() < 0.85 else len(pictures))]
     most = min(picture.shape[1] / width, picture.shape[0] / height)
     scale = most * rng.uniform(0.45, 1.0) if things else rng.uniform(min(0.5, most), min(most, 2.5))
     w, h = min(int(width * scale), picture.shape[1]), min(int(height * scale), picture.shape[0])
@@ -134,4 +135,9 @@ def crop(rng: Random, width: int, height: int, things: bool = False) -> np.ndarr
         (width, height),
         interpolation=cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR,
     )
-    return np.ascontiguousarray(part[:, ::-1] if rng.random() < 0.5 else part)
+    if rng.random() < 0.5:
+        part = part[:, ::-1]
+    if things and rng.random() < 0.5:  # there are few: other colours, and darker or brighter
+        part = part[:, :, rng.sample(range(3), 3)]
+        part = cv2.convertScaleAbs(np.ascontiguousarray(part), alpha=rng.uniform(0.5, 1.3), beta=rng.uniform(0, 30))
+    return np.ascontiguousarray(part)

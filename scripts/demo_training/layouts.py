@@ -9,7 +9,7 @@ from random import Random
 
 from demo_training.glyphs import FONTS, extent
 from demo_training.grounds import KINDS, choose_ground, clear_of
-from demo_training.palette import CLEAR, RGB, any_colour, dark, light, shade
+from demo_training.palette import CLEAR, RGB, any_colour, dark, light, lightness, shade
 from demo_training.rendering import TRAINING_DIGITS, digits, outline_of
 from demo_training.scenes import COLOURS, SHAPES
 from demo_training.views import RENDERERS, Finish, Ground, Handwriting, Line, Thing, View, Writing
@@ -65,14 +65,14 @@ def with_pens(rng: Random, view: View, least: float = CLEAR) -> tuple[View, dict
     return view, found
 
 
-def ink_for(rng: Random, ground: Ground) -> tuple[str, RGB]:
-    """A colour to write in: one with a name, or white on what is dark."""
-    for _ in range(20):
+def ink_for(rng: Random, ground: Ground, grey: bool = False) -> tuple[str, RGB]:
+    """A colour to write in: one with a name, or white on what is dark; white or black alone if all will be ``grey``."""
+    for _ in range(0 if grey else 20):
         name = rng.choice((*COLOURS, "black", "black"))
         rgb = shade(rng, name)
         if clear_of(ground, rgb, CLEAR):
             return name, rgb
-    return ("", (255, 255, 255)) if sum(ground.rgb) < 380 else ("black", (0, 0, 0))
+    return ("", (255, 255, 255)) if lightness(ground.rgb) < 110 else ("black", (0, 0, 0))
 
 
 def shape(rng: Random, kind: str, colour: str, rgb: RGB, diameter: float, size: str, style: str) -> Thing:
@@ -150,14 +150,15 @@ def shapes_view(rng: Random, size: tuple[int, int], count: int | None = None) ->
     view = place(rng, view, things)
     if not view.shapes:
         return shapes_view(rng, size, 1)
-    return replace(view, finish=replace(view.finish, grey=rng.random() < 0.04))
+    clear = all(abs(lightness(thing.rgb) - lightness(view.ground.rgb)) > 40 for thing in view.shapes)
+    return replace(view, finish=replace(view.finish, grey=clear and rng.random() < 0.06))
 
 
 def writing_view(rng: Random, size: tuple[int, int], kind: str, text: str) -> View:
     """A number or a word, from as large as fits to a tenth of that; half of them large."""
     view = blank(rng, size, kind)
     view = replace(view, finish=replace(view.finish, grey=rng.random() < 0.12))
-    colour, rgb = ink_for(rng, view.ground)
+    colour, rgb = ink_for(rng, view.ground, view.finish.grey)
     font, stretch = rng.randrange(FONTS), rng.choice((1.0, 1.0, rng.uniform(0.8, 1.3)))
     angle = rng.gauss(0, 0.09) if rng.random() < 0.3 else 0.0
     slant = rng.uniform(-0.2, 0.3) if rng.random() < 0.15 else 0.0
@@ -186,18 +187,19 @@ def _frame(rng: Random, view: View, x: float, y: float, half_x: float, half_y: f
 
 def digit_view(rng: Random, size: tuple[int, int]) -> View:
     view = blank(rng, size, "digit", ("plain", "plain", "gradient"))
-    colour, rgb = ink_for(rng, view.ground)
+    view = replace(view, finish=replace(view.finish, grey=rng.random() < 0.3))
+    colour, rgb = ink_for(rng, view.ground, view.finish.grey)
     side = min(view.width, view.height) * rng.uniform(0.4, 1.0)
     number = rng.randrange(TRAINING_DIGITS)
     x = rng.uniform(side / 2, view.width - side / 2)
     y = rng.uniform(side / 2, view.height - side / 2)
-    hand = Handwriting(number, digits()[1][number], x, y, side, rgb, colour)
-    return replace(view, handwriting=(hand,), finish=replace(view.finish, grey=rng.random() < 0.3))
+    hand = Handwriting(number, digits()[1][number], x, y, side, rng.gauss(0, 0.1), rgb, colour)
+    return replace(view, handwriting=(hand,))
 
 
 def photograph_view(rng: Random, size: tuple[int, int]) -> View:
     view = blank(rng, size, "photograph")
-    return replace(view, finish=replace(view.finish, grey=rng.random() < 0.1))
+    return replace(view, finish=replace(view.finish, grey=rng.random() < 0.3))
 
 
 def guide(rng: Random, ground: Ground) -> RGB:

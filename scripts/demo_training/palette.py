@@ -50,8 +50,13 @@ def _rgb(hue: float, saturation: float, value: float) -> RGB:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+def lightness(rgb: RGB) -> float:
+    """0 to 255, as grey pictures show it."""
+    red, green, blue = rgb
+    return 0.3 * red + 0.59 * green + 0.11 * blue
+
+
 def distance(one: RGB, other: RGB) -> float:
     """How far apart two colours look: differences of lightness count more than those of hue."""
-    red, green, blue = (a - b for a, b in zip(one, other, strict=True))
-    light_gap = abs(0.3 * red + 0.59 * green + 0.11 * blue)
-    return light_gap + 0.5 * max(abs(red), abs(green), abs(blue))
+    gap = max(abs(a - b) for a, b in zip(one, other, strict=True))
+    return abs(lightness(one) - lightness(other)) + 0.5 * gap

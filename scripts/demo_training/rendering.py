@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from functools import lru_cache
 from random import Random
 
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from demo_training.drawing import Mark
-from demo_training.glyphs import affine, glyphs_of, stamp
+from demo_training.glyphs import Glyphs, affine, glyphs_of, stamp
 from demo_training.grounds import crop, paint
 from demo_training.palette import RGB
 from demo_training.views import Line, Thing, View, Writing
@@ -42,8 +43,7 @@ def render(view: View) -> Image.Image:
         )
     for hand in view.handwriting:
         mask = digits()[0][hand.number]
-        scale = hand.side / mask.shape[0]
-        matrix = np.array([[scale, 0, hand.x - hand.side / 2], [0, scale, hand.y - hand.side / 2]])
+        matrix = affine(Glyphs(mask, ()), hand.x, hand.y, hand.side, 1.0, 0.0, hand.angle)
         stamp(canvas, mask, matrix, hand.rgb, True)
     return Image.fromarray(_finish(canvas, view))
 
@@ -170,7 +170,7 @@ TRAINING_DIGITS = 1300
 
 
 def view_marks(view: View) -> list[Mark]:
-    """Everything in a view, where it is drawn."""
+    """Everything in a view, where it is drawn; its colours have no names if the picture is grey."""
     found = [Mark(thing.x, thing.y, thing.kind, thing.colour, thing.size) for thing in view.shapes]
     for column in view.columns:
         found.append(
@@ -183,4 +183,6 @@ def view_marks(view: View) -> list[Mark]:
             x, y = matrix @ np.array([at, middle, 1.0])
             found.append(Mark(float(x), float(y), character, writing.colour, ""))
     found += [Mark(hand.x, hand.y, hand.digit, hand.colour, "") for hand in view.handwriting]
+    if view.finish.grey:
+        found = [replace(mark, colour="") for mark in found]
     return [mark for mark in found if 0 <= mark.x < view.width and 0 <= mark.y < view.height]

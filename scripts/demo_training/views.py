@@ -76,13 +76,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Handwriting:
-    """A handwritten digit, ``number`` in the set; a square of ``side`` pixels around (x, y)."""
+    """A handwritten digit, ``number`` in the set; a square of ``side`` pixels around (x, y), turned by ``angle``."""
 
     number: int
     digit: str
     x: float
     y: float
     side: float
+    angle: float
     rgb: RGB
     colour: str
 
