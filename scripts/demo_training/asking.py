@@ -119,7 +119,7 @@ def view_facts(view: View, rng: Random) -> list[Fact]:
 
 
 def _shapes_facts(view: View, rng: Random) -> list[Fact]:
-    facts = shape_facts(view, rng, nearest=0.09 * unit_of(view))
+    facts = shape_facts(view, rng, nearest=0.11 * unit_of(view))
     if len(view.shapes) == 1:
         facts += [("only_shape", {}, view.shapes[0].kind), ("only_colour", {}, view.shapes[0].colour)]
         facts = [fact for fact in facts if fact[0] != "count" or rng.random() < 0.3]
