@@ -27,6 +27,8 @@ ONE = {
     "photograph": 3,
 }  # fmt: skip
 TWO = {"shapes": 6, "grid": 5, "nearer": 3}
+# Kinds that are asked more often than others of the same picture: it takes longest to find out what they are about.
+OFTEN = {"left_or_right": 3.0, "above_or_below": 2.0, "beside": 2.0, "describe": 1.5, "colour": 1.5, "shape": 1.5}
 SPELLED = frozenset(("word", "number", "path", "digit"))  # answered letter by letter
 
 
@@ -47,7 +49,7 @@ def make_wide_example(
         by_kind.setdefault(fact[0], []).append(fact)
     questions: list[Question] = []
     while len(questions) < turns and by_kind:
-        kind = rng.choice(list(by_kind))
+        kind = rng.choices(list(by_kind), [OFTEN.get(kind, 1.0) for kind in by_kind])[0]
         _, blanks, answer = by_kind[kind].pop(rng.randrange(len(by_kind[kind])))
         if not by_kind[kind] or (kind in ("count", "cell", "in_row") and rng.random() < 0.4):
             by_kind.pop(kind)
