@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from demo_training import heldout_board
-from demo_training.asking import ONE, make_wide_example, one_view, two_views, view_facts, wide_size
+from demo_training.asking import ONE, make_wide_example, one_view, two_view_facts, two_views, view_facts, wide_size
 from demo_training.glyphs import FONTS, _files
 from demo_training.grounds import _PHOTOGRAPHS
 from demo_training.heldout_phrases import ASKED, HELDOUT_WORDS
@@ -171,6 +171,23 @@ def test_no_phrasing_is_held_out():
     assert not ours & {bare(text) for texts in ASKED.values() for text in texts}
     assert all(group for kind in PATTERNS for group in phrasings_of(kind))
     assert sum(1 for patterns in PATTERNS.values() for p in patterns for _ in expansions(p)) > 800
+
+
+def test_every_phrasing_is_filled_by_what_its_kind_knows():
+    blanks: dict[str, dict[str, str]] = {}
+    for number in range(300):
+        rng = Random(f"blanks/{number}")
+        pair = two_views(rng, wide_size(rng))
+        facts = two_view_facts(*pair, rng)
+        facts += [fact for kind in ONE for fact in view_facts(one_view(rng, wide_size(rng), kind), rng)]
+        for kind, filled, _ in facts:
+            blanks.setdefault(kind, filled)
+        if blanks.keys() >= PATTERNS.keys():
+            break
+    for kind in PATTERNS:
+        for group in phrasings_of(kind):
+            for text in group:
+                assert text.format(**blanks[kind])
 
 
 def test_questions_are_typed_in_several_ways():
