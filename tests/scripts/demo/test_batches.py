@@ -195,7 +195,7 @@ def test_losses_and_gradients_are_those_of_transformers(untrained, data):
     assert losses.text.item() == pytest.approx(totals[1], rel=1e-5)
     torch.testing.assert_close(losses.load_LE, loads / loads.sum(1, keepdim=True), rtol=0, atol=2e-3)
     for (name, one), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        close = 1e-4 * other.grad.abs().max().item()
+        close = 3e-4 * other.grad.abs().max().item()  # sums of many patches in another order
         torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=close, msg=lambda m, name=name: f"{name}: {m}")
 
 
