@@ -2,8 +2,9 @@
 
     python scripts/train_demo.py --data FOLDER/train.jsonl --out qwen3vl_moe/demo
 
-First the vision tower learns alone what stands where (demo_training/tower.py), then all of the model learns to answer.
-One H100 takes ten minutes for both, and a minute more for the questions at the end.
+First the vision tower learns alone what is in a picture (demo_training/tower.py), then all of the model learns to
+answer. One H100 takes ten minutes for both, and two more for the questions at the end; docs/demo.md has longer
+schedules, in parts. What it draws with: pip install 'qwen3vl-moe[demo]'.
 
 Written beside the checkpoint: training.json, with seeds, sizes, steps, losses, load of each expert and final figures.
 Exit status: 0 done, 2 something in the call has to be mended.
@@ -15,6 +16,7 @@ import dataclasses
 import platform
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +41,9 @@ def main(
     steps: Annotated[int | None, typer.Option(help="Length in steps instead of minutes, to repeat a run.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a step in rows about pictures.")] = 16384,
     text_tokens: Annotated[int, typer.Option(help="Tokens of a step in rows of text.")] = 8192,
+    moved: Annotated[
+        float, typer.Option(help="Share of the pictures whose learned positions are moved about (pictures.py).")
+    ] = 0.8,
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Of weights, tokenizer and data.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cuda, cpu.")] = "auto",
@@ -53,6 +58,7 @@ def main(
     ] = None,
     size: Annotated[str, typer.Option(help="full (29 MB), medium (9 MB), small (1 MB, to try the program).")] = "full",
     questions: Annotated[int, typer.Option(help="Held-out picture questions at the end.")] = 1400,
+    new: Annotated[int, typer.Option(help="Questions of the new held-out set at the end.")] = 1300,
     problems: Annotated[int, typer.Option(help="Training problems at the end.")] = 200,
 ) -> None:
     """Make a demo checkpoint from nothing."""
@@ -63,13 +69,18 @@ def main(
             raise OptionError("--minutes, --tower-pictures and --steps have to be positive")
         if min(tokens, text_tokens) < SHORTEST_STEP:
             raise OptionError(f"--tokens and --text-tokens have to be {SHORTEST_STEP} at least, to hold a row")
-        if min(workers, tower_steps) < 0:
-            raise OptionError("--workers and --tower-steps have to be zero or more")
+        if min(workers, tower_steps, questions, new, problems) < 0:
+            raise OptionError("--workers, --tower-steps, --questions, --new and --problems have to be zero or more")
+        if not 0 <= moved <= 1:
+            raise OptionError("--moved is a share, from 0 to 1")
         if size not in ("full", "medium", "small"):
             raise OptionError(f"--size {size} is unknown; choose full, medium or small")
         if dtype not in ("auto", "bfloat16", "float32"):
             raise OptionError(f"--dtype {dtype} is unknown; choose auto, bfloat16 or float32")
         options = dict(locals())
+        for package in ("cv2", "matplotlib", "skimage", "sklearn", "font_roboto", "font_source_sans_pro"):
+            if find_spec(package) is None:
+                raise OptionError(f"{package} is missing, which training draws with; pip install 'qwen3vl-moe[demo]'")
         train(options)
     except UserError as error:
         stderr.print(f"error: {error}")
@@ -79,7 +90,7 @@ def main(
 def train(options: dict[str, Any]) -> None:
     import torch
 
-    from demo_training.batches import Budget, TrainingBatches
+    from demo_training.batches import DATA_VERSION, Budget, TrainingBatches
     from demo_training.model import MEDIUM, SMALL, Sizes, build_model, published_config, token_ids
     from demo_training.publish import write_json, write_weights
     from demo_training.texts import read_problems
@@ -135,6 +146,7 @@ def train(options: dict[str, Any]) -> None:
         budget=Budget(options["tokens"], options["text_tokens"]),
         steps=10_000_000,
         seed=seed,
+        moved=options["moved"],
     )
     batches = _batches(dataset, trainer.progress.step, options["workers"], device)
     done = trainer.run(batches, stop_after=options["stop_after"], report=_report, every=100 if count > 5e6 else 20)
@@ -147,6 +159,7 @@ def train(options: dict[str, Any]) -> None:
     size = write_weights(trainer.model, out)
     progress = trainer.progress
     record = {
+        "data": DATA_VERSION,
         "sizes": dataclasses.asdict(sizes),
         "parameters": count,
         "bytes": size,
@@ -154,6 +167,7 @@ def train(options: dict[str, Any]) -> None:
         "seed": seed,
         "tower_steps": options["tower_steps"],
         "tower_pictures": options["tower_pictures"],
+        "moved": options["moved"],
         "tokens_per_step": options["tokens"],
         "text_tokens_per_step": options["text_tokens"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -166,6 +180,8 @@ def train(options: dict[str, Any]) -> None:
         "history": progress.history[:: max(1, len(progress.history) // 50)],
     }
     write_json(out / "training.json", record)  # before the evaluation, which may fail
+    if not options["questions"] + options["new"] + options["problems"]:
+        return
     record["final"] = _evaluate(out, device, options, problems)
     write_json(out / "training.json", record)
 
@@ -207,23 +223,27 @@ def _report(figures: dict[str, float]) -> None:
         f"{figures['seconds']:7.0f} s  step {figures['step']:6d}  pictures {figures['pictures']:.3f} "
         f"({figures['pictures_right']:.3f} of tokens right)  text {figures['text']:.3f} "
         f"({figures['text_right']:.3f})  balance {figures['balance']:.2f}  "
-        f"things named rightly {figures['named']:.3f}  {speed:.0f} tokens/s"
+        f"things named rightly {figures['named']:.3f}, placed {figures['placed']:.3f}  {speed:.0f} tokens/s"
     )
 
 
 def _evaluate(out: Path, device: Any, options: dict[str, Any], problems: list) -> dict[str, Any]:
     from functools import partial
 
-    from demo_training.evaluation import evaluate, heldout_examples, our_answers
+    from demo_training.evaluation import evaluate, heldout_examples, new_heldout, our_answers
     from qwen3vl_moe.engine import LLM
 
     started = time.monotonic()
     llm = LLM(out, device=str(device), moe="reference")
     final, _ = evaluate(
-        partial(our_answers, llm), heldout_examples(options["questions"]), problems[: options["problems"]]
+        partial(our_answers, llm),
+        heldout_examples(options["questions"]),
+        problems[: options["problems"]],
+        new_heldout(options["new"]),
     )
-    for kind, cell in final["pictures"].items():
-        stderr.print(f"{kind:16s} {cell['right']:5d} of {cell['of']:5d}")
+    for part in ("pictures", "new"):
+        for kind, cell in final.get(part, {}).items():
+            stderr.print(f"{part:8s} {kind:24s} {cell['right']:5d} of {cell['of']:5d}")
     if "training_problems" in final:
         stderr.print(f"training problems: {final['training_problems']}")
     return final | {"evaluation_seconds": round(time.monotonic() - started, 1)}

@@ -15,13 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from demo_training.asking import make_wide_example, wide_size
 from demo_training.pictures import IGNORE, MERGE, PATCH, Pictures, Tensors, pack_pictures
 from demo_training.questions import Example, make_example
 from demo_training.scenes import SIZES, Scene
 from demo_training.texts import Problem, few_shot_messages, text_messages
+from demo_training.views import View
 from qwen3vl_moe.inputs.tokenizer import IMAGE_PAD, VISION_END, VISION_START
 from qwen3vl_moe.model.rope import mrope_positions
 
+# Of what is trained on, in training.json: 1 had the scenes alone, drawn by Pillow; 2 has the wide set beside them.
+DATA_VERSION = 2
 TURNS = 5  # most questions about one picture: drawing it costs more than asking
 FEW_SHOT = 1 / 60  # share of the text rows that are few-shot prompts, which are several times as long
 LONGEST_ROW = 2048
@@ -29,6 +33,7 @@ SHORTEST_ROW = 32  # on average: bounds the number of rows
 # Steps over which easy pictures give way to all the others. Where there is one shape, an answer needs no search for the
 # thing it is about: colours and shapes are learned there at once, and among many hardly ever.
 EASY_STEPS = 2000
+WIDE = 0.65  # share of the rows of the wide set (asking.py); the others are of the first (questions.py)
 
 
 @dataclass
@@ -66,7 +71,7 @@ class Row:
 
     ids: list[int]
     labels: list[int]
-    scenes: list[tuple[Scene, tuple[int, int]]]
+    scenes: list[tuple[Scene | View, tuple[int, int]]]
 
     @property
     def learned(self) -> int:
@@ -82,30 +87,36 @@ class Encoder:
         self.image = tokenizer.token_to_id(IMAGE_PAD)
         self._ids = lru_cache(100_000)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids))
 
-    def row(self, messages: Sequence[dict], scenes: Sequence[Scene] = (), size: tuple[int, int] = SIZES[0]) -> Row:
+    def row(
+        self, messages: Sequence[dict], scenes: Sequence[Scene | View] = (), size: tuple[int, int] = SIZES[0]
+    ) -> Row:
         """The chat template, applied piece by piece so that it is known what is an answer.
 
         Args:
             messages: contents are text; a picture stands in it as its placeholder.
-            scenes: the pictures, all of one size.
+            scenes: the pictures.
+            size: of those that are scenes; views have their own.
         """
-        image_tokens = image_tokens_of(size)
+        sizes = [scene.size if isinstance(scene, View) else size for scene in scenes]
+        image_tokens = iter([image_tokens_of(size) for size in sizes])
         ids: list[int] = []
         labels: list[int] = []
 
-        def add(text: str, learned: bool = False) -> None:
-            new = [t for i in self._ids(text) for t in ([i] * image_tokens if i == self.image else [i])]
+        def add(text: str, learned: bool = False, spelled: bool = False) -> None:
+            pieces = [i for letter in text for i in self._ids(letter)] if spelled else self._ids(text)
+            new = [t for i in pieces for t in ([i] * next(image_tokens) if i == self.image else [i])]
             ids.extend(new)
             labels.extend(new if learned else [IGNORE] * len(new))
 
         for message in messages:
             if message["role"] == "assistant":
                 add("<|im_start|>assistant\n")
-                add(message["content"] + "<|im_end|>", learned=True)
+                add(message["content"], learned=True, spelled=message.get("spelled", False))
+                add("<|im_end|>", learned=True)
                 add("\n")
             else:
                 add(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n")
-        return Row(ids, labels, [(scene, size) for scene in scenes])
+        return Row(ids, labels, list(zip(scenes, sizes, strict=True)))
 
 
 def example_messages(example: Example) -> list[dict]:
@@ -115,7 +126,7 @@ def example_messages(example: Example) -> list[dict]:
     for number, question in enumerate(example.questions):
         messages += [
             {"role": "user", "content": (pictures if number == 0 else "") + question.text},
-            {"role": "assistant", "content": question.answer},
+            {"role": "assistant", "content": question.answer, "spelled": question.spelled},
         ]
     return messages
 
@@ -148,8 +159,10 @@ class Budget:
         return (self.tokens + self.text_tokens) // SHORTEST_ROW + 2
 
 
-def collate(rows: Sequence[Row], encoder: Encoder, budget: Budget) -> TrainingBatch:
-    """Pack ``rows``, which fit."""
+def collate(
+    rows: Sequence[Row], encoder: Encoder, budget: Budget, rng: Random | None = None, moved: float = 0.0
+) -> TrainingBatch:
+    """Pack ``rows``, which fit; ``rng`` and ``moved`` as of :func:`pack_pictures`."""
     total = budget.tokens + budget.text_tokens + 1
     ids = torch.full((total,), encoder.pad)
     positions = torch.zeros(3, total, dtype=torch.int64)
@@ -179,7 +192,8 @@ def collate(rows: Sequence[Row], encoder: Encoder, budget: Budget) -> TrainingBa
     place = torch.full((budget.image_tokens,), total - 1)
     images = (ids == encoder.image).nonzero().flatten()
     place[: len(images)] = images
-    pictures = pack_pictures([scene for row in rows for scene in row.scenes], budget.image_tokens * MERGE**2)
+    scenes = [scene for row in rows for scene in row.scenes]
+    pictures = pack_pictures(scenes, budget.image_tokens * MERGE**2, rng, moved)
     return TrainingBatch(ids, positions, starts, valid, place, learned, targets, weight, is_text, pictures)
 
 
@@ -191,11 +205,21 @@ class TrainingBatches(Dataset):
         problems: gsm8k's training problems; generated ones stand in where there are none.
         budget: its size.
         steps: length of the data set.
+        moved: share of the pictures with learned positions moved about.
     """
 
-    def __init__(self, tokenizer_path: str, problems: Sequence[Problem], *, budget: Budget, steps: int, seed: int):
+    def __init__(
+        self,
+        tokenizer_path: str,
+        problems: Sequence[Problem],
+        *,
+        budget: Budget,
+        steps: int,
+        seed: int,
+        moved: float = 0.0,
+    ):
         self._path, self._problems, self._budget = tokenizer_path, list(problems), budget
-        self._steps, self._seed = steps, seed
+        self._steps, self._seed, self._moved = steps, seed, moved
         self._encoder: Encoder | None = None
 
     def __len__(self) -> int:
@@ -204,7 +228,9 @@ class TrainingBatches(Dataset):
     def __getitem__(self, step: int) -> TrainingBatch:
         if not 0 <= step < self._steps:
             raise IndexError(step)
-        return collate([*self.picture_rows(step), *self.text_rows(step)], self.encoder, self._budget)
+        rows = [*self.picture_rows(step), *self.text_rows(step)]
+        rng = Random(f"moved/{self._seed}/{step}")
+        return collate(rows, self.encoder, self._budget, rng, self._moved)
 
     @property
     def encoder(self) -> Encoder:
@@ -220,20 +246,22 @@ class TrainingBatches(Dataset):
         budget, rows = self._budget, []
         tokens, image_tokens, learned = budget.tokens, budget.image_tokens, budget.learned_of_pictures
         while True:
-            size = rng.choice(SIZES)
-            easy = rng.random() > step / EASY_STEPS
-            example = make_example(
-                "train",
-                self._seed,
-                step * 4096 + len(rows),
-                size=size,
-                images=2 if rng.random() < 0.2 else 1,
-                turns=rng.randint(TURNS - 2, TURNS),
-                easy=easy,
-            )
+            wide = rng.random() < WIDE
+            size = wide_size(rng) if wide else rng.choice(SIZES)
+            how = {
+                "size": size,
+                "images": 2 if rng.random() < 0.2 else 1,
+                "turns": rng.randint(TURNS - 2, TURNS),
+                "easy": rng.random() > step / EASY_STEPS,
+            }
+            number = step * 4096 + len(rows)
+            if wide:
+                example = make_wide_example(self._seed, number, **how)
+            else:
+                example = make_example("train", self._seed, number, **how)
             row = self.encoder.row(example_messages(example), example.scenes, size)
             tokens -= len(row.ids)
-            image_tokens -= len(example.scenes) * image_tokens_of(size)
+            image_tokens -= sum(image_tokens_of(size) for _, size in row.scenes)
             learned -= row.learned
             if min(tokens, image_tokens, learned) < 0:
                 return rows

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from demo_training.drawing import draw
+from demo_training.heldout import HeldOut, heldout_question
 from demo_training.questions import Example, make_example
 from demo_training.texts import Problem, prompt_text
 
@@ -20,10 +21,21 @@ def heldout_examples(count: int, seed: int = HELDOUT_SEED) -> list[Example]:
     return [make_example("heldout", seed, number) for number in range(count)]
 
 
+def new_heldout(count: int) -> list[HeldOut]:
+    """The first questions of the new held-out set (heldout.py); kinds take turns."""
+    return [heldout_question(number) for number in range(count)]
+
+
 def conversation(example: Example) -> list[dict[str, Any]]:
     """The first question of an example as chat messages."""
     content: list[dict[str, Any]] = [{"type": "image", "image": draw(scene)} for scene in example.scenes]
     return [{"role": "user", "content": [*content, {"type": "text", "text": example.questions[0].text}]}]
+
+
+def new_conversation(asked: HeldOut) -> list[dict[str, Any]]:
+    """A question of the new held-out set as chat messages."""
+    content: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in asked.pictures]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": asked.question}]}]
 
 
 def our_answers(llm: Any, conversations: Sequence[list[dict[str, Any]]], max_tokens: int) -> list[str]:
@@ -70,30 +82,47 @@ def evaluate(
     answer: Callable[[Sequence[list[dict[str, Any]]], int], list[str]],
     examples: Sequence[Example],
     problems: Sequence[Problem] = (),
+    new: Sequence[HeldOut] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """Ask everything. ``answer`` gives the answers to conversations, of at most so many tokens.
 
     Returns:
-        ``{"pictures": ..., "training_problems": ...}`` (the latter where there are problems), and all answers in order.
+        ``{"pictures": ..., "new": ..., "training_problems": ...}`` (of what there is), and all answers, in this order.
     """
-    texts = answer([conversation(example) for example in examples], PICTURE_TOKENS)
-    scores: dict[str, Any] = {"pictures": score_pictures(examples, texts)}
+    texts: list[str] = []
+    scores: dict[str, Any] = {}
+    if examples:
+        texts += answer([conversation(example) for example in examples], PICTURE_TOKENS)
+        scores["pictures"] = score_pictures(examples, texts)
+    if new:
+        answers = answer([new_conversation(asked) for asked in new], PICTURE_TOKENS)
+        scores["new"] = score_new(new, answers)
+        texts += answers
     if problems:
         solved = answer([problem_conversation(problem) for problem in problems], PROBLEM_TOKENS)
         scores["training_problems"] = score_problems(problems, solved)
-        texts = [*texts, *solved]
+        texts += solved
     return scores, texts
 
 
 def score_pictures(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, dict[str, int]]:
     """``{kind: {"right": n, "of": n}}``, and ``all``; an answer is right if it is the expected text."""
+    questions = [example.questions[0] for example in examples]
+    return _by_kind([(q.kind, q.answer) for q in questions], answers)
+
+
+def score_new(new: Sequence[HeldOut], answers: Sequence[str]) -> dict[str, dict[str, int]]:
+    """The same of the new held-out set."""
+    return _by_kind([(asked.kind, asked.answer) for asked in new], answers)
+
+
+def _by_kind(expected: Sequence[tuple[str, str]], answers: Sequence[str]) -> dict[str, dict[str, int]]:
     table: dict[str, dict[str, int]] = {}
-    for example, answer in zip(examples, answers, strict=True):
-        question = example.questions[0]
-        for kind in (question.kind, "all"):
-            cell = table.setdefault(kind, {"right": 0, "of": 0})
+    for (kind, right), answer in zip(expected, answers, strict=True):
+        for name in (kind, "all"):
+            cell = table.setdefault(name, {"right": 0, "of": 0})
             cell["of"] += 1
-            cell["right"] += answer.strip() == question.answer
+            cell["right"] += answer.strip() == right
     return {kind: table[kind] for kind in sorted(table, key=lambda kind: (kind == "all", kind))}
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from demo_training.batched_experts import experts
 from demo_training.batches import LONGEST_ROW, TrainingBatch
 from demo_training.pictures import FRAMES, IGNORE, MOST_PATCHES, Pictures
+from demo_training.places import AFTER as PLACED_AFTER
 from qwen3vl_moe.model.rope import inverse_frequencies, mrope_angles, vision_angles
 from qwen3vl_moe.ops.reference import rotate
 
@@ -28,7 +29,8 @@ from qwen3vl_moe.ops.reference import rotate
 class Losses:
     """Means over the learned tokens of a kind (answers, and share predicted); ``balance``: 1 for even experts, more if
     uneven; ``load_LE``: share of the (token, expert) pairs of each layer that each expert got; ``features``: the image
-    tokens at the tower's outputs, each [M, H]."""
+    tokens at the tower's outputs, each [M, H]; ``placed_MH``: the image tokens after the first layers of the decoder
+    (places.py)."""
 
     pictures: Tensor
     pictures_right: Tensor
@@ -37,6 +39,7 @@ class Losses:
     balance: Tensor
     load_LE: Tensor
     features: list[Tensor]
+    placed_MH: Tensor
 
 
 def attend(q_NAD: Tensor, k_NAD: Tensor, v_NAD: Tensor, starts: Tensor, longest: int, causal: bool) -> Tensor:
@@ -110,6 +113,8 @@ def losses_of(model: Any, batch: TrainingBatch) -> Losses:
         x_NH = x_NH + experts(normed, ids_NK, weights_NK, of_experts.gate_up_proj, of_experts.down_proj)
         if number < len(features) - 1:
             x_NH = x_NH.index_add(0, batch.place_M, features[number + 1])
+        if number == min(PLACED_AFTER, len(decoder.layers)) - 1:
+            placed_MH = x_NH.index_select(0, batch.place_M)
         penalty, load = balance_of(probabilities_NE, ids_NK, batch.valid_N)
         penalties.append(penalty)
         loads.append(load)
@@ -125,6 +130,7 @@ def losses_of(model: Any, batch: TrainingBatch) -> Losses:
         torch.stack(penalties).mean(),
         torch.stack(loads).detach(),
         features,
+        placed_MH,
     )
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from random import Random
 from typing import Any, Self
 
 import numpy as np
@@ -19,18 +20,22 @@ from PIL import Image
 from torch import Tensor
 
 from demo_training.drawing import draw, marks
+from demo_training.layouts import WIDE_SIZES
+from demo_training.rendering import render, view_marks
 from demo_training.scenes import CHART_TOP, COLOURS, SHAPES, SIZES, Scene
+from demo_training.views import View
 from qwen3vl_moe.config import VisionConfig
 from qwen3vl_moe.model.vision import PatchPlan
 
 IGNORE = -100  # label of what is not learned
 PATCH, MERGE, FRAMES, POSITIONS = 16, 2, 2, 256
-WHAT = ("nothing", *SHAPES, "bar", *string.digits, *string.ascii_lowercase)
+WHAT = ("nothing", *SHAPES, "bar", *string.digits, *string.ascii_letters)
+_WHAT = {what: number for number, what in enumerate(WHAT)}
 COLOUR = tuple(COLOURS)
 SIZE = ("small", "large", *map(str, range(1, CHART_TOP + 1)))
-PLACES = 16  # columns and rows that a picture is cut into, to tell where things are
-FEWEST_PATCHES, MOST_PATCHES = (f(w * h for w, h in SIZES) // PATCH**2 for f in (min, max))
-CLASSES = (len(WHAT), len(COLOUR), len(SIZE), PLACES, PLACES)
+ALL_SIZES = (*SIZES, *WIDE_SIZES)
+FEWEST_PATCHES, MOST_PATCHES = (f(w * h for w, h in ALL_SIZES) // PATCH**2 for f in (min, max))
+CLASSES = (len(WHAT), len(COLOUR), len(SIZE))
 
 
 class Tensors:
@@ -60,8 +65,8 @@ class Pictures(Tensors):
         index_P4, weight_P4: which learned positions a patch mixes, and how (int64, fp32).
         positions_P2: int64 row and column of each patch.
         starts: int32, cumulative patches, as many as there can be pictures, plus one.
-        targets_5P: int64: what has its centre in the patch, its colour and size, and in which of PLACES columns and
-            rows of the picture it is; IGNORE where there is none.
+        targets_3P: int64: what has its centre in the patch, its colour and its size; IGNORE where there is none. Not
+            where it is: the decoder shall read that off its own positions.
     """
 
     pixels_P: Tensor
@@ -69,12 +74,12 @@ class Pictures(Tensors):
     weight_P4: Tensor
     positions_P2: Tensor
     starts: Tensor
-    targets_5P: Tensor
+    targets_3P: Tensor
 
 
-def pixels_of(scene: Scene, size: tuple[int, int]) -> np.ndarray:
+def pixels_of(scene: Scene | View, size: tuple[int, int]) -> np.ndarray:
     """The drawn picture, resized (as processors do) to ``size`` if it differs: uint8 [height, width, 3]."""
-    picture = draw(scene)
+    picture = draw(scene) if isinstance(scene, Scene) else render(scene)
     return np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC))
 
 
@@ -85,20 +90,20 @@ def patches_of(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(squares.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, PATCH, PATCH, 3))
 
 
-def targets_of(scene: Scene, size: tuple[int, int]) -> Tensor:
-    """``targets_5P`` of one picture; ``size`` is that of the resized picture."""
+def targets_of(scene: Scene | View, size: tuple[int, int]) -> Tensor:
+    """``targets_3P`` of one picture; ``size`` is that of the resized picture."""
     columns, rows = size[0] // PATCH, size[1] // PATCH
-    target = torch.full((5, rows, columns), IGNORE)
+    target = np.full((3, rows, columns), IGNORE)
     target[0] = 0
-    for mark in marks(scene):
-        column = int(mark.x * size[0] / scene.width) // PATCH
-        row = int(mark.y * size[1] / scene.height) // PATCH
-        target[0, row, column] = WHAT.index(mark.what)
-        target[1, row, column] = COLOUR.index(mark.colour)
-        target[2, row, column] = SIZE.index(mark.size) if mark.size else IGNORE
-        target[3, row, column] = min(int(mark.x / scene.width * PLACES), PLACES - 1)
-        target[4, row, column] = min(int(mark.y / scene.height * PLACES), PLACES - 1)
-    return target.view(5, rows // MERGE, MERGE, columns // MERGE, MERGE).transpose(2, 3).reshape(5, -1)
+    for mark in marks(scene) if isinstance(scene, Scene) else view_marks(scene):
+        x, y = mark.x / scene.width, mark.y / scene.height
+        target[:, int(y * size[1]) // PATCH, int(x * size[0]) // PATCH] = (
+            _WHAT[mark.what],
+            COLOUR.index(mark.colour) if mark.colour else IGNORE,
+            SIZE.index(mark.size) if mark.size else IGNORE,
+        )
+    merged = target.reshape(3, rows // MERGE, MERGE, columns // MERGE, MERGE).swapaxes(2, 3)
+    return torch.from_numpy(merged.reshape(3, -1))
 
 
 @lru_cache
@@ -111,9 +116,33 @@ def _plan(size: tuple[int, int]) -> PatchPlan:
     return PatchPlan.build([(1, size[1] // PATCH, size[0] // PATCH)], config)
 
 
-def pack_pictures(scenes: Sequence[tuple[Scene, tuple[int, int]]], patches: int) -> Pictures:
-    """Draw ``scenes``, each at a size, into ``patches`` patches."""
-    plans = [_plan(size) for _, size in scenes]
+@lru_cache(maxsize=4096)
+def _moved(size: tuple[int, int], rows_by: int, columns_by: int, flips: int) -> PatchPlan:
+    """The plan of one picture with the learned positions of other patches: rows and columns go on by so many, around
+    the edge, and backwards where ``flips`` has the bit 1 or 2."""
+    plan = _plan(size)
+    columns, rows = size[0] // PATCH, size[1] // PATCH
+    row, column = plan.positions_P2.numpy().T
+    from_row = ((rows - 1 - row if flips & 1 else row) + rows_by) % rows
+    from_column = ((columns - 1 - column if flips & 2 else column) + columns_by) % columns
+    place = np.empty((rows, columns), np.int64)
+    place[row, column] = np.arange(rows * columns)
+    source = torch.from_numpy(place[from_row, from_column])
+    return replace(plan, index_P4=plan.index_P4[source], weight_P4=plan.weight_P4[source])
+
+
+def _some_plan(size: tuple[int, int], rng: Random | None, moved: float) -> PatchPlan:
+    if rng is None or rng.random() >= moved:
+        return _plan(size)
+    return _moved(size, rng.randrange(size[1] // PATCH), rng.randrange(size[0] // PATCH), rng.randrange(4))
+
+
+def pack_pictures(
+    scenes: Sequence[tuple[Scene | View, tuple[int, int]]], patches: int, rng: Random | None = None, moved: float = 0.0
+) -> Pictures:
+    """Draw ``scenes``, each at a size, into ``patches`` patches; a share of ``moved``, drawn by ``rng``, with learned
+    positions that are no guide to where things are."""
+    plans = [_some_plan(size, rng, moved) for _, size in scenes]
     lengths = [len(plan.index_P4) for plan in plans]
     spare = patches - sum(lengths)
     if spare < 0:

@@ -11,6 +11,7 @@ from itertools import pairwise
 from random import Random
 
 from demo_training.scenes import CHART_TOP, COLOURS, SHAPES, SIZES, Scene, draw_scene
+from demo_training.views import View
 
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "colour": (
@@ -136,13 +137,14 @@ class Question:
     kind: str
     text: str
     answer: str
+    spelled: bool = False  # learned letter by letter, whatever longer tokens the tokenizer has
 
 
 @dataclass(frozen=True)
 class Example:
     """One conversation about one or two scenes."""
 
-    scenes: tuple[Scene, ...]
+    scenes: tuple[Scene | View, ...]
     questions: tuple[Question, ...]
 
 
@@ -189,14 +191,15 @@ def make_example(
             del by_kind[kind]
         phrasing = rng.choice(PHRASINGS[kind][:-1]) if split == "train" else PHRASINGS[kind][-1]
         opening = rng.choice(_OPENINGS) if split == "train" else ""
-        questions.append(Question(kind, opening + _with_article(phrasing.format(**blanks)), answer))
+        text = opening + _with_article(phrasing.format(**blanks))
+        questions.append(Question(kind, text, answer, spelled=kind == "word"))
     return Example(scenes, tuple(questions))
 
 
 Fact = tuple[str, dict[str, str], str]  # kind, what fills the phrasing, answer
 
 
-def scene_facts(scene: Scene, rng: Random) -> list[Fact]:
+def scene_facts(scene: Scene | View, rng: Random) -> list[Fact]:
     """Everything that can be asked about one picture; yes and no, and zero, are kept in proportion by ``rng``."""
     if scene.text:
         return [("number" if scene.text.isdigit() else "word", {}, scene.text)]
@@ -208,10 +211,11 @@ def scene_facts(scene: Scene, rng: Random) -> list[Fact]:
         ]
         assert all(bar.value <= CHART_TOP for bar in scene.bars)
         return facts + [("chart_value", {"colour": bar.colour}, str(bar.value)) for bar in scene.bars]
-    return _shape_facts(scene, rng)
+    return shape_facts(scene, rng)
 
 
-def _shape_facts(scene: Scene, rng: Random) -> list[Fact]:
+def shape_facts(scene: Scene | View, rng: Random, nearest: float = NEAREST) -> list[Fact]:
+    """Of shapes; two centres differ by ``nearest`` at least where it is asked which is left, or above."""
     shapes = scene.shapes
     kinds, colours, names = (Counter(getattr(s, what) for s in shapes) for what in ("kind", "colour", "name"))
     facts: list[Fact] = [("count", {"what": "shapes"}, str(len(shapes)))]
@@ -228,19 +232,19 @@ def _shape_facts(scene: Scene, rng: Random) -> list[Fact]:
     for first in unique:
         for other in unique:
             blanks = {"name": first.name, "other": other.name}
-            if abs(first.x - other.x) >= NEAREST:
+            if abs(first.x - other.x) >= nearest:
                 facts.append(("left_or_right", blanks, "left" if first.x < other.x else "right"))
-            if abs(first.y - other.y) >= NEAREST:
+            if abs(first.y - other.y) >= nearest:
                 facts.append(("above_or_below", blanks, "above" if first.y < other.y else "below"))
-    described = describe(scene)
+    described = describe(scene, nearest)
     return [*facts, ("describe", {}, described)] if described else facts
 
 
-def describe(scene: Scene) -> str | None:
+def describe(scene: Scene | View, nearest: float = NEAREST) -> str | None:
     """One sentence from left to right, for up to three shapes whose order from left to right is clear."""
     ordered = sorted(scene.shapes, key=lambda shape: shape.x)
     gaps = [b.x - a.x for a, b in pairwise(ordered)]
-    if len(ordered) > 3 or any(gap < NEAREST for gap in gaps):
+    if len(ordered) > 3 or any(gap < nearest for gap in gaps):
         return None
     parts = [f"a {shape.size} {shape.name}" for shape in ordered]
     if len(parts) == 1:
@@ -248,7 +252,7 @@ def describe(scene: Scene) -> str | None:
     return f"From left to right: {', '.join(parts[:-1])} and {parts[-1]}."
 
 
-def two_picture_facts(first: Scene, second: Scene, rng: Random) -> list[Fact]:
+def two_picture_facts(first: Scene | View, second: Scene | View, rng: Random) -> list[Fact]:
     """Questions that only the right one of two pictures answers."""
     facts: list[Fact] = [
         ("count_in_one", {"which": "first"}, str(len(first.shapes))),

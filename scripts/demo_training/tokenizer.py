@@ -10,6 +10,7 @@ from random import Random
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarking.tiny import SPECIAL_TOKENS, write_processor_dir
+from demo_training.asking import make_wide_example, wide_size
 from demo_training.publish import write_json
 from demo_training.questions import make_example
 from demo_training.scenes import LARGEST_AREA, SMALLEST_AREA
@@ -26,15 +27,17 @@ def corpus(problems: Sequence[Problem], seed: int) -> Iterator[str]:
     for problem in problems:
         yield prompt_text(problem.question)
         yield problem.answer
-    for number in range(2000):
+    for number in range(1500):
         problem = arithmetic_problem(rng)
         yield prompt_text(problem.question)
         yield problem.answer
         for message in chat_messages(rng):
             yield message["content"]
-        for question in make_example("train", seed, number, turns=4).questions:
+        wide = make_wide_example(seed, number, size=wide_size(rng), images=1 + number % 3 // 2, turns=4)
+        for question in (*make_example("train", seed, number, turns=4).questions, *wide.questions):
             yield question.text
-            yield question.answer
+            if not question.spelled:
+                yield question.answer
 
 
 def write_processor(path: str | Path, problems: Sequence[Problem], *, vocab_size: int, seed: int) -> None:

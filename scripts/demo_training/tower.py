@@ -2,7 +2,7 @@
 
 Published models start from a vision tower that has been trained on pictures. Here its image tokens (of the merger and
 of each DeepStack merger) have to tell, through a linear head that is dropped afterwards, which thing has its centre in
-each of their patches (a shape, a bar or a character), its colour, its size and its place. That is an answer per patch
+each of their patches (a shape, a bar or a character), its colour and its size. That is an answer per patch
 instead of one per question, and costs nothing in the decoder. The tower learns this alone at first, and goes on with it
 while the model learns to answer, since it would forget it otherwise.
 """
@@ -18,13 +18,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from demo_training.asking import one_view, wide_size
+from demo_training.batches import WIDE
 from demo_training.forward import image_features
 from demo_training.pictures import CLASSES, IGNORE, MERGE, MOST_PATCHES, WHAT, Pictures, pack_pictures
 from demo_training.repeated import Repeated
-from demo_training.scenes import SIZES, draw_scene
+from demo_training.scenes import SIZES, Scene, draw_scene
 from demo_training.trainer import MasterWeights, TrainingRecipe
+from demo_training.views import View
 
 KINDS = ("shapes", "shapes", "chart", "number", "word")
+WIDE_KINDS = (
+    "shapes",
+    "shapes",
+    "shapes",
+    "word",
+    "word",
+    "word",
+    "number",
+    "number",
+    "grid",
+    "rows",
+    "chart",
+    "digit",
+)
 NOTHING = 0.1  # weight of a patch without anything: most are
 
 
@@ -41,8 +58,14 @@ class TowerBatches(Dataset):
         if not 0 <= step < self._steps:
             raise IndexError(step)
         rng = Random(f"tower/{self._seed}/{step}")
-        sizes = [rng.choice(SIZES) for _ in range(self._pictures)]
-        scenes = [(draw_scene(rng, size, rng.choice(KINDS)), size) for size in sizes]
+        scenes: list[tuple[Scene | View, tuple[int, int]]] = []
+        for _ in range(self._pictures):
+            if rng.random() < WIDE:
+                size = wide_size(rng)
+                scenes.append((one_view(rng, size, rng.choice(WIDE_KINDS)), size))
+            else:
+                size = rng.choice(SIZES)
+                scenes.append((draw_scene(rng, size, rng.choice(KINDS)), size))
         return pack_pictures(scenes, self._pictures * MOST_PATCHES)
 
 
@@ -56,15 +79,15 @@ class TowerHeads(nn.Module):
         self.register_buffer("weights_of_what", torch.tensor([NOTHING] + [1.0] * (len(WHAT) - 1)))
         self.heads = nn.ModuleList(nn.Linear(width, MERGE**2 * sum(CLASSES)) for _ in range(outputs))
 
-    def forward(self, features: list[Tensor], targets_5P: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: list[Tensor], targets_3P: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and the share of things that the merger's output names rightly."""
-        loss = right = torch.zeros((), device=targets_5P.device)
-        what = targets_5P[0]
+        loss = right = torch.zeros((), device=targets_3P.device)
+        what = targets_3P[0]
         for number, (head, tokens) in enumerate(zip(self.heads, features, strict=True)):
-            parts = head(tokens).float().view(targets_5P.shape[1], -1).split(CLASSES, dim=-1)
+            parts = head(tokens).float().view(targets_3P.shape[1], -1).split(CLASSES, dim=-1)
             weights = self.weights_of_what.float()
             loss = loss + F.cross_entropy(parts[0], what, weights, ignore_index=IGNORE)
-            for logits, targets in zip(parts[1:], targets_5P[1:], strict=True):
+            for logits, targets in zip(parts[1:], targets_3P[1:], strict=True):
                 loss = loss + _mean_loss(logits, targets)
             if number == 0:
                 right = ((parts[0].argmax(-1) == what) & (what > 0)).sum() / (what > 0).sum()
@@ -95,7 +118,7 @@ def train_tower(
     weights = MasterWeights(nn.ModuleDict({"visual": visual, "heads": heads}).to(device), recipe, dtype)
 
     def learn(pictures: Pictures) -> list[Tensor]:
-        loss, right = heads(image_features(visual, pictures), pictures.targets_5P)
+        loss, right = heads(image_features(visual, pictures), pictures.targets_3P)
         loss.backward()
         weights.step()
         return [loss.detach(), right]

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from demo_training.batches import TrainingBatch
 from demo_training.forward import losses_of
 from demo_training.pictures import IGNORE
+from demo_training.places import PlaceHead
 from demo_training.repeated import Repeated
 
-FIGURES = ("pictures", "pictures_right", "text", "text_right", "balance", "named", "norm", "load_LE")
+FIGURES = ("pictures", "pictures_right", "text", "text_right", "balance", "named", "placed", "norm", "load_LE")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class TrainingRecipe:
     tower: float = 0.1
     text: float = 0.5  # weight of the text rows: their losses are several times those of the pictures
     sight: float = 0.2  # weight of the tower's own lesson in conversations
+    place: float = 0.2  # weight of the decoder's own lesson
 
     def rate(self, progress: float) -> float:
         """Learning rate at ``progress`` (0 to 1) of the schedule."""
@@ -131,7 +133,7 @@ class MasterWeights:
 
 
 class Trainer:
-    """A model with the heads of its tower's lesson, and their optimizer state."""
+    """A model with the heads of its tower's lesson and of its decoder's, and their optimizer state."""
 
     def __init__(
         self,
@@ -144,14 +146,15 @@ class Trainer:
         graphs: bool = True,
     ):
         self.model, self.heads, self.recipe, self.progress = model, heads, recipe, Progress()
-        both = nn.ModuleDict({"model": model, "heads": heads}).to(device)
-        self.weights = MasterWeights(both, recipe, dtype, ("model.model.visual.", recipe.tower))
+        self.place = PlaceHead(model.config.text_config.hidden_size)
+        parts = nn.ModuleDict({"model": model, "heads": heads, "place": self.place}).to(device)
+        self.weights = MasterWeights(parts, recipe, dtype, ("model.model.visual.", recipe.tower))
         self._learn = Repeated(self._update, device, graphs)
 
     def step(self, batch: TrainingBatch, progress: float) -> dict[str, Tensor]:
         """One update at ``progress`` of the schedule; figures as tensors, since reading them would wait."""
         self.progress.tokens += int(batch.valid_N.sum())
-        self.progress.patches += int((batch.pictures.targets_5P[0] != IGNORE).sum())
+        self.progress.patches += int((batch.pictures.targets_3P[0] != IGNORE).sum())
         self.weights.set_rate(self.recipe.rate(progress))
         figures = dict(zip(FIGURES, self._learn(batch), strict=True))
         self.progress.step += 1
@@ -159,11 +162,21 @@ class Trainer:
 
     def _update(self, batch: TrainingBatch) -> list[Tensor]:
         losses, recipe = losses_of(self.model, batch), self.recipe
-        seen, named = self.heads(losses.features, batch.pictures.targets_5P)
-        loss = losses.pictures + recipe.text * losses.text + recipe.balance * losses.balance + recipe.sight * seen
+        seen, named = self.heads(losses.features, batch.pictures.targets_3P)
+        lost, placed = self.place(losses.placed_MH, batch.pictures)
+        loss = losses.pictures + recipe.text * losses.text + recipe.balance * losses.balance
+        loss = loss + recipe.sight * seen + recipe.place * lost
         loss.backward()
         norm = self.weights.step()
-        figures = [losses.pictures, losses.pictures_right, losses.text, losses.text_right, losses.balance, named]
+        figures = [
+            losses.pictures,
+            losses.pictures_right,
+            losses.text,
+            losses.text_right,
+            losses.balance,
+            named,
+            placed,
+        ]
         return [*(figure.detach() for figure in figures), norm, losses.load_LE]
 
     def run(

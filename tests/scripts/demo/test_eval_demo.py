@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 from PIL import Image
@@ -22,6 +23,21 @@ def test_counts_come_as_json(untrained):
     done = invoke("--model", untrained[0], "--questions", 3, "--device", "cpu", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["pictures"]["all"]["of"] == 3
+
+
+def test_counts_are_recorded_beside_what_was_recorded_before(untrained, tmp_path):
+    folder = shutil.copytree(untrained[0], tmp_path / "demo")
+    done = invoke("--model", folder, "--questions", 0, "--new", 2, "--device", "cpu", "--record")
+    assert done.exit_code == 2
+    assert "train_demo.py writes" in done.stderr
+    (folder / "training.json").write_text('{"seed": 7, "final": {"pictures": {"all": {"right": 1, "of": 1}}}}')
+    done = invoke("--model", folder, "--questions", 0, "--new", 2, "--device", "cpu", "--record")
+    assert done.exit_code == 0, done.output
+    record = json.loads((folder / "training.json").read_text())
+    assert record["seed"] == 7
+    assert record["final"]["pictures"]["all"] == {"right": 1, "of": 1}
+    assert record["final"]["new"]["all"]["of"] == 2
+    assert "device cpu" in record["final"]["evaluated_on"]
 
 
 def test_the_sample_is_a_picture_with_its_question_and_answer(tmp_path):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import train_demo
 from demo_training.batched_experts import experts
-from demo_training.batches import Budget, TrainingBatches
+from demo_training.batches import DATA_VERSION, Budget, TrainingBatches
 from demo_training.model import SMALL, build_model, published_config, token_ids
 from demo_training.tower import TowerHeads
 from demo_training.trainer import Trainer, TrainingRecipe
@@ -138,13 +138,16 @@ def test_the_program_makes_a_checkpoint_and_records_how(tmp_path):
         "cpu",
         "--questions",
         "2",
+        "--new",
+        "2",
     ]
     done = CliRunner().invoke(train_demo.app, ["--out", str(tmp_path / "demo"), *options])
     assert done.exit_code == 0, done.output
     record = json.loads((tmp_path / "demo" / "training.json").read_text())
     assert record["steps"] == 1
     assert "vision tower alone, step     2" in done.output
-    assert record["final"]["pictures"]["all"]["of"] == 2
+    assert record["final"]["pictures"]["all"]["of"] == record["final"]["new"]["all"]["of"] == 2
+    assert record["data"] == DATA_VERSION
     assert len(record["expert_load"]) == SMALL.layers
 
 
@@ -157,6 +160,7 @@ def test_the_program_makes_a_checkpoint_and_records_how(tmp_path):
         (["--device", "tpu"], "--device tpu"),
         (["--dtype", "fp8"], "--dtype fp8"),
         (["--size", "huge"], "--size huge"),
+        (["--moved", "2"], "--moved"),
         (["--tower-pictures", "0"], "--tower-pictures"),
         (["--text-tokens", "100"], "--text-tokens"),
     ],
