@@ -75,7 +75,7 @@ def main(
             raise OptionError(f"{json_file} cannot be written: there is no directory {json_file.parent}")
         images = Images(None, image_content, image_format, image_count)
         options: dict[str, Any] = {"enable_prefix_caching": False}
-        if model is None or load_format != "auto":
+        if model is None:
             options["max_model_len"] = 16384  # memory is for requests, not for length
         made = {"load_format": load_format, "device": device, "moe": moe}
         llm = load_llm(model, routing=routing if load_format != "auto" else None, **made, **options)
