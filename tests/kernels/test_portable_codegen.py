@@ -17,7 +17,7 @@ if support.interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
 from tests.kernels.codegen import Compiled, GPUTarget, compile_for_hopper, kernels_of  # noqa: E402
-from tma_moe import quantise, recipe, routing  # noqa: E402
+from tma_moe import combine, quantise, recipe, routing  # noqa: E402
 from tma_moe.portable.rule import portable_default_choices  # noqa: E402
 from tma_moe.portable.targets import shared_memory  # noqa: E402
 
@@ -43,7 +43,7 @@ def choices_on(card: tuple[int, int], fp8: bool) -> list[Choice]:
 @pytest.fixture
 def on_card(monkeypatch):
     """Recipes are made for a card, and their kernels compiled for it."""
-    kept = recipe.has_pdl, recipe.has_fp8_products, quantise._launch
+    kept = recipe.has_pdl, recipe.has_fp8_products, quantise._launch, combine._launch
 
     def clear():
         for function in kept:
