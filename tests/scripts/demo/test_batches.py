@@ -159,14 +159,18 @@ def test_pictures_that_do_not_fit_are_an_error(data):
 
 
 def test_losses_and_gradients_are_those_of_transformers(untrained, data):
-    """Row by row through transformers' own forward pass; the packed one has rows of all kinds, and padding."""
+    """Row by row through transformers' own forward pass; the packed one has rows of all kinds, and padding.
+
+    In float64: of the positions' gradients, sums over all patches, transformers' own float32 is off by 1.3e-4.
+    """
     rows = [*data.picture_rows(2995), *data.text_rows(2995)]
     batch = collate(rows, data.encoder, BUDGET)  # learned positions where transformers has them
     assert (batch.pictures.starts.diff() > 0).sum() > 3
     ours = copy.deepcopy(untrained[1]).requires_grad_()
     losses = losses_of(ours, batch)
     (losses.pictures + losses.text).backward()
-    theirs = AutoModelForImageTextToText.from_pretrained(untrained[0], dtype=torch.float32).eval()
+    theirs = AutoModelForImageTextToText.from_pretrained(untrained[0], dtype=torch.float64).eval()
+    theirs.set_experts_implementation("eager")  # the default one has no float64
     image_token = theirs.config.image_token_id
     picture, totals, loads = 0, [0.0, 0.0], 0
     for start, end in pairwise(batch.starts.tolist()):
@@ -184,7 +188,7 @@ def test_losses_and_gradients_are_those_of_transformers(untrained, data):
             picture += 1
         if sizes:
             patches = normalised(batch.pictures.pixels_P[first : int(batch.pictures.starts[picture])])
-            extra = {"pixel_values": patches, "image_grid_thw": torch.tensor(sizes)}
+            extra = {"pixel_values": patches.double(), "image_grid_thw": torch.tensor(sizes)}
         out = theirs(input_ids=ids, mm_token_type_ids=(ids == image_token).int(), output_router_logits=True, **extra)
         logits = out.logits[0, batch.learned_L[mine] - start]
         loss = (batch.weight_L[mine] * F.cross_entropy(logits, batch.targets_L[mine], reduction="none")).sum()
@@ -195,8 +199,10 @@ def test_losses_and_gradients_are_those_of_transformers(untrained, data):
     assert losses.text.item() == pytest.approx(totals[1], rel=1e-5)
     torch.testing.assert_close(losses.load_LE, loads / loads.sum(1, keepdim=True), rtol=0, atol=2e-3)
     for (name, one), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        close = 3e-4 * other.grad.abs().max().item()  # sums of many patches in another order
-        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=close, msg=lambda m, name=name: f"{name}: {m}")
+        close = 1e-4 * other.grad.abs().max().item()
+        torch.testing.assert_close(
+            one.grad.double(), other.grad, rtol=0, atol=close, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_balance_is_one_if_even_and_ignores_padding():
