@@ -78,7 +78,7 @@ def _launch(
     device: torch.device, dtypes: tuple[torch.dtype, ...], H: int, E: int, K: int, kept: bool
 ) -> tuple[Launch, int]:
     """The launch of `combine`, and how many programs share a token."""
-    # Dtypes are only part of the key: a compiled kernel belongs to them.
+    # Dtypes are only part of the key: a compiled kernel belongs to them, and to the device.
     pdl = has_pdl(device)
     # 256 columns per warp: each thread loads 16 bytes of each row, and no thread shares a column with another.
     block_topk = triton.next_power_of_2(K)

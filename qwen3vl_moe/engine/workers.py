@@ -201,6 +201,7 @@ def _watch(rank: int, process: subprocess.Popen, processes: list[subprocess.Pope
         time.sleep(0.05)
     if state.inside and not state.ending:
         print(f"error: {state.failure}, and this process waits for it in vain", file=sys.stderr, flush=True)
+        state.ending = True  # the others that watch need not say so, too
         end(processes)
         os._exit(1)
 

@@ -4,7 +4,7 @@ Each operation is called by all of them, in the same order. Sums are taken in on
 gets the same bits, and the same from run to run.
 
 Sums of bf16 and fp32 on GPUs that reach each other's memory go through a piece of memory on each that all of them read
-and write (torch's symmetric memory): two launches' worth of NVLink latency less than NCCL's, which takes the rest.
+and write (torch's symmetric memory), which is quicker than NCCL. That takes the rest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Ranks:
         """Set memory aside for sums of up to ``rows`` rows, where these GPUs can; else why NCCL takes them all."""
         if self.alone or device.type != "cuda":
             return None
-        problem = SharedMemory.problem(dtype, device)
+        problem = SharedMemory.problem(dtype, device, self.rank, self.size)
         if self.least(int(problem is None)):  # of_group waits for all of them
             shared, problem = SharedMemory.of_group(rows, width, dtype, device)
             if self.least(int(problem is None)):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 _DTYPES = torch.bfloat16, torch.float32  # of which torch's kernel takes sums
-
+_NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED of the CUDA driver's API
 
 _had_some = False  # this process, of any group
 
@@ -29,13 +31,13 @@ class SharedMemory:
         self.rooms, self.flags, self._owned, self._turn = rooms, flags, owned, 0
 
     @staticmethod
-    def problem(dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why this process can have none, as far as it knows by itself."""
+    def problem(dtype: torch.dtype, device: torch.device, rank: int, size: int) -> str | None:
+        """Why this process can have none, as far as it knows by itself. Its group is on GPUs that follow each other."""
         if dtype not in _DTYPES:
             return f"sums of {dtype} are not taken there"
-        index, there = device.index or 0, torch.cuda.device_count()
-        if not all(torch.cuda.can_device_access_peer(index, other) for other in range(there) if other != index):
-            return "these GPUs do not reach each other's memory"
+        index = device.index or 0
+        if not all(_reaches(index, other) for other in range(index - rank, index - rank + size) if other != index):
+            return "these GPUs have no atomic operations on each other's memory, as over NVLink"
         return "this process has had such memory in a group that has ended" if _had_some else None
 
     @classmethod
@@ -93,3 +95,12 @@ class SharedMemory:
         It begins when all have their parts ready, and ends when all of it is everywhere.
         """
         return torch.ops.symm_mem.two_shot_all_reduce_(part, "sum", self._group)
+
+
+def _reaches(index: int, other: int) -> bool:
+    """Whether one GPU can read and write another's memory, and exchange values there atomically: not over PCIe."""
+    if not torch.cuda.can_device_access_peer(index, other):
+        return False
+    atomic = ctypes.c_int(0)
+    failed = ctypes.CDLL("libcuda.so.1").cuDeviceGetP2PAttribute(ctypes.byref(atomic), _NATIVE_ATOMICS, index, other)
+    return not failed and atomic.value == 1
