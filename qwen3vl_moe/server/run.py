@@ -21,7 +21,7 @@ from qwen3vl_moe.server.serving import Limits, Serving
 _BACKLOG = 2048  # connections that may wait to be accepted
 _KEEP_ALIVE = 75  # seconds; longer than clients keep a connection that they may use again
 # Seconds for which a thread may keep the interpreter from the engine's, which lets go of it with every launch. A tenth
-# of Python's own: on an H200, 32 clients at a time, 94 % of the requests/s in process rather than 91 %.
+# of Python's own: docs/serving.md has what it gained.
 _SWITCH_INTERVAL = 0.0005
 
 

@@ -1,4 +1,4 @@
-"""Which groups of GPUs take sums through memory that they share; that they do it right is in engine/test_two_gpus.py."""
+"""Which groups of GPUs take sums through memory that they share; that it is right is in engine/test_two_gpus.py."""
 
 from __future__ import annotations
 
