@@ -13,9 +13,11 @@ Exit status: 0 done, 2 something in the call has to be mended.
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import platform
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,7 +113,7 @@ def train(options: dict[str, Any]) -> None:
 
     recipe = TrainingRecipe(options["minutes"], options["steps"], options["learning_rate"])
     if not options["tower_steps"]:
-        recipe = dataclasses.replace(recipe, tower=1.0)
+        recipe = dataclasses.replace(recipe, tower=1.0, tower_later=1.0)
     dtype = options["dtype"]
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -133,6 +135,7 @@ def train(options: dict[str, Any]) -> None:
             graphs=options["graphs"],
             report=_report_tower,
         )
+        pictures.close()
     trainer = Trainer(model, heads, recipe, device=device, dtype=dtype, graphs=options["graphs"])
     if goes_on:
         trainer.load(options["state"])
@@ -149,9 +152,14 @@ def train(options: dict[str, Any]) -> None:
         moved=options["moved"],
     )
     batches = _batches(dataset, trainer.progress.step, options["workers"], device)
-    done = trainer.run(batches, stop_after=options["stop_after"], report=_report, every=100 if count > 5e6 else 20)
-    if options["state"]:
-        trainer.save(options["state"])
+    done = trainer.run(
+        batches,
+        stop_after=options["stop_after"],
+        report=_report,
+        every=100 if count > 5e6 else 20,
+        keep=options["state"],
+    )
+    batches.close()
     if not done:
         stderr.print(f"stopped at step {trainer.progress.step}; the same call goes on from {options['state']}")
         return
@@ -196,12 +204,12 @@ def _device(name: str) -> Any:
     return torch.device(name)
 
 
-def _batches(dataset: Any, first: int, workers: int, device: Any) -> Iterator[Any]:
-    """The batches from step ``first`` on; worker processes draw ahead."""
+def _batches(dataset: Any, first: int, workers: int, device: Any) -> Generator[Any, None, None]:
+    """The batches from step ``first`` on; worker processes draw ahead, until it is closed."""
     from torch.utils.data import DataLoader
 
     ahead = {"prefetch_factor": 2, "multiprocessing_context": "spawn"} if workers else {}
-    return iter(
+    batches = iter(
         DataLoader(
             dataset,
             batch_size=None,
@@ -211,6 +219,15 @@ def _batches(dataset: Any, first: int, workers: int, device: Any) -> Iterator[An
             **ahead,
         )
     )
+    try:
+        yield from batches
+    finally:
+        # They hold nothing that is needed, and the DataLoader's own end waits up to five seconds for each of them.
+        watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # its own handler takes a killed worker for an error
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        del batches
+        signal.signal(signal.SIGCHLD, watch)
 
 
 def _report_tower(step: int, loss: float, right: float) -> None:
@@ -223,7 +240,10 @@ def _report(figures: dict[str, float]) -> None:
         f"{figures['seconds']:7.0f} s  step {figures['step']:6d}  pictures {figures['pictures']:.3f} "
         f"({figures['pictures_right']:.3f} of tokens right)  text {figures['text']:.3f} "
         f"({figures['text_right']:.3f})  balance {figures['balance']:.2f}  "
-        f"things named rightly {figures['named']:.3f}, placed {figures['placed']:.3f}  {speed:.0f} tokens/s"
+        f"things named rightly {figures['named']:.3f}, placed {figures['placed']:.3f}, "
+        f"known {figures['known']:.3f}, in cells {figures['ordered']:.3f}, found {figures['found']:.3f} "
+        f"and {figures['found_in_grid']:.3f}  {speed:.0f} tokens/s, "
+        f"{figures['waited']:.0%} of the time without a batch"
     )
 
 

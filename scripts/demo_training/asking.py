@@ -12,6 +12,7 @@ from itertools import pairwise
 from random import Random
 
 from demo_training.layouts import WIDE_SIZES, digit_view, photograph_view, shapes_view, unit_of, writing_view
+from demo_training.mentions import mentions_of
 from demo_training.ordered import CELL, chart_view, grid_view, nearer_view, path_view, rows_view
 from demo_training.phrases import phrase
 from demo_training.questions import Example, Fact, Question, scene_facts, shape_facts, two_picture_facts
@@ -23,12 +24,15 @@ NUMBERS = {2: "two", 3: "three"}
 NTH = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 # Of one picture, and of two, by weight. Plain shapes have many kinds of questions; reading is hardest to learn.
 ONE = {
-    "shapes": 38, "word": 18, "number": 12, "grid": 14, "rows": 6, "path": 4, "nearer": 5, "chart": 5, "digit": 3,
+    "shapes": 30, "word": 24, "number": 10, "grid": 22, "rows": 6, "path": 9, "nearer": 7, "chart": 5, "digit": 3,
     "photograph": 3,
 }  # fmt: skip
-TWO = {"shapes": 6, "grid": 5, "nearer": 3}
+TWO = {"shapes": 6, "grid": 7, "nearer": 3}
 # Kinds that are asked more often than others of the same picture: it takes longest to find out what they are about.
-OFTEN = {"left_or_right": 3.0, "above_or_below": 2.0, "beside": 2.0, "describe": 1.5, "colour": 1.5, "shape": 1.5}
+OFTEN = {
+    "left_or_right": 3.0, "above_or_below": 3.0, "beside": 3.0, "beside_in_one": 2.0, "steps": 2.0, "path": 2.0,
+    "describe": 1.5, "colour": 1.5, "shape": 1.5, "size": 1.5,
+}  # fmt: skip
 SPELLED = frozenset(("word", "number", "path", "digit"))  # answered letter by letter
 
 
@@ -54,7 +58,8 @@ def make_wide_example(
         if not by_kind[kind] or (kind in ("count", "cell", "in_row") and rng.random() < 0.4):
             by_kind.pop(kind)
         asked = "describe" if kind == "unknown" else kind
-        questions.append(Question(kind, phrase(rng, asked, blanks), answer, kind in SPELLED))
+        text = phrase(rng, asked, blanks)
+        questions.append(Question(kind, text, answer, kind in SPELLED, mentions_of(views, blanks)))
     return Example(views, tuple(questions))
 
 

@@ -7,7 +7,7 @@ number of tokens and of patches, whatever is in it: what the budget leaves over 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from demo_training.asking import make_wide_example, wide_size
+from demo_training.mentions import Mention
 from demo_training.pictures import IGNORE, MERGE, PATCH, Pictures, Tensors, pack_pictures
 from demo_training.questions import Example, make_example
 from demo_training.scenes import SIZES, Scene
@@ -50,6 +51,9 @@ class TrainingBatch(Tensors):
         targets_L: int64, those successors, IGNORE for the padding.
         weight_L: fp32, one over the number of learned tokens of the same kind, zero for the padding.
         text_L: bool, whether it is in a row without pictures.
+        naming_Q: int64, tokens of questions that end the name of a thing (and padding: the last token).
+        named_4Q: int64, row and column of the image token in which that thing has its centre, and its row and column
+            in a grid; IGNORE for the padding, and where there is no grid.
         pictures: of all rows, in order.
     """
 
@@ -62,16 +66,20 @@ class TrainingBatch(Tensors):
     targets_L: Tensor
     weight_L: Tensor
     text_L: Tensor
+    naming_Q: Tensor
+    named_4Q: Tensor
     pictures: Pictures
 
 
 @dataclass
 class Row:
-    """A conversation; labels are not shifted, IGNORE where nothing is learned."""
+    """A conversation; labels are not shifted, IGNORE where nothing is learned. ``named``: tokens that end a name, and
+    what they name."""
 
     ids: list[int]
     labels: list[int]
     scenes: list[tuple[Scene | View, tuple[int, int]]]
+    named: list[tuple[int, Mention]] = field(default_factory=list)
 
     @property
     def learned(self) -> int:
@@ -85,7 +93,12 @@ class Encoder:
         self._tokenizer = tokenizer
         self.pad = tokenizer.token_to_id("<|endoftext|>")
         self.image = tokenizer.token_to_id(IMAGE_PAD)
-        self._ids = lru_cache(100_000)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False).ids))
+        self._pieces = lru_cache(100_000)(self._encoded)
+
+    def _encoded(self, text: str) -> tuple[tuple[int, int], ...]:
+        """``(token, where it ends in the text)``."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return tuple(zip(encoded.ids, (end for _, end in encoded.offsets), strict=True))
 
     def row(
         self, messages: Sequence[dict], scenes: Sequence[Scene | View] = (), size: tuple[int, int] = SIZES[0]
@@ -102,11 +115,17 @@ class Encoder:
         ids: list[int] = []
         labels: list[int] = []
 
-        def add(text: str, learned: bool = False, spelled: bool = False) -> None:
-            pieces = [i for letter in text for i in self._ids(letter)] if spelled else self._ids(text)
-            new = [t for i in pieces for t in ([i] * next(image_tokens) if i == self.image else [i])]
-            ids.extend(new)
-            labels.extend(new if learned else [IGNORE] * len(new))
+        named: list[tuple[int, Mention]] = []
+
+        def add(text: str, learned: bool = False, spelled: bool = False, mentions: Sequence[Mention] = ()) -> None:
+            ends = {mention.end_in(text): mention for mention in mentions}
+            for piece in text if spelled else (text,):
+                for token, end in self._pieces(piece):
+                    count = next(image_tokens) if token == self.image else 1
+                    ids.extend([token] * count)
+                    labels.extend([token if learned else IGNORE] * count)
+                    if end in ends and not spelled:
+                        named.append((len(ids) - 1, ends.pop(end)))
 
         for message in messages:
             if message["role"] == "assistant":
@@ -115,8 +134,9 @@ class Encoder:
                 add("<|im_end|>", learned=True)
                 add("\n")
             else:
-                add(f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n")
-        return Row(ids, labels, list(zip(scenes, sizes, strict=True)))
+                text = f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n"
+                add(text, mentions=message.get("mentions", ()))
+        return Row(ids, labels, list(zip(scenes, sizes, strict=True)), named)
 
 
 def example_messages(example: Example) -> list[dict]:
@@ -125,7 +145,11 @@ def example_messages(example: Example) -> list[dict]:
     messages = []
     for number, question in enumerate(example.questions):
         messages += [
-            {"role": "user", "content": (pictures if number == 0 else "") + question.text},
+            {
+                "role": "user",
+                "content": (pictures if number == 0 else "") + question.text,
+                "mentions": question.mentions,
+            },
             {"role": "assistant", "content": question.answer, "spelled": question.spelled},
         ]
     return messages
@@ -155,6 +179,11 @@ class Budget:
         return self.tokens // 7  # answers are short: a tenth, on average
 
     @property
+    def named(self) -> int:
+        """Most names that are asked for; in longer batches the last ones are not."""
+        return self.tokens // 24
+
+    @property
     def rows(self) -> int:
         return (self.tokens + self.text_tokens) // SHORTEST_ROW + 2
 
@@ -174,7 +203,9 @@ def collate(
     weight = torch.zeros(budget.learned)
     is_text = torch.zeros(budget.learned, dtype=torch.bool)
     counts = [sum(row.learned for row in rows if bool(row.scenes) == pictures) for pictures in (False, True)]
-    at = done = 0
+    naming = torch.full((budget.named,), total - 1)
+    named = torch.full((4, budget.named), IGNORE)
+    at = done = names = 0
     for number, row in enumerate(rows):
         n, labels = len(row.ids), torch.tensor(row.labels)
         ids[at : at + n] = torch.tensor(row.ids)
@@ -185,6 +216,12 @@ def collate(
         part = slice(done, done + len(before))
         learned[part], targets[part] = at + before, labels[before + 1]
         weight[part], is_text[part] = 1 / counts[bool(row.scenes)], not row.scenes
+        for token, mention in row.named[: budget.named - names]:
+            columns, rows_of = (side // (PATCH * MERGE) for side in row.scenes[mention.picture][1])
+            cell = mention.cell or (IGNORE, IGNORE)
+            naming[names] = at + token
+            named[:, names] = torch.tensor([int(mention.y * rows_of), int(mention.x * columns), *cell])
+            names += 1
         at, done = at + n, done + len(before)
         starts[number + 1] = at
     for number in range(len(rows), budget.rows):
@@ -194,7 +231,9 @@ def collate(
     place[: len(images)] = images
     scenes = [scene for row in rows for scene in row.scenes]
     pictures = pack_pictures(scenes, budget.image_tokens * MERGE**2, rng, moved)
-    return TrainingBatch(ids, positions, starts, valid, place, learned, targets, weight, is_text, pictures)
+    return TrainingBatch(
+        ids, positions, starts, valid, place, learned, targets, weight, is_text, naming, named, pictures
+    )
 
 
 class TrainingBatches(Dataset):

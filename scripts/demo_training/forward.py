@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from demo_training.batched_experts import experts
 from demo_training.batches import LONGEST_ROW, TrainingBatch
 from demo_training.pictures import FRAMES, IGNORE, MOST_PATCHES, Pictures
-from demo_training.places import AFTER as PLACED_AFTER
+from demo_training.places import AFTER, CELLS_AFTER, NAMED_AFTER, Carried
 from qwen3vl_moe.model.rope import inverse_frequencies, mrope_angles, vision_angles
 from qwen3vl_moe.ops.reference import rotate
 
@@ -29,8 +29,7 @@ from qwen3vl_moe.ops.reference import rotate
 class Losses:
     """Means over the learned tokens of a kind (answers, and share predicted); ``balance``: 1 for even experts, more if
     uneven; ``load_LE``: share of the (token, expert) pairs of each layer that each expert got; ``features``: the image
-    tokens at the tower's outputs, each [M, H]; ``placed_MH``: the image tokens after the first layers of the decoder
-    (places.py)."""
+    tokens at the tower's outputs, each [M, H]; ``carried``: what the decoder's own lesson asks (places.py)."""
 
     pictures: Tensor
     pictures_right: Tensor
@@ -39,7 +38,7 @@ class Losses:
     balance: Tensor
     load_LE: Tensor
     features: list[Tensor]
-    placed_MH: Tensor
+    carried: Carried
 
 
 def attend(q_NAD: Tensor, k_NAD: Tensor, v_NAD: Tensor, starts: Tensor, longest: int, causal: bool) -> Tensor:
@@ -102,7 +101,7 @@ def losses_of(model: Any, batch: TrainingBatch) -> Losses:
     rope = config.rope_parameters
     frequencies = inverse_frequencies(config.head_dim, rope["rope_theta"], x_NH.device)
     cos, sin = (x.to(x_NH.dtype) for x in mrope_angles(batch.positions_3N, frequencies, rope["mrope_section"]))
-    penalties, loads = [], []
+    penalties, loads, after = [], [], []
     for number, layer in enumerate(decoder.layers):
         x_NH = x_NH + _attention(layer, _norm(layer.input_layernorm, x_NH), cos, sin, batch.starts)
         normed = _norm(layer.post_attention_layernorm, x_NH)
@@ -113,11 +112,14 @@ def losses_of(model: Any, batch: TrainingBatch) -> Losses:
         x_NH = x_NH + experts(normed, ids_NK, weights_NK, of_experts.gate_up_proj, of_experts.down_proj)
         if number < len(features) - 1:
             x_NH = x_NH.index_add(0, batch.place_M, features[number + 1])
-        if number == min(PLACED_AFTER, len(decoder.layers)) - 1:
-            placed_MH = x_NH.index_select(0, batch.place_M)
+        after.append(x_NH)
         penalty, load = balance_of(probabilities_NE, ids_NK, batch.valid_N)
         penalties.append(penalty)
         loads.append(load)
+    carried = (
+        after[min(layers, len(after)) - 1].index_select(0, tokens)
+        for layers, tokens in ((AFTER, batch.place_M), (CELLS_AFTER, batch.place_M), (NAMED_AFTER, batch.naming_Q))
+    )
     logits_LV = model.lm_head(_norm(decoder.norm, x_NH.index_select(0, batch.learned_L))).float()
     loss_L = batch.weight_L * F.cross_entropy(logits_LV, batch.targets_L, reduction="none", ignore_index=IGNORE)
     right_L = batch.weight_L * (logits_LV.argmax(-1) == batch.targets_L)
@@ -130,7 +132,7 @@ def losses_of(model: Any, batch: TrainingBatch) -> Losses:
         torch.stack(penalties).mean(),
         torch.stack(loads).detach(),
         features,
-        placed_MH,
+        Carried(*carried),
     )
 
 

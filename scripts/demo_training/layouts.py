@@ -155,7 +155,7 @@ def shapes_view(rng: Random, size: tuple[int, int], count: int | None = None) ->
 
 
 def writing_view(rng: Random, size: tuple[int, int], kind: str, text: str) -> View:
-    """A number or a word, from as large as fits to a tenth of that; half of them large."""
+    """A number or a word, from as large as fits to a tenth of that; most of them large."""
     view = blank(rng, size, kind)
     view = replace(view, finish=replace(view.finish, grey=rng.random() < 0.12))
     colour, rgb = ink_for(rng, view.ground, view.finish.grey)
@@ -166,8 +166,8 @@ def writing_view(rng: Random, size: tuple[int, int], kind: str, text: str) -> Vi
     cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
     room_x, room_y = view.width * 0.94, view.height * 0.92
     most = min(room_x / (ratio * cos + sin), room_y / (ratio * sin + cos))
-    least = min(most, 16 * view.height / size[1])  # pixels of the resized picture
-    height = most * rng.uniform(0.6, 1.0) if rng.random() < 0.5 else rng.uniform(least, most)
+    least = min(most, 18 * view.height / size[1])  # pixels of the resized picture
+    height = most * rng.uniform(0.6, 1.0) if rng.random() < 0.65 else rng.uniform(least, most)
     half_x, half_y = height * (ratio * cos + sin) / 2, height * (ratio * sin + cos) / 2
     x = rng.uniform(half_x, view.width - half_x) if rng.random() < 0.7 else view.width / 2
     y = rng.uniform(half_y, view.height - half_y) if rng.random() < 0.7 else view.height / 2

@@ -119,18 +119,10 @@ def rows_view(rng: Random, size: tuple[int, int]) -> View:
 
 
 def path_view(rng: Random, size: tuple[int, int]) -> View:
-    """A line from a ring through three to six characters."""
+    """A line from a ring through three to six characters; half of them go to and fro from one side to the other."""
     view = blank(rng, size, "path", ("plain", "plain", "gradient"))
-    room = min(0.16 * unit_of(view), 0.4 * min(view.width, view.height))
-    wanted = rng.randint(3, 6)
-    stations: list[tuple[float, float]] = []
-    for _ in range(200):
-        if len(stations) == wanted:
-            break
-        x, y = rng.uniform(room, view.width - room), rng.uniform(room, view.height - room)
-        far = all(math.hypot(x - a, y - b) > 1.8 * room for a, b in stations)
-        if far and _clear_path([*stations, (x, y)], 1.1 * room):
-            stations.append((x, y))
+    room = min(rng.uniform(0.13, 0.17) * unit_of(view), 0.4 * min(view.width, view.height))
+    stations = (_zigzag if rng.random() < 0.5 else _anyhow)(rng, view, rng.randint(3, 6), room)
     if len(stations) < 3:
         return path_view(rng, size)
     labels = _few_twice(rng, len(stations))
@@ -148,6 +140,34 @@ def path_view(rng: Random, size: tuple[int, int]) -> View:
     (x, y), radius = stations[0], 0.85 * room
     ring = Line(tuple((x + radius * math.cos(t), y + radius * math.sin(t)) for t in turn), line_rgb, width)
     return replace(view, writings=tuple(writings), lines=(*parts, ring), cells=(tuple(labels),))
+
+
+def _zigzag(rng: Random, view: View, wanted: int, room: float) -> list[tuple[float, float]]:
+    """Stations one after the other along the width or the height, from either end."""
+    upright = view.height > view.width if rng.random() < 0.5 else rng.random() < 0.5
+    length, across = (view.height, view.width) if upright else (view.width, view.height)
+    count = min(wanted, int(length / (1.9 * room)))
+    step, back = length / max(count, 1), rng.random() < 0.5
+    found = []
+    for number in range(count):
+        jitter = rng.uniform(-1, 1) * min(0.25 * step, max(0.0, step - 1.8 * room) / 2)
+        along = min(max((number + 0.5) * step + jitter, room), length - room)
+        along, aside = length - along if back else along, rng.uniform(room, across - room)
+        found.append((aside, along) if upright else (along, aside))
+    return found
+
+
+def _anyhow(rng: Random, view: View, wanted: int, room: float) -> list[tuple[float, float]]:
+    """Stations anywhere, joined by lines that do not meet; fewer if no more find room."""
+    found: list[tuple[float, float]] = []
+    for _ in range(200):
+        if len(found) == wanted:
+            break
+        x, y = rng.uniform(room, view.width - room), rng.uniform(room, view.height - room)
+        far = all(math.hypot(x - a, y - b) > 1.8 * room for a, b in found)
+        if far and _clear_path([*found, (x, y)], 1.1 * room):
+            found.append((x, y))
+    return found
 
 
 def _clear_path(stations: list[tuple[float, float]], reach: float) -> bool:

@@ -35,7 +35,8 @@ COLOUR = tuple(COLOURS)
 SIZE = ("small", "large", *map(str, range(1, CHART_TOP + 1)))
 ALL_SIZES = (*SIZES, *WIDE_SIZES)
 FEWEST_PATCHES, MOST_PATCHES = (f(w * h for w, h in ALL_SIZES) // PATCH**2 for f in (min, max))
-CLASSES = (len(WHAT), len(COLOUR), len(SIZE))
+ORDERS, CELLS = 9, 9  # most characters of a text, and most rows or columns of a grid, that have a number
+CLASSES = (len(WHAT), len(COLOUR), len(SIZE), ORDERS)  # what the tower has to tell of a patch
 
 
 class Tensors:
@@ -65,8 +66,9 @@ class Pictures(Tensors):
         index_P4, weight_P4: which learned positions a patch mixes, and how (int64, fp32).
         positions_P2: int64 row and column of each patch.
         starts: int32, cumulative patches, as many as there can be pictures, plus one.
-        targets_3P: int64: what has its centre in the patch, its colour and its size; IGNORE where there is none. Not
-            where it is: the decoder shall read that off its own positions.
+        targets_6P: int64: what has its centre in the patch, its colour, its size, its number along a text or a path,
+            and its row and column in a grid; IGNORE where there is none. The grid's are for the decoder alone, which
+            shall read them off its own positions.
     """
 
     pixels_P: Tensor
@@ -74,7 +76,7 @@ class Pictures(Tensors):
     weight_P4: Tensor
     positions_P2: Tensor
     starts: Tensor
-    targets_3P: Tensor
+    targets_6P: Tensor
 
 
 def pixels_of(scene: Scene | View, size: tuple[int, int]) -> np.ndarray:
@@ -91,9 +93,9 @@ def patches_of(pixels: np.ndarray) -> Tensor:
 
 
 def targets_of(scene: Scene | View, size: tuple[int, int]) -> Tensor:
-    """``targets_3P`` of one picture; ``size`` is that of the resized picture."""
+    """``targets_6P`` of one picture; ``size`` is that of the resized picture."""
     columns, rows = size[0] // PATCH, size[1] // PATCH
-    target = np.full((3, rows, columns), IGNORE)
+    target = np.full((6, rows, columns), IGNORE)
     target[0] = 0
     for mark in marks(scene) if isinstance(scene, Scene) else view_marks(scene):
         x, y = mark.x / scene.width, mark.y / scene.height
@@ -101,9 +103,11 @@ def targets_of(scene: Scene | View, size: tuple[int, int]) -> Tensor:
             _WHAT[mark.what],
             COLOUR.index(mark.colour) if mark.colour else IGNORE,
             SIZE.index(mark.size) if mark.size else IGNORE,
+            IGNORE if mark.order is None or mark.order >= ORDERS else mark.order,
+            *(mark.cell or (IGNORE, IGNORE)),
         )
-    merged = target.reshape(3, rows // MERGE, MERGE, columns // MERGE, MERGE).swapaxes(2, 3)
-    return torch.from_numpy(merged.reshape(3, -1))
+    merged = target.reshape(6, rows // MERGE, MERGE, columns // MERGE, MERGE).swapaxes(2, 3)
+    return torch.from_numpy(merged.reshape(6, -1))
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
+from demo_training.mentions import Mention, mentions_of
 from demo_training.scenes import CHART_TOP, COLOURS, SHAPES, SIZES, Scene, draw_scene
 from demo_training.views import View
 
@@ -138,6 +139,7 @@ class Question:
     text: str
     answer: str
     spelled: bool = False  # learned letter by letter, whatever longer tokens the tokenizer has
+    mentions: tuple[Mention, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def make_example(
         phrasing = rng.choice(PHRASINGS[kind][:-1]) if split == "train" else PHRASINGS[kind][-1]
         opening = rng.choice(_OPENINGS) if split == "train" else ""
         text = opening + _with_article(phrasing.format(**blanks))
-        questions.append(Question(kind, text, answer, spelled=kind == "word"))
+        questions.append(Question(kind, text, answer, kind == "word", mentions_of(scenes, blanks)))
     return Example(scenes, tuple(questions))
 
 

@@ -171,6 +171,7 @@ TRAINING_DIGITS = 1300
 
 def view_marks(view: View) -> list[Mark]:
     """Everything in a view, where it is drawn; its colours have no names if the picture is grey."""
+    cells = [(r, c) for r, row in enumerate(view.cells) for c in range(len(row))]
     found = [Mark(thing.x, thing.y, thing.kind, thing.colour, thing.size) for thing in view.shapes]
     for column in view.columns:
         found.append(
@@ -179,9 +180,14 @@ def view_marks(view: View) -> list[Mark]:
     for writing in view.writings:
         glyphs, matrix = glyphs_of(writing.text, writing.font), _matrix(writing)
         middle = glyphs.mask.shape[0] / 2
-        for character, at in zip(writing.text, glyphs.centres, strict=True):
+        for number, (character, at) in enumerate(zip(writing.text, glyphs.centres, strict=True)):
             x, y = matrix @ np.array([at, middle, 1.0])
-            found.append(Mark(float(x), float(y), character, writing.colour, ""))
+            order = number if view.text else None
+            found.append(Mark(float(x), float(y), character, writing.colour, "", order))
+    if view.kind == "path":
+        found = [replace(mark, order=number) for number, mark in enumerate(found)]
+    elif cells:  # what fills them comes in their order
+        found = [replace(mark, cell=cell) for mark, cell in zip(found, cells, strict=True)]
     found += [Mark(hand.x, hand.y, hand.digit, hand.colour, "") for hand in view.handwriting]
     if view.finish.grey:
         found = [replace(mark, colour="") for mark in found]

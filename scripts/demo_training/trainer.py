@@ -18,7 +18,8 @@ from demo_training.pictures import IGNORE
 from demo_training.places import PlaceHead
 from demo_training.repeated import Repeated
 
-FIGURES = ("pictures", "pictures_right", "text", "text_right", "balance", "named", "placed", "norm", "load_LE")
+PLACES = ("known", "placed", "ordered", "found", "found_in_grid")
+FIGURES = ("pictures", "pictures_right", "text", "text_right", "balance", "named", *PLACES, "norm", "load_LE")
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,17 @@ class TrainingRecipe:
     weight_decay: float = 0.05
     clip: float = 1.0
     balance: float = 0.03  # weight of the load-balancing loss
-    # Share of the rate that the vision tower gets in conversations, once it has learned alone: at the whole rate, an
+    # Shares of the rate that the vision tower gets in conversations, once it has learned alone. At the whole rate, an
     # untrained decoder's gradients undo within 400 steps what it has learned (things named rightly: 0.73, then 0.18).
     tower: float = 0.1
+    tower_later: float = 0.3  # from a fifth of the schedule on; grows from a tenth on
     text: float = 0.5  # weight of the text rows: their losses are several times those of the pictures
     sight: float = 0.2  # weight of the tower's own lesson in conversations
     place: float = 0.2  # weight of the decoder's own lesson
+
+    def tower_share(self, progress: float) -> float:
+        """Of the rate, at ``progress`` (0 to 1) of the schedule."""
+        return self.tower + (self.tower_later - self.tower) * min(max(10 * progress - 1, 0.0), 1.0)
 
     def rate(self, progress: float) -> float:
         """Learning rate at ``progress`` (0 to 1) of the schedule."""
@@ -66,17 +72,15 @@ class MasterWeights:
     bf16 cannot hold the small steps of late training. Nothing here reads back from the device.
     """
 
-    def __init__(
-        self, module: nn.Module, recipe: TrainingRecipe, dtype: torch.dtype, slow: tuple[str, float] = ("", 1.0)
-    ):
-        """``slow``: parameters whose names begin so get this share of the rate."""
+    def __init__(self, module: nn.Module, recipe: TrainingRecipe, dtype: torch.dtype, slow: str = " "):
+        """``slow``: how the names of the parameters begin that get a share of the rate."""
         self.parameters, self._clip = list(module.parameters()), recipe.clip
         self.master = [parameter.detach().float().clone() for parameter in self.parameters]
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
         for (name, _), copy in zip(module.named_parameters(), self.master, strict=True):
-            groups.setdefault((copy.ndim > 1, name.startswith(slow[0])), []).append(copy)
+            groups.setdefault((copy.ndim > 1, name.startswith(slow)), []).append(copy)
             copy.grad = torch.zeros_like(copy)
-        self._shares = [slow[1] if is_slow else 1.0 for _, is_slow in groups]
+        self._slow = [is_slow for _, is_slow in groups]
         self._rates = [torch.zeros((), device=self.master[0].device) for _ in groups]
         on_gpu = self.master[0].is_cuda
         self.optimizer = torch.optim.AdamW(
@@ -97,9 +101,10 @@ class MasterWeights:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
 
-    def set_rate(self, rate: float) -> None:
-        for tensor, share in zip(self._rates, self._shares, strict=True):
-            tensor.fill_(share * rate)
+    def set_rate(self, rate: float, share: float = 1.0) -> None:
+        """``share``: of the rate, for the slow parameters."""
+        for tensor, is_slow in zip(self._rates, self._slow, strict=True):
+            tensor.fill_(share * rate if is_slow else rate)
 
     def step(self) -> Tensor:
         """One update with the gradients of the module, which are dropped; the norm that they had."""
@@ -148,22 +153,22 @@ class Trainer:
         self.model, self.heads, self.recipe, self.progress = model, heads, recipe, Progress()
         self.place = PlaceHead(model.config.text_config.hidden_size)
         parts = nn.ModuleDict({"model": model, "heads": heads, "place": self.place}).to(device)
-        self.weights = MasterWeights(parts, recipe, dtype, ("model.model.visual.", recipe.tower))
+        self.weights = MasterWeights(parts, recipe, dtype, "model.model.visual.")
         self._learn = Repeated(self._update, device, graphs)
 
     def step(self, batch: TrainingBatch, progress: float) -> dict[str, Tensor]:
         """One update at ``progress`` of the schedule; figures as tensors, since reading them would wait."""
         self.progress.tokens += int(batch.valid_N.sum())
-        self.progress.patches += int((batch.pictures.targets_3P[0] != IGNORE).sum())
-        self.weights.set_rate(self.recipe.rate(progress))
+        self.progress.patches += int((batch.pictures.targets_6P[0] != IGNORE).sum())
+        self.weights.set_rate(self.recipe.rate(progress), self.recipe.tower_share(progress))
         figures = dict(zip(FIGURES, self._learn(batch), strict=True))
         self.progress.step += 1
         return figures
 
     def _update(self, batch: TrainingBatch) -> list[Tensor]:
         losses, recipe = losses_of(self.model, batch), self.recipe
-        seen, named = self.heads(losses.features, batch.pictures.targets_3P)
-        lost, placed = self.place(losses.placed_MH, batch.pictures)
+        seen, named = self.heads(losses.features, batch.pictures.targets_6P)
+        lost, told = self.place(losses.carried, batch.pictures, batch.named_4Q)
         loss = losses.pictures + recipe.text * losses.text + recipe.balance * losses.balance
         loss = loss + recipe.sight * seen + recipe.place * lost
         loss.backward()
@@ -175,7 +180,7 @@ class Trainer:
             losses.text_right,
             losses.balance,
             named,
-            placed,
+            *(told[name] for name in PLACES),
         ]
         return [*(figure.detach() for figure in figures), norm, losses.load_LE]
 
@@ -186,21 +191,28 @@ class Trainer:
         stop_after: float | None = None,
         report: Callable[[dict[str, float]], None] = lambda figures: None,
         every: int = 100,
+        keep: Path | None = None,
     ) -> bool:
         """Train until the schedule is over (True), or for ``stop_after`` minutes of it (False).
 
-        ``batches`` starts with that of the next step.
+        ``batches`` starts with that of the next step. ``keep``: a file for :meth:`save`, written every minute and at
+        the end.
         """
-        before, started = self.progress.seconds, None
+        before, started, kept, waited, asked = self.progress.seconds, None, 0.0, 0.0, 0.0
+        done = True
         for batch in batches:
-            started = started or time.monotonic()  # the start of the worker processes does not count
+            if started is None:
+                started = kept = time.monotonic()  # the start of the worker processes does not count
+            else:
+                waited += time.monotonic() - asked
             share = self.progress.seconds / (60 * self.recipe.minutes)
             if self.recipe.steps is not None:
                 share = self.progress.step / self.recipe.steps
             if share >= 1:
-                return True
+                break
             if stop_after is not None and self.progress.seconds - before >= 60 * stop_after:
-                return False
+                done = False
+                break
             figures = self.step(batch, share)
             if self.progress.step % every == 0 or self.progress.step == 1:
                 self.progress.load_LE = figures.pop("load_LE").tolist()
@@ -208,14 +220,25 @@ class Trainer:
                 line |= {name: float(value) for name, value in figures.items()}
                 self.progress.history.append(line)
                 self.progress.seconds = before + time.monotonic() - started
-                report(line | {"seconds": self.progress.seconds, "tokens": self.progress.tokens})
+                share_waited = waited / max(self.progress.seconds - before, 1e-9)
+                report(
+                    line | {"seconds": self.progress.seconds, "tokens": self.progress.tokens, "waited": share_waited}
+                )
             self.progress.seconds = before + time.monotonic() - started
-        return True
+            if keep is not None and time.monotonic() - kept > 60:
+                kept = time.monotonic()
+                self.save(keep)
+            asked = time.monotonic()
+        if keep is not None:
+            self.save(keep)
+        return done
 
     def save(self, path: Path) -> None:
         """Everything needed to go on; several times the size of the checkpoint, so not for a repository."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(self.weights.state() | {"progress": vars(self.progress)}, path)
+        half = path.with_name(f"{path.name}.half")
+        torch.save(self.weights.state() | {"progress": vars(self.progress)}, half)
+        half.replace(path)
 
     def load(self, path: Path) -> None:
         """Go on from what :meth:`save` wrote."""

@@ -41,7 +41,7 @@ def test_targets_stand_in_the_order_of_the_patches():
     numbers = torch.arange(rows * columns, dtype=torch.uint8).view(rows, columns)
     pixels = numbers.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)[:, :, None].expand(-1, -1, 3)
     order = patches_of(pixels.numpy())[:, 0, 0, 0].long()
-    what, colour, extent = targets_of(scene, size)
+    what, colour, extent, *_ = targets_of(scene, size)
     assert int((what > 0).sum()) == len(scene.shapes)
     for mark in marks(scene):
         at = int(
@@ -96,7 +96,7 @@ def test_every_output_of_the_tower_is_read(untrained):
     """A head for the merger and one for each DeepStack merger: each part of the tower gets a gradient."""
     model = build_model(published_config(SMALL, token_ids(untrained[0])), seed=0)
     pictures = TowerBatches(pictures=8, steps=1, seed=0)[0]
-    loss, _ = TowerHeads(model.model.visual)(image_features(model.model.visual, pictures), pictures.targets_3P)
+    loss, _ = TowerHeads(model.model.visual)(image_features(model.model.visual, pictures), pictures.targets_6P)
     loss.backward()
     without = [name for name, p in model.model.visual.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without

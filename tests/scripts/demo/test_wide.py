@@ -7,6 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 
 from demo_training import heldout_board
 from demo_training.asking import ONE, make_wide_example, one_view, two_view_facts, two_views, view_facts, wide_size
@@ -16,7 +17,8 @@ from demo_training.heldout_phrases import ASKED, HELDOUT_WORDS
 from demo_training.layouts import WIDE_SIZES, shapes_view
 from demo_training.ordered import grid_view
 from demo_training.palette import CLEAR, distance, shade
-from demo_training.phrases import PATTERNS, expansions, phrase, phrasings_of
+from demo_training.patterns import PATTERNS
+from demo_training.phrases import expansions, phrase, phrasings_of
 from demo_training.pictures import targets_of
 from demo_training.questions import PHRASINGS
 from demo_training.rendering import TRAINING_DIGITS, outline_of, render, view_marks
@@ -101,8 +103,10 @@ def test_targets_name_every_mark():
     for kind in ("shapes", "word", "grid", "digit", "chart"):
         for view in views(kind, 5):
             target = targets_of(view, view.size)
-            assert target.shape == (3, view.size[0] * view.size[1] // 256)
+            assert target.shape == (6, view.size[0] * view.size[1] // 256)
             assert 0 < int((target[0] > 0).sum()) <= len(view_marks(view))
+            assert (target[3] >= 0).any() == (kind == "word")
+            assert torch.equal(target[4] >= 0, target[0] > 0) == (kind == "grid")
 
 
 def test_sizes_are_not_resized_by_the_processor():
