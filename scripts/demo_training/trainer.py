@@ -19,7 +19,17 @@ from demo_training.places import PlaceHead
 from demo_training.repeated import Repeated
 
 PLACES = ("known", "placed", "ordered", "found", "found_in_grid")
-FIGURES = ("pictures", "pictures_right", "text", "text_right", "balance", "named", *PLACES, "norm", "load_LE")
+FIGURES: tuple[str, ...] = (
+    "pictures",
+    "pictures_right",
+    "text",
+    "text_right",
+    "balance",
+    "named",
+    *PLACES,
+    "norm",
+    "load_LE",
+)
 
 
 @dataclass(frozen=True)

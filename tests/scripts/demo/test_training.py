@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
+import signal
 
 import pytest
 import torch
@@ -55,6 +57,51 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(untrained, batch, tmp_path):
     assert second.run([batch] * 5)
     for one, other in zip(whole.weights.master, second.weights.master, strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_file_to_go_on_from_is_kept_up_to_date(untrained, batch, tmp_path, monkeypatch):
+    """Every minute of the clock, so that a run that is killed loses no more; and at the end."""
+    clock = iter(range(0, 100_000, 7))  # some readings a step
+    monkeypatch.setattr("demo_training.trainer.time.monotonic", lambda: next(clock))
+    kept = []
+    trainer = make_trainer(untrained[0], 8)
+    save = trainer.save
+    monkeypatch.setattr(trainer, "save", lambda path: (kept.append(trainer.progress.step), save(path)))
+    trainer.run([batch] * 9, keep=tmp_path / "deep" / "state.pt")
+    assert 2 <= len(kept) < 8
+    assert kept == sorted(set(kept))
+    assert kept[-1] == 8
+    again = make_trainer(untrained[0], 8)
+    again.load(tmp_path / "deep" / "state.pt")
+    assert again.progress.step == 8
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["state.pt"]
+
+
+def test_the_tower_is_slow_at_first_and_less_slow_later(untrained, batch):
+    trainer = make_trainer(untrained[0], 100, tower=0.1, tower_later=0.3)
+    assert [round(trainer.recipe.tower_share(p), 3) for p in (0, 0.1, 0.15, 0.2, 1)] == [0.1, 0.1, 0.2, 0.3, 0.3]
+    trainer.weights.set_rate(1e-3, 0.1)
+    rates = {}
+    for group in trainer.weights.optimizer.param_groups:
+        for copy_of in group["params"]:
+            rates[id(copy_of)] = float(group["lr"])
+    names = [f"model.{name}" for name, _ in trainer.model.named_parameters()]
+    for name, master in zip(names, trainer.weights.master, strict=False):
+        assert rates[id(master)] == pytest.approx(1e-4 if name.startswith("model.model.visual.") else 1e-3)
+
+
+def test_workers_end_with_the_batches(untrained):
+    path = str(untrained[0] / "tokenizer.json")
+    data = TrainingBatches(path, [], budget=Budget(512, 512), steps=10_000, seed=0)
+    batches = train_demo._batches(data, 5, 2, torch.device("cpu"))
+    first = next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    watched = signal.getsignal(signal.SIGCHLD)
+    batches.close()
+    assert not any(worker.is_alive() for worker in workers)
+    assert signal.getsignal(signal.SIGCHLD) == watched
+    assert all(torch.equal(one, other) for one, other in zip(first.flat(), data[5].flat(), strict=True))
 
 
 def test_experts_are_those_of_transformers(untrained):
