@@ -53,6 +53,10 @@ def main(
         str, typer.Option(help="bfloat16 (for CPUs too that multiply in it), float32, auto (float32 on a CPU).")
     ] = "auto",
     graphs: Annotated[bool, typer.Option(help="Repeat the steps as a CUDA graph, on a GPU.")] = True,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Fuse what is between the products (torch.compile): a minute more at first."),
+    ] = False,
     workers: Annotated[int, typer.Option(help="Processes that draw and tokenize.")] = 14,
     state: Annotated[Path | None, typer.Option(help="File to go on from, if there, and to stop into.")] = None,
     stop_after: Annotated[
@@ -136,7 +140,9 @@ def train(options: dict[str, Any]) -> None:
             report=_report_tower,
         )
         pictures.close()
-    trainer = Trainer(model, heads, recipe, device=device, dtype=dtype, graphs=options["graphs"])
+    trainer = Trainer(
+        model, heads, recipe, device=device, dtype=dtype, graphs=options["graphs"], compiled=options["compiled"]
+    )
     if goes_on:
         trainer.load(options["state"])
         stderr.print(f"going on at step {trainer.progress.step}")

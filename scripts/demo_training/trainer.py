@@ -159,11 +159,15 @@ class Trainer:
         device: torch.device,
         dtype: torch.dtype,
         graphs: bool = True,
+        compiled: bool = False,
     ):
+        """``compiled``: the forward and backward passes by torch.compile, which fuses what is between the products."""
         self.model, self.heads, self.recipe, self.progress = model, heads, recipe, Progress()
         self.place = PlaceHead(model.config.text_config.hidden_size)
         parts = nn.ModuleDict({"model": model, "heads": heads, "place": self.place}).to(device)
         self.weights = MasterWeights(parts, recipe, dtype, "model.model.visual.")
+        whole = device.type == "cuda"  # elsewhere attention is by rows, whose lengths are read back
+        self._pass = torch.compile(self._forward, dynamic=False, fullgraph=whole) if compiled else self._forward
         self._learn = Repeated(self._update, device, graphs)
 
     def step(self, batch: TrainingBatch, progress: float) -> dict[str, Tensor]:
@@ -175,24 +179,21 @@ class Trainer:
         self.progress.step += 1
         return figures
 
-    def _update(self, batch: TrainingBatch) -> list[Tensor]:
+    def _forward(self, batch: TrainingBatch) -> tuple[Tensor, list[Tensor]]:
+        """What is learned from, and FIGURES without the norm of the gradient."""
         losses, recipe = losses_of(self.model, batch), self.recipe
         seen, named = self.heads(losses.features, batch.pictures.targets_6P)
         lost, told = self.place(losses.carried, batch.pictures, batch.named_4Q)
         loss = losses.pictures + recipe.text * losses.text + recipe.balance * losses.balance
         loss = loss + recipe.sight * seen + recipe.place * lost
+        figures = [losses.pictures, losses.pictures_right, losses.text, losses.text_right, losses.balance, named]
+        figures = [figure.detach() for figure in (*figures, *(told[name] for name in PLACES), losses.load_LE)]
+        return loss, figures
+
+    def _update(self, batch: TrainingBatch) -> list[Tensor]:
+        loss, (*figures, load_LE) = self._pass(batch)
         loss.backward()
-        norm = self.weights.step()
-        figures = [
-            losses.pictures,
-            losses.pictures_right,
-            losses.text,
-            losses.text_right,
-            losses.balance,
-            named,
-            *(told[name] for name in PLACES),
-        ]
-        return [*(figure.detach() for figure in figures), norm, losses.load_LE]
+        return [*figures, self.weights.step(), load_LE]
 
     def run(
         self,
