@@ -2,7 +2,7 @@
 
 The number of patches is fixed, so that every step launches the same work and one CUDA graph serves all of them.
 
-Shape letters: P patches, M = P / 4 image tokens.
+Shape letters: P patches, M = P / 4 image tokens, S = 2 P spots: small letters stand closer than patches do.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ COLOUR = tuple(COLOURS)
 SIZE = ("small", "large", *map(str, range(1, CHART_TOP + 1)))
 ALL_SIZES = (*SIZES, *WIDE_SIZES)
 FEWEST_PATCHES, MOST_PATCHES = (f(w * h for w, h in ALL_SIZES) // PATCH**2 for f in (min, max))
+SPOTS = 2  # left and right halves of a patch
 ORDERS, CELLS = 9, 9  # most characters of a text, and most rows or columns of a grid, that have a number
-CLASSES = (len(WHAT), len(COLOUR), len(SIZE), ORDERS)  # what the tower has to tell of a patch
+CLASSES = (len(WHAT), len(COLOUR), len(SIZE), ORDERS)  # what the tower has to tell of a spot
 
 
 class Tensors:
@@ -66,9 +67,9 @@ class Pictures(Tensors):
         index_P4, weight_P4: which learned positions a patch mixes, and how (int64, fp32).
         positions_P2: int64 row and column of each patch.
         starts: int32, cumulative patches, as many as there can be pictures, plus one.
-        targets_6P: int64: what has its centre in the patch, its colour, its size, its number along a text or a path,
-            and its row and column in a grid; IGNORE where there is none. The grid's are for the decoder alone, which
-            shall read them off its own positions.
+        targets_6S: int64, of each spot (half of a patch): what has its centre there, its colour, its size, its number
+            along a text or a path, and its row and column in a grid; IGNORE where there is none. The grid's are for
+            the decoder alone, which shall read them off its own positions.
     """
 
     pixels_P: Tensor
@@ -76,7 +77,7 @@ class Pictures(Tensors):
     weight_P4: Tensor
     positions_P2: Tensor
     starts: Tensor
-    targets_6P: Tensor
+    targets_6S: Tensor
 
 
 def pixels_of(scene: Scene | View, size: tuple[int, int]) -> np.ndarray:
@@ -93,20 +94,20 @@ def patches_of(pixels: np.ndarray) -> Tensor:
 
 
 def targets_of(scene: Scene | View, size: tuple[int, int]) -> Tensor:
-    """``targets_6P`` of one picture; ``size`` is that of the resized picture."""
+    """``targets_6S`` of one picture; ``size`` is that of the resized picture."""
     columns, rows = size[0] // PATCH, size[1] // PATCH
-    target = np.full((6, rows, columns), IGNORE)
+    target = np.full((6, rows, columns * SPOTS), IGNORE)
     target[0] = 0
     for mark in marks(scene) if isinstance(scene, Scene) else view_marks(scene):
         x, y = mark.x / scene.width, mark.y / scene.height
-        target[:, int(y * size[1]) // PATCH, int(x * size[0]) // PATCH] = (
+        target[:, int(y * size[1]) // PATCH, int(x * size[0]) * SPOTS // PATCH] = (
             _WHAT[mark.what],
             COLOUR.index(mark.colour) if mark.colour else IGNORE,
             SIZE.index(mark.size) if mark.size else IGNORE,
             IGNORE if mark.order is None or mark.order >= ORDERS else mark.order,
             *(mark.cell or (IGNORE, IGNORE)),
         )
-    merged = target.reshape(6, rows // MERGE, MERGE, columns // MERGE, MERGE).swapaxes(2, 3)
+    merged = target.reshape(6, rows // MERGE, MERGE, columns // MERGE, MERGE * SPOTS).swapaxes(2, 3)
     return torch.from_numpy(merged.reshape(6, -1))
 
 
@@ -156,9 +157,9 @@ def pack_pictures(
     starts[0] = 0
     starts[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
 
-    def padded(parts: list[Tensor], value: int, dim: int = 0) -> Tensor:
+    def padded(parts: list[Tensor], value: int, dim: int = 0, each: int = 1) -> Tensor:
         shape = list(parts[0].shape)
-        shape[dim] = spare
+        shape[dim] = spare * each
         return torch.cat([*parts, parts[0].new_full(shape, value)], dim)
 
     return Pictures(
@@ -167,5 +168,5 @@ def pack_pictures(
         padded([plan.weight_P4 for plan in plans], 0),
         padded([plan.positions_P2 for plan in plans], 0),
         starts,
-        padded([targets_of(scene, size) for scene, size in scenes], IGNORE, dim=1),
+        padded([targets_of(scene, size) for scene, size in scenes], IGNORE, dim=1, each=SPOTS),
     )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from demo_training.pictures import ALL_SIZES, CELLS, COLOUR, IGNORE, MERGE, PATCH, WHAT, Pictures
+from demo_training.pictures import ALL_SIZES, CELLS, COLOUR, IGNORE, MERGE, PATCH, SPOTS, WHAT, Pictures
 
 # Layers; the features of DeepStack are in after the first two.
 AFTER, CELLS_AFTER, NAMED_AFTER = 2, 4, 5
@@ -79,13 +79,12 @@ class PlaceHead(nn.Module):
     def forward(self, carried: Carried, pictures: Pictures, named_4Q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and the shares that are right: ``placed`` of all image tokens (row and column), ``known`` and
         ``ordered`` of those with one thing (what it is; its row and column in a grid), ``found`` of the names."""
-        first = slice(None, None, MERGE**2)  # the first patch of each token
-        seen_M = pictures.targets_6P[0, first] != IGNORE
-        place_2M = (pictures.positions_P2[first] // MERGE).T.masked_fill(~seen_M, IGNORE)
+        targets_6M8 = pictures.targets_6S.unflatten(1, (-1, MERGE**2 * SPOTS))
+        seen_M = targets_6M8[0, :, 0] != IGNORE
+        place_2M = (pictures.positions_P2[:: MERGE**2] // MERGE).T.masked_fill(~seen_M, IGNORE)
         # Of one thing in a token all is known; of several, nothing is asked.
-        targets_6M4 = pictures.targets_6P.unflatten(1, (-1, MERGE**2))
-        several_M = (targets_6M4[0] > 0).sum(1) > 1
-        what_M, colour_M, _, _, *cell = targets_6M4.amax(2).masked_fill(several_M, IGNORE)
+        several_M = (targets_6M8[0] > 0).sum(1) > 1
+        what_M, colour_M, _, _, *cell = targets_6M8.amax(2).masked_fill(several_M, IGNORE)
         early, late, naming = (
             F.rms_norm(x.float(), x.shape[1:]) for x in (carried.early, carried.late, carried.naming)
         )

@@ -2,9 +2,9 @@
 
 Published models start from a vision tower that has been trained on pictures. Here its image tokens (of the merger and
 of each DeepStack merger) have to tell, through a linear head that is dropped afterwards, which thing has its centre in
-each of their patches (a shape, a bar or a character), its colour, its size and its number along a text or a path. That
-is an answer per patch instead of one per question, and costs nothing in the decoder. The tower learns this alone at
-first, and goes on with it while the model learns to answer, since it would forget it otherwise.
+each half of their patches (a shape, a bar or a character), its colour, its size and its number along a text or a path.
+That is an answer per place instead of one per question, and costs nothing in the decoder. The tower learns this alone
+at first, and goes on with it while the model learns to answer, since it would forget it otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from demo_training.asking import one_view, wide_size
 from demo_training.batches import WIDE
 from demo_training.forward import image_features
-from demo_training.pictures import CLASSES, IGNORE, MERGE, MOST_PATCHES, WHAT, Pictures, pack_pictures
+from demo_training.pictures import CLASSES, IGNORE, MERGE, MOST_PATCHES, SPOTS, WHAT, Pictures, pack_pictures
 from demo_training.places import NOTHING, mean_loss
 from demo_training.repeated import Repeated
 from demo_training.scenes import SIZES, Scene, draw_scene
@@ -78,17 +78,17 @@ class TowerHeads(nn.Module):
         outputs = 1 + len(visual.config.deepstack_visual_indexes)
         width = visual.config.out_hidden_size
         self.register_buffer("weights_of_what", torch.tensor([NOTHING] + [1.0] * (len(WHAT) - 1)))
-        self.heads = nn.ModuleList(nn.Linear(width, MERGE**2 * sum(CLASSES)) for _ in range(outputs))
+        self.heads = nn.ModuleList(nn.Linear(width, MERGE**2 * SPOTS * sum(CLASSES)) for _ in range(outputs))
 
-    def forward(self, features: list[Tensor], targets_6P: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: list[Tensor], targets_6S: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and the share of things that the merger's output names rightly."""
-        loss = right = torch.zeros((), device=targets_6P.device)
-        what = targets_6P[0]
+        loss = right = torch.zeros((), device=targets_6S.device)
+        what = targets_6S[0]
         for number, (head, tokens) in enumerate(zip(self.heads, features, strict=True)):
-            parts = head(tokens).float().view(targets_6P.shape[1], -1).split(CLASSES, dim=-1)
+            parts = head(tokens).float().view(targets_6S.shape[1], -1).split(CLASSES, dim=-1)
             weights = self.weights_of_what.float()
             loss = loss + F.cross_entropy(parts[0], what, weights, ignore_index=IGNORE)
-            for logits, targets in zip(parts[1:], targets_6P[1 : len(CLASSES)], strict=True):
+            for logits, targets in zip(parts[1:], targets_6S[1 : len(CLASSES)], strict=True):
                 loss = loss + mean_loss(logits, targets)
             if number == 0:
                 right = ((parts[0].argmax(-1) == what) & (what > 0)).sum() / (what > 0).sum()
@@ -113,7 +113,7 @@ def train_tower(
     weights = MasterWeights(nn.ModuleDict({"visual": visual, "heads": heads}).to(device), recipe, dtype)
 
     def learn(pictures: Pictures) -> list[Tensor]:
-        loss, right = heads(image_features(visual, pictures), pictures.targets_6P)
+        loss, right = heads(image_features(visual, pictures), pictures.targets_6S)
         loss.backward()
         weights.step()
         return [loss.detach(), right]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from demo_training.batches import TrainingBatch
 from demo_training.forward import losses_of
-from demo_training.pictures import IGNORE
+from demo_training.pictures import IGNORE, SPOTS
 from demo_training.places import PlaceHead
 from demo_training.repeated import Repeated
 
@@ -173,7 +173,7 @@ class Trainer:
     def step(self, batch: TrainingBatch, progress: float) -> dict[str, Tensor]:
         """One update at ``progress`` of the schedule; figures as tensors, since reading them would wait."""
         self.progress.tokens += int(batch.valid_N.sum())
-        self.progress.patches += int((batch.pictures.targets_6P[0] != IGNORE).sum())
+        self.progress.patches += int((batch.pictures.targets_6S[0, ::SPOTS] != IGNORE).sum())
         self.weights.set_rate(self.recipe.rate(progress), self.recipe.tower_share(progress))
         figures = dict(zip(FIGURES, self._learn(batch), strict=True))
         self.progress.step += 1
@@ -182,7 +182,7 @@ class Trainer:
     def _forward(self, batch: TrainingBatch) -> tuple[Tensor, list[Tensor]]:
         """What is learned from, and FIGURES without the norm of the gradient."""
         losses, recipe = losses_of(self.model, batch), self.recipe
-        seen, named = self.heads(losses.features, batch.pictures.targets_6P)
+        seen, named = self.heads(losses.features, batch.pictures.targets_6S)
         lost, told = self.place(losses.carried, batch.pictures, batch.named_4Q)
         loss = losses.pictures + recipe.text * losses.text + recipe.balance * losses.balance
         loss = loss + recipe.sight * seen + recipe.place * lost

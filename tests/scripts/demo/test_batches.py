@@ -139,7 +139,7 @@ def test_learned_positions_are_moved_about_within_a_picture(data):
     scenes = [scene for row in data.picture_rows(3000) for scene in row.scenes]
     plain = pack_pictures(scenes, 2000)
     moved = pack_pictures(scenes, 2000, Random(0), 1.0)
-    for name in ("pixels_P", "positions_P2", "starts", "targets_6P"):
+    for name in ("pixels_P", "positions_P2", "starts", "targets_6S"):
         assert torch.equal(getattr(plain, name), getattr(moved, name))
     changed = 0
     for start, end in pairwise(plain.starts[: len(scenes) + 1].tolist()):

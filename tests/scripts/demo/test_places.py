@@ -161,7 +161,7 @@ def test_tokens_of_names_end_them_and_their_targets_are_where_the_thing_is_drawn
             end = int(batch.pictures.starts[mention.picture + 1]) // 4
             place = batch.pictures.positions_P2[4 * start : 4 * end : 4] // 2
             at = start + int((place == batch.named_4Q[:2, n]).all(1).nonzero()[0, 0])
-            there = batch.pictures.targets_6P[:, 4 * at : 4 * at + 4]
+            there = batch.pictures.targets_6S[:, 8 * at : 8 * at + 8]
             pixels += len(there)
             assert mention.text.split()[-1] in {*(WHAT[i] for i in there[0]), *(COLOUR[i] for i in there[1] if i >= 0)}
             if mention.cell:

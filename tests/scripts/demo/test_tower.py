@@ -41,21 +41,22 @@ def test_targets_stand_in_the_order_of_the_patches():
     numbers = torch.arange(rows * columns, dtype=torch.uint8).view(rows, columns)
     pixels = numbers.repeat_interleave(PATCH, 0).repeat_interleave(PATCH, 1)[:, :, None].expand(-1, -1, 3)
     order = patches_of(pixels.numpy())[:, 0, 0, 0].long()
+    spots = torch.stack([2 * order, 2 * order + 1], 1).flatten()  # halves of a patch stand side by side
     what, colour, extent, *_ = targets_of(scene, size)
     assert int((what > 0).sum()) == len(scene.shapes)
     for mark in marks(scene):
         at = int(
             (
-                order
-                == int(mark.y * size[1] / scene.height) // PATCH * columns
-                + int(mark.x * size[0] / scene.width) // PATCH
+                spots
+                == int(mark.y * size[1] / scene.height) // PATCH * 2 * columns
+                + int(mark.x * size[0] / scene.width) // (PATCH // 2)
             ).nonzero()
         )
         assert WHAT[what[at]] == mark.what
         assert COLOUR[colour[at]] == mark.colour
         assert SIZE[extent[at]] == mark.size
     assert (colour[what == 0] == IGNORE).all()
-    assert len(what) == rows * columns
+    assert len(what) == 2 * rows * columns
     assert rows % MERGE == columns % MERGE == 0
 
 
@@ -96,7 +97,7 @@ def test_every_output_of_the_tower_is_read(untrained):
     """A head for the merger and one for each DeepStack merger: each part of the tower gets a gradient."""
     model = build_model(published_config(SMALL, token_ids(untrained[0])), seed=0)
     pictures = TowerBatches(pictures=8, steps=1, seed=0)[0]
-    loss, _ = TowerHeads(model.model.visual)(image_features(model.model.visual, pictures), pictures.targets_6P)
+    loss, _ = TowerHeads(model.model.visual)(image_features(model.model.visual, pictures), pictures.targets_6S)
     loss.backward()
     without = [name for name, p in model.model.visual.named_parameters() if p.grad is None or not p.grad.any()]
     assert not without

@@ -103,7 +103,7 @@ def test_targets_name_every_mark():
     for kind in ("shapes", "word", "grid", "digit", "chart"):
         for view in views(kind, 5):
             target = targets_of(view, view.size)
-            assert target.shape == (6, view.size[0] * view.size[1] // 256)
+            assert target.shape == (6, view.size[0] * view.size[1] // 128)
             assert 0 < int((target[0] > 0).sum()) <= len(view_marks(view))
             assert (target[3] >= 0).any() == (kind == "word")
             assert torch.equal(target[4] >= 0, target[0] > 0) == (kind == "grid")
