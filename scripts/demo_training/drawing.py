@@ -100,15 +100,14 @@ def _text_place(scene: Scene) -> tuple[int, int, ImageFont.FreeTypeFont]:
 @dataclass(frozen=True)
 class Mark:
     """A thing in a picture: its centre in pixels (of a bar, that of its top), what it is (a shape, ``bar`` or a
-    character), its colour, and its size (of a bar, its value; of a character, nothing); its number along a text or a
-    path, and its row and column in a grid, from 0 on, if it is part of one."""
+    character), its colour, and its size (of a bar, its value; of a character, nothing); its row and column in a grid,
+    from 0 on, if it is part of one. A text and a path are a grid of one row."""
 
     x: float
     y: float
     what: str
     colour: str
     size: str
-    order: int | None = None
     cell: tuple[int, int] | None = None
 
 
@@ -125,5 +124,5 @@ def marks(scene: Scene) -> list[Mark]:
         _, top, _, bottom = font.getbbox(scene.text)
         for number, character in enumerate(scene.text):
             middle = (font.getlength(scene.text[:number]) + font.getlength(scene.text[: number + 1])) / 2
-            found.append(Mark(x + middle, y + (top + bottom) / 2, character, scene.ink, "", number))
+            found.append(Mark(x + middle, y + (top + bottom) / 2, character, scene.ink, "", (0, number)))
     return found

@@ -50,7 +50,7 @@ def _called(scene: Scene | View, number: int, name: str) -> list[Mention]:
         things += [
             (column.bar.colour == name, (column.left + column.right) / 2, column.top) for column in scene.columns
         ]
-        if scene.kind in ("grid", "rows"):  # what fills them comes in the order of the cells
+        if scene.cells:  # what fills them comes in the order of the cells
             cells = [(r, c) for r, row in enumerate(scene.cells) for c in range(len(row))]
     return [
         Mention(name, number, x / scene.width, y / scene.height, cells[n] if cells else None)

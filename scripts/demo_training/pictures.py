@@ -36,8 +36,8 @@ SIZE = ("small", "large", *map(str, range(1, CHART_TOP + 1)))
 ALL_SIZES = (*SIZES, *WIDE_SIZES)
 FEWEST_PATCHES, MOST_PATCHES = (f(w * h for w, h in ALL_SIZES) // PATCH**2 for f in (min, max))
 SPOTS = 2  # left and right halves of a patch
-ORDERS, CELLS = 9, 9  # most characters of a text, and most rows or columns of a grid, that have a number
-CLASSES = (len(WHAT), len(COLOUR), len(SIZE), ORDERS)  # what the tower has to tell of a spot
+CELLS = 9  # most rows or columns of a grid, and characters of a text
+CLASSES = (len(WHAT), len(COLOUR), len(SIZE), CELLS)  # what the tower has to tell of a spot
 
 
 class Tensors:
@@ -68,8 +68,8 @@ class Pictures(Tensors):
         positions_P2: int64 row and column of each patch.
         starts: int32, cumulative patches, as many as there can be pictures, plus one.
         targets_6S: int64, of each spot (half of a patch): what has its centre there, its colour, its size, its number
-            along a text or a path, and its row and column in a grid; IGNORE where there is none. The grid's are for
-            the decoder alone, which shall read them off its own positions.
+            along a text or a path, and its row and column in a grid (of a text or a path, its only row); IGNORE where
+            there is none. A grid's are for the decoder alone, which shall read them off its own positions.
     """
 
     pixels_P: Tensor
@@ -98,13 +98,14 @@ def targets_of(scene: Scene | View, size: tuple[int, int]) -> Tensor:
     columns, rows = size[0] // PATCH, size[1] // PATCH
     target = np.full((6, rows, columns * SPOTS), IGNORE)
     target[0] = 0
+    has_grid = isinstance(scene, View) and scene.kind in ("grid", "rows")
     for mark in marks(scene) if isinstance(scene, Scene) else view_marks(scene):
         x, y = mark.x / scene.width, mark.y / scene.height
         target[:, int(y * size[1]) // PATCH, int(x * size[0]) * SPOTS // PATCH] = (
             _WHAT[mark.what],
             COLOUR.index(mark.colour) if mark.colour else IGNORE,
             SIZE.index(mark.size) if mark.size else IGNORE,
-            IGNORE if mark.order is None or mark.order >= ORDERS else mark.order,
+            IGNORE if mark.cell is None or has_grid else mark.cell[1],
             *(mark.cell or (IGNORE, IGNORE)),
         )
     merged = target.reshape(6, rows // MERGE, MERGE, columns // MERGE, MERGE * SPOTS).swapaxes(2, 3)

@@ -182,11 +182,8 @@ def view_marks(view: View) -> list[Mark]:
         middle = glyphs.mask.shape[0] / 2
         for number, (character, at) in enumerate(zip(writing.text, glyphs.centres, strict=True)):
             x, y = matrix @ np.array([at, middle, 1.0])
-            order = number if view.text else None
-            found.append(Mark(float(x), float(y), character, writing.colour, "", order))
-    if view.kind == "path":
-        found = [replace(mark, order=number) for number, mark in enumerate(found)]
-    elif cells:  # what fills them comes in their order
+            found.append(Mark(float(x), float(y), character, writing.colour, "", (0, number) if view.text else None))
+    if cells:  # what fills them comes in their order
         found = [replace(mark, cell=cell) for mark, cell in zip(found, cells, strict=True)]
     found += [Mark(hand.x, hand.y, hand.digit, hand.colour, "") for hand in view.handwriting]
     if view.finish.grey:

@@ -106,7 +106,7 @@ def test_targets_name_every_mark():
             assert target.shape == (6, view.size[0] * view.size[1] // 128)
             assert 0 < int((target[0] > 0).sum()) <= len(view_marks(view))
             assert (target[3] >= 0).any() == (kind == "word")
-            assert torch.equal(target[4] >= 0, target[0] > 0) == (kind == "grid")
+            assert torch.equal(target[4] >= 0, target[0] > 0) == (kind in ("grid", "word"))
 
 
 def test_sizes_are_not_resized_by_the_processor():
