@@ -31,7 +31,7 @@ TWO = {"shapes": 6, "grid": 7, "nearer": 3}
 # Kinds that are asked more often than others of the same picture: it takes longest to find out what they are about.
 OFTEN = {
     "left_or_right": 3.0, "above_or_below": 3.0, "beside": 3.0, "beside_in_one": 2.0, "steps": 2.0, "path": 2.0,
-    "describe": 1.5, "colour": 1.5, "shape": 1.5, "size": 1.5,
+    "path_next": 0.5, "cell_same": 0.5, "describe": 1.5, "colour": 1.5, "shape": 1.5, "size": 1.5,
 }  # fmt: skip
 SPELLED = frozenset(("word", "number", "path", "digit"))  # answered letter by letter
 
