@@ -31,19 +31,8 @@ from demo_training.views import View
 
 KINDS = ("shapes", "shapes", "chart", "number", "word")
 WIDE_KINDS = (
-    "shapes",
-    "shapes",
-    "shapes",
-    "word",
-    "word",
-    "word",
-    "number",
-    "number",
-    "grid",
-    "rows",
-    "chart",
-    "digit",
-)
+    *("shapes",) * 3, *("word",) * 4, *("number",) * 2, *("path",) * 2, "grid", "rows", "chart", "digit",
+)  # fmt: skip
 
 
 class TowerBatches(Dataset):
