@@ -37,7 +37,7 @@ ON_A_CARD = ("scripts/bench_moe.py", "scripts/bench_hf.py", "scripts/tune_moe.py
 FEWER = {"--num-prompts": "2", "--max-concurrency": "2", "--limit": "2", "--max-gen-toks": "8", "--sizes": "64x64"}
 ALSO = {
     "scripts/ttft.py": ["--repeats", "1"],
-    "scripts/bench_serving.py": ["--rounds", "1"],
+    "scripts/bench_serving.py": ["--rounds", "1", "--num-prompts", "2", "--max-concurrency", "2"],
     "eval/gsm8k.py": ["--limit", "2", "--max-gen-toks", "8", "--data", "FOLDER"],
     "eval/checkpoints.py": ["--limit", "2", "--max-gen-toks", "8", "--data", "FOLDER", "--num-fewshot", "0"],
 }
