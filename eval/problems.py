@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from qwen3vl_moe.json_files import parse_json, read_regular
 
 SPLITS = ("test", "train")
 FILTERS = ("strict-match", "flexible-extract")
+_DATA_SET = "openai/gsm8k"  # on the hub
 _MOST_BYTES = 1 << 30  # of a file of problems; gsm8k's have 5 MB
 _KEY = re.compile(r"#### *-?[0-9][0-9.,]*\s*$")
 
@@ -124,15 +127,44 @@ def from_hub(names: list[str]) -> dict[str, list[dict[str, str]]]:
     require_lm_eval()
     import datasets
 
+    unreached = None
     try:
-        found = datasets.load_dataset("openai/gsm8k", "main")
+        with _no_retries_in_vain() as unreached:
+            found = datasets.load_dataset(_DATA_SET, "main")
     except Exception as error:  # of a dozen kinds, from four libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(unreached or error).splitlines() or [type(unreached or error).__name__])[0]
         raise UserError(
             f"gsm8k cannot be had from the hub ({reason}); give programs --data DIR, a folder with train.jsonl and "
             "test.jsonl"
         ) from error
     return {name: found[name].to_list() for name in names}
+
+
+@contextmanager
+def _no_retries_in_vain() -> Iterator[Exception | None]:
+    """Where the hub cannot be reached, its libraries are offline in here; gives the error that says why.
+
+    They then take what is in their cache, or say at once that it is not there, instead of after half a minute of tries.
+    """
+    import datasets
+    import huggingface_hub as hub
+
+    unreached = None
+    try:
+        hub.HfApi().dataset_info(_DATA_SET, timeout=5)
+    except hub.errors.HfHubHTTPError:
+        pass  # it has answered, if with an error: loading says which
+    except Exception as error:  # of its HTTP client, and releases differ in which one that is
+        unreached = error
+    flags = () if unreached is None else (hub.constants, datasets.config)
+    before = [flag.HF_HUB_OFFLINE for flag in flags]
+    try:
+        for flag in flags:
+            flag.HF_HUB_OFFLINE = True
+        yield unreached
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.HF_HUB_OFFLINE = value
 
 
 def require_lm_eval() -> None:

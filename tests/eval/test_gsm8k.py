@@ -278,11 +278,64 @@ def test_no_hub(monkeypatch):
     def unreachable(*arguments):
         raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
 
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *arguments, **named: None)
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     done = run_program(gsm8k.app, "--limit", 1, "--device", "cpu")
     assert done.code == 2
     assert "cannot be had from the hub (Couldn't reach" in done.err
     assert "--data DIR" in done.err
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """``hub(error)``: it answers the first question with an error, or without one; the arguments of what is loaded."""
+    import datasets
+    import huggingface_hub
+
+    asked = []
+
+    def load_dataset(*arguments):
+        asked.append((*arguments, datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.is_offline_mode()))
+        raise ConnectionError("not here")
+
+    def answer(error=None):
+        def dataset_info(self, name, **named):
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+        monkeypatch.setattr("datasets.load_dataset", load_dataset)
+        return asked
+
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    return answer
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no route"), TimeoutError("no answer")], ids=repr)
+def test_a_hub_that_is_not_reached_is_not_asked_again_and_again(hub, error):
+    """Its libraries take what they have kept, and know of the hub again afterwards."""
+    asked = hub(error)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"cannot be had from the hub \({error}\); give programs --data DIR"):
+            problems.from_hub(["test"])
+    assert asked == 2 * [("openai/gsm8k", "main", True, True)]
+    import datasets
+    import huggingface_hub
+
+    assert not datasets.config.HF_HUB_OFFLINE
+    assert not huggingface_hub.constants.is_offline_mode()
+
+
+def test_a_hub_that_answers_is_asked_for_the_data(hub):
+    from huggingface_hub.errors import HfHubHTTPError
+
+    refused = HfHubHTTPError.__new__(HfHubHTTPError)  # what its constructor takes differs between releases
+    for error in (None, refused):
+        asked = hub(error)
+        with pytest.raises(UserError, match=r"cannot be had from the hub \(not here\)"):
+            problems.from_hub(["test"])
+    assert asked == 2 * [("openai/gsm8k", "main", False, False)]
 
 
 def test_the_data_are_fetched_once(tmp_path, monkeypatch):
@@ -296,6 +349,7 @@ def test_the_data_are_fetched_once(tmp_path, monkeypatch):
         asked.append(arguments)
         return {name: SimpleNamespace(to_list=lambda name=name: rows[name]) for name in rows}
 
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *arguments, **named: None)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     for _ in range(2):
         assert run_program(fetch_gsm8k.app, tmp_path / "new" / "gsm8k").code == 0
