@@ -137,6 +137,15 @@ def test_importing_the_package_imports_nothing_slow():
     assert python(code % ["torch", "transformers", "numpy", "PIL"]) == f"{version} []"
 
 
+def test_another_rank_imports_neither_tokenizers_nor_what_reads_pictures():
+    """Its process starts in two thirds of the time."""
+    code = (
+        "import sys, qwen3vl_moe.engine.follower, qwen3vl_moe.weights\n"
+        "print([m for m in sys.modules if m in ('transformers', 'tokenizers', 'qwen3vl_moe.inputs')])"
+    )
+    assert python(code) == "[]"
+
+
 def test_the_demo_answers_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"  # as if it were not installed
