@@ -184,8 +184,8 @@ def _body(request: Any) -> dict[str, Any]:
 @contextmanager
 def _served(llm: Any) -> Iterator[str]:
     try:
+        from qwen3vl_moe.server.limits import Limits
         from qwen3vl_moe.server.run import Server, bind
-        from qwen3vl_moe.server.serving import Limits
     except ImportError as error:
         raise OptionError(f"{error.name} is missing: pip install 'qwen3vl-moe[serve]'") from None
     ready = threading.Event()

@@ -102,8 +102,8 @@ def main(
         except ImportError as error:
             raise OptionError(f"{error.name} is missing: pip install 'qwen3vl-moe[serve]'") from None
         from qwen3vl_moe.inputs.access import media_access
+        from qwen3vl_moe.server.limits import Limits
         from qwen3vl_moe.server.media import MediaLimits
-        from qwen3vl_moe.server.serving import Limits
 
         access = media_access(None, allow_hosts if allow_remote_images else "", allow_private_hosts=False)
         bound = bind(host, port)

@@ -11,8 +11,8 @@ import threading
 import pytest
 
 from qwen3vl_moe.inputs.access import MediaAccess
+from qwen3vl_moe.server.limits import Limits
 from qwen3vl_moe.server.media import MediaLimits
-from qwen3vl_moe.server.serving import Limits
 from tests.inputs.web import PICTURE, serve
 from tests.pictures import encoded, noise
 from tests.server.conftest import HELLO, asking, data_url, served

@@ -11,7 +11,7 @@ import pytest
 
 from qwen3vl_moe import SamplingParams
 from qwen3vl_moe.errors import RankError
-from qwen3vl_moe.server.serving import Limits
+from qwen3vl_moe.server.limits import Limits
 from tests.server.conftest import HELLO, Served, asking, data_url, served
 
 LONG = {"messages": HELLO, "max_tokens": 2000, "ignore_eos": True, "temperature": 0}

@@ -208,7 +208,7 @@ def test_a_form_begins_where_the_reasoning_ends(server, kind):
             '<tool_call>\n{"name": "count", "arguments": {"number": 3}}\n</tool_call>',
         ),
     }[kind]
-    grammar = engine._grammars.of(after_thinking(form))
+    grammar = engine.admission.grammars.of(after_thinking(form))
 
     def may_end(text: str) -> bool:
         logits_V = torch.zeros(engine.model.config.text.vocab_size)

@@ -4,8 +4,8 @@ import pytest
 
 from qwen3vl_moe import SamplingParams
 from qwen3vl_moe.inputs.access import MediaAccess
+from qwen3vl_moe.server.limits import Limits
 from qwen3vl_moe.server.media import MediaLimits, with_bytes
-from qwen3vl_moe.server.serving import Limits
 from tests.inputs.clips import make_clip
 from tests.inputs.web import serve
 from tests.pictures import encoded, noise
