@@ -7,7 +7,6 @@ no weights and touches no GPU. It ends when all is answered after it was told to
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -35,9 +34,6 @@ def main(wire: int, listening: int) -> None:
         wire: descriptor of the connection to the engine's process.
         listening: that of the socket that clients connect to.
     """
-    # A terminal sends its signals to all processes, and so do others; the engine's decides what they mean.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     sys.setswitchinterval(_SWITCH_INTERVAL)
     engine = Wire(socket.socket(fileno=wire))
     try:

@@ -19,7 +19,9 @@ from qwen3vl_moe.server.engine_thread import EngineThread
 from qwen3vl_moe.server.limits import Limits
 from qwen3vl_moe.server.wire import Start, Stop, Wire
 
-_MAIN = "import json, sys; sys.path[:], *given = json.loads(sys.argv[1]); "
+# A terminal sends its signals to all processes, and so do others; this one decides what they mean.
+_MAIN = "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+_MAIN += "signal.signal(signal.SIGTERM, signal.SIG_IGN); sys.path[:], *given = json.loads(sys.argv[1]); "
 _MAIN += "from qwen3vl_moe.server.front import main; main(*given)"
 
 

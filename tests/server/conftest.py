@@ -1,15 +1,17 @@
-"""Servers on loopback, in threads of this process, so that their engines can be looked into."""
+"""Servers on loopback, whose engines are in this process and can be looked into."""
 
 from __future__ import annotations
 
 import base64
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -30,13 +32,33 @@ class Served:
 
     Attributes:
         url: of it.
+        address: of it, for sockets.
         http: a client of it.
         llm: whose engine it drives.
+        listening: the socket of the server that all tests share.
+        said: its lines.
+        status: that it ended with.
     """
 
-    def __init__(self, server: Server, llm: LLM):
-        self.server, self.url, self.llm, self.said = server, server.address, llm, []
+    listening: socket.socket
+
+    def __init__(self, server: Server, llm: LLM, said: list[str]):
+        self.server, self.url, self.llm, self.said, self.status = server, server.address, llm, said, None
+        parts = urlsplit(self.url)
+        self.address = parts.hostname, parts.port
         self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def run(self) -> None:
+        self.status = self.server.run()
+
+    def metric(self, name: str) -> float:
+        lines = self.http.get("/metrics").text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith(f"qwen3vl_moe_{name} "))
+
+    @property
+    def inside(self) -> int:
+        """How many answers were let in and have not ended."""
+        return int(self.metric("answers_inside"))
 
     def chat(self, messages: Any = HELLO, **fields: Any) -> httpx.Response:
         return self.http.post("/v1/chat/completions", json={"messages": messages, "temperature": 0, **fields})
@@ -53,23 +75,22 @@ class Served:
         """Wait until nothing is asked for any more; then every block has to be free."""
         deadline = time.monotonic() + 30
         scheduler, cache = self.llm.engine.scheduler, self.llm.engine.cache
-        while self.server.serving.gate.inside or scheduler.running or scheduler.waiting:
+        while self.inside or scheduler.running or scheduler.waiting:
             assert time.monotonic() < deadline, "something is still inside"
             time.sleep(0.01)
         assert cache.num_free == cache.num_blocks
         assert not any(cache._references)
-        assert self.server.serving._ahead._value == min(scheduler.max_num_seqs, 128)
+        assert self.metric("requests_ahead") == 0
 
 
 @contextmanager
-def served(llm: LLM, name: str = "demo", **options: Any) -> Iterator[Served]:
+def served(llm: LLM, name: str = "demo", bound: socket.socket | None = None, **options: Any) -> Iterator[Served]:
     said: list[str] = []
-    server = Server(llm, bind("127.0.0.1", 0), name, say=said.append, **options)
-    thread = threading.Thread(target=server.run)
+    server = Server(llm, bound or bind("127.0.0.1", 0), name, say=said.append, **options)
+    made = Served(server, llm, said)
+    thread = threading.Thread(target=made.run)
     thread.start()
     try:
-        made = Served(server, llm)
-        made.said = said
         while not said:
             time.sleep(0.01)
         yield made
@@ -90,7 +111,10 @@ def demo() -> LLM:
 @pytest.fixture(scope="session")
 def server(demo: LLM) -> Iterator[Served]:
     """One server for all tests that need no other."""
-    with served(demo) as running:
+    bound = bind("127.0.0.1", 0)
+    listening = bound.dup()
+    with served(demo, bound=bound) as running, listening:
+        running.listening = listening
         yield running
 
 

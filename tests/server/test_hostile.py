@@ -88,7 +88,7 @@ def mutated(seed: int) -> tuple[str, bytes]:
 
 def test_a_thousand_malformed_bodies(server):
     """Those that happen to be in order are answered; the others get a status of 4xx, and a line that says why."""
-    connection = http.client.HTTPConnection(*server.server._bound.getsockname(), timeout=60)
+    connection = http.client.HTTPConnection(*server.address, timeout=60)
     refused = 0
     for seed in range(1000):
         path, body = mutated(seed)
@@ -276,7 +276,7 @@ def test_paths_methods_and_encodings(server):
 
 def test_bytes_that_are_no_http(server):
     for noise_bytes in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET\r\n\r\n", b"A" * 100_000 + b"\r\n\r\n"):
-        with socket.create_connection(server.server._bound.getsockname(), timeout=10) as connection:
+        with socket.create_connection(server.address, timeout=10) as connection:
             connection.sendall(noise_bytes)
             connection.shutdown(socket.SHUT_WR)
             connection.settimeout(10)
