@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +26,9 @@ from qwen3vl_moe.inputs.processor import Processor
 from qwen3vl_moe.server.run import Server, bind
 from tests.pictures import encoded
 
-DEMO = Path(__file__).resolve().parents[2] / "qwen3vl_moe" / "demo"
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "qwen3vl_moe" / "demo"
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -154,3 +159,37 @@ def question() -> tuple[bytes, str, str]:
     """A drawn picture (PNG), a question about it, and the right answer, which the demo gives."""
     example = next(each for each in heldout_examples(9) if each.questions[0].kind == "number")
     return encoded(draw(example.scenes[0])), example.questions[0].text, example.questions[0].answer
+
+
+def start(*options: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "scripts/serve.py"), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | environment)
+
+
+@pytest.fixture
+def program():
+    """A server of the demo, and its address."""
+    process = start("--port", "0", "--max-num-seqs", "8", "--max-model-len", "1024")
+    try:
+        for line in process.stderr:
+            if line.startswith("serving "):
+                break
+        else:
+            pytest.fail("it never served")
+        yield process, line.split()[-1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in found.split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

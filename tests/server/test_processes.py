@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import threading
 import time
 
@@ -13,9 +12,8 @@ import pytest
 import torch
 
 from qwen3vl_moe.server.wire import Ask, Stop, Wire
-from tests.server.conftest import HELLO, served
-from tests.server.test_program import LONG, program, start  # noqa: F401  a fixture
-from tests.server.test_streams import connect, until
+from tests.server.conftest import HELLO, alive, children_of, served
+from tests.server.test_streams import LONG, connect, until
 
 
 def test_arrays_go_across_as_they_are():
@@ -63,20 +61,7 @@ def test_the_end_of_the_process_that_serves_http_is_that_of_the_server(make_demo
     assert llm.chat(HELLO)[0].outputs[0].text  # and the model is somebody else's
 
 
-def children_of(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(line) for line in found.split()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_a_killed_engine_takes_all_with_it_and_clients_are_told(program):  # noqa: F811
+def test_a_killed_engine_takes_all_with_it_and_clients_are_told(program):
     process, url = program
     [front] = children_of(process.pid)
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG | {"stream": True}, timeout=60) as reply:
@@ -91,7 +76,7 @@ def test_a_killed_engine_takes_all_with_it_and_clients_are_told(program):  # noq
     until(lambda: not alive(front), "a process is left")
 
 
-def test_signals_to_all_processes_are_one_order(program):  # noqa: F811
+def test_signals_to_all_processes_are_one_order(program):
     """As a terminal sends them: the process that serves HTTP leaves them to the other one."""
     process, url = program
     [front] = children_of(process.pid)

@@ -142,12 +142,13 @@ def test_a_full_server_says_so_and_takes_more_later(make_demo):
 def test_pictures_that_wait_are_not_decoded_all_at_once(make_demo, question):
     picture, text, _ = question
     with served(make_demo(max_num_seqs=2)) as small:
-        body = {"messages": asking(text, data_url(picture)), "max_tokens": 60, "ignore_eos": True}
-        connections = [connect(small, body) for _ in range(12)]
-        until(lambda: small.inside == 12, "they were not let in")
+        body = {"messages": asking(text, data_url(picture)), "max_tokens": 20, "ignore_eos": True}
+        connections = [connect(small, body) for _ in range(10)]
+        until(lambda: small.inside == 10, "they were not let in")
         ahead = []
         while small.inside:
             ahead.append(small.metric("requests_ahead"))
+            time.sleep(0.01)
         for connection in connections:
             connection.close()
         small.settles()
