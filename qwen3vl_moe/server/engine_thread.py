@@ -1,8 +1,8 @@
 """The engine's side of a server: one thread that drives the engine, and one that hears what is asked.
 
 What is asked is looked at between steps, so a request joins the running batch with the next step, and one that is given
-up is gone before it. After each step, all that it gave to all requests goes out in one message. The thread waits for
-nobody: who reads slowly finds more at once.
+up is gone before it. After each step, all that it gave to all requests goes out in one message. The thread waits for no
+client: who reads slowly finds more at once.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class EngineThread:
     def join(self) -> None:
         """Wait for its end, which is that of the wire."""
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # else it was never started
+                thread.join()
 
     def _hear(self) -> None:
         try:

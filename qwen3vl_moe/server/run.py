@@ -63,7 +63,7 @@ class Server:
 
     Args:
         llm: used by nobody else while the server runs.
-        bound: where (:func:`bind`).
+        bound: where (:func:`bind`); it is this object's own from then on.
         name: of the model.
         api_key: that clients have to give; None: none.
         say: takes lines for whoever looks after it.
@@ -102,13 +102,13 @@ class Server:
             the exit status: 0, 130 if a second signal gave answers up, 1 if one of the processes has failed.
         """
         stopping = killed = False
-        try:
-            with suppress(OSError):  # it has ended, which the thread says that waits for it
-                self._wire.send(self._start)
-            self.thread.start()
-            threading.Thread(target=self._wait, daemon=True).start()
-            with _signals_to(self._orders.put):
-                while (order := self._orders.get()) != "ended":
+        with _signals_to(self._orders.put):
+            try:
+                with suppress(OSError):  # it has ended, which the thread says that waits for it
+                    self._wire.send(self._start)
+                self.thread.start()
+                threading.Thread(target=self._wait, daemon=True).start()
+                while not killed and (order := self._orders.get()) != "ended":
                     if order == "ready":
                         self._say(f"serving {self._name} at {self.address}")
                         continue
@@ -116,20 +116,18 @@ class Server:
                         killed = stopping
                         said = "stopping now" if killed else "finishing what was asked for; once more to stop now"
                         self._say(said)
-                        if killed:
-                            break
                     stopping = True
                     with suppress(OSError):
                         self._wire.send(Stop())
-        finally:
-            self.close()
+            finally:
+                self.close()
         if self.thread.failure is not None:
             self._say(f"error: {self.thread.failure}")
             return 1
         if killed:
             return 130
-        if not stopping:
-            code = self._process.returncode
+        code = self._process.returncode
+        if code != 0 or not stopping:
             how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with status {code}"
             self._say(f"error: the process that serves HTTP {how}")
             return 1
