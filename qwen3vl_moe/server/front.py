@@ -7,6 +7,7 @@ no weights and touches no GPU. It ends when all is answered after it was told to
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ def main(wire: int, listening: int) -> None:
         start = engine.receive()
     except EOFError:  # it was stopped before it had begun
         return
+    gc.collect()
+    gc.freeze()  # what is there now stays: Python need not look through all of it again and again
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(start, engine, socket.socket(fileno=listening)))
 
