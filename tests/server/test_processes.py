@@ -46,11 +46,14 @@ def test_half_a_message_is_none():
             Wire(there).receive()
 
 
-def test_the_end_of_the_process_that_serves_http_is_that_of_the_server(make_demo):
+@pytest.mark.parametrize("draining", [False, True], ids=["serving", "draining"])
+def test_the_end_of_the_process_that_serves_http_is_that_of_the_server(make_demo, draining):
     llm = make_demo()
     with served(llm) as small:
         connections = [connect(small, LONG | {"stream": True, "max_tokens": 900}) for _ in range(3)]
         until(lambda: len(llm.engine.scheduler.running) == 3, "they never ran")
+        if draining:
+            small.server.stop()
         small.server._process.kill()
         until(lambda: small.status is not None, "the server goes on")
         for connection in connections:
