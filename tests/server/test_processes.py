@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import threading
-import time
 
 import httpx
 import numpy as np
@@ -65,8 +64,11 @@ def test_the_end_of_the_process_that_serves_http_is_that_of_the_server(make_demo
 
 
 def test_a_killed_engine_takes_all_with_it_and_clients_are_told(program):
+    """Signals, which a terminal sends to all processes, are the first one's: the other leaves them alone."""
     process, url = program
     [front] = children_of(process.pid)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(front, number)
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG | {"stream": True}, timeout=60) as reply:
         lines = reply.iter_lines()
         next(lines)
@@ -77,20 +79,6 @@ def test_a_killed_engine_takes_all_with_it_and_clients_are_told(program):
     said = process.stderr.read()  # to its end, which is that of both processes
     assert said.splitlines() == ["error: the engine's process has ended"]
     until(lambda: not alive(front), "a process is left")
-
-
-def test_signals_to_all_processes_are_one_order(program):
-    """As a terminal sends them: the process that serves HTTP leaves them to the other one."""
-    process, url = program
-    [front] = children_of(process.pid)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        os.kill(front, number)
-    time.sleep(0.2)
-    assert httpx.get(f"{url}/health").status_code == 200
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
-    assert process.stderr.read().splitlines() == ["finishing what was asked for; once more to stop now"]
-    assert not alive(front)
 
 
 def test_a_grammar_that_is_given_up_while_it_is_compiled_leaves_nothing(server):
