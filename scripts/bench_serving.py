@@ -1,12 +1,15 @@
 """What does the server cost? The closed loop of ttft.py in process and over HTTP, in turns, with one model.
 
     python scripts/bench_serving.py --load-format dummy --model DIR      # 30B sizes, random weights: 80 GB
-    python scripts/bench_serving.py --load-format dummy --max-concurrency 32,256
+    python scripts/bench_serving.py --load-format dummy --max-concurrency 32,256 --num-prompts 512 --rounds 1
     python scripts/bench_serving.py --model demo --image-resolution 128x160 --num-prompts 64 --max-concurrency 4,16
+    python scripts/bench_serving.py --model demo --pretend-device --max-concurrency 32,256     # no GPU
 
-The server runs in this process, its client in another one; both ways get requests of the same sizes, with pictures and
-texts of their own. Options, their meaning and the tables are those of sglang's bench_serving, which can be pointed at
-scripts/serve.py itself (docs/serving.md). Exit status: 0, or 2 if something in the call has to be mended.
+The engine runs in this process, what clients talk to in another one, and the client in a third; both ways get requests
+of the same sizes, with pictures and texts of their own. With --pretend-device, steps take the time that they take on a
+GPU and none of this machine's cores, and it is told for how long the device would have waited for the host. Options,
+their meaning and the tables are those of sglang's bench_serving, which can be pointed at scripts/serve.py itself
+(docs/serving.md). Exit status: 0, or 2 if something in the call has to be mended.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -55,12 +58,16 @@ def main(
     image_content: Annotated[str, typer.Option(help="random pixels, drawn shapes, blank.")] = "random",
     seed: Annotated[int, typer.Option(help="Of lengths, texts and images.")] = 1,
     rounds: Annotated[int, typer.Option(help="How often each way has its turn.")] = 3,
+    pretend_device: Annotated[
+        bool, typer.Option(help="On a CPU: steps that take a GPU's time, to see what the host adds to them.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="The figures of all rounds.")] = None,
 ) -> None:
     """Measure a server beside the same work in process, on this machine."""
     try:
         from benchmarking.inputs import Images
         from benchmarking.loading import load_llm
+        from benchmarking.pretended import PretendedDevice
         from benchmarking.workloads import Load
 
         loads = []
@@ -77,9 +84,15 @@ def main(
         options: dict[str, Any] = {"enable_prefix_caching": False}
         if model is None:
             options["max_model_len"] = 16384  # memory is for requests, not for length
+        if pretend_device:
+            if device not in ("auto", "cpu"):
+                raise OptionError(f"--pretend-device and --device {device} contradict each other")
+            device = "cpu"
+            options |= {"max_model_len": 1024, "max_num_seqs": 512, "num_blocks": 40_000}
         made = {"load_format": load_format, "device": device, "moe": moe}
         llm = load_llm(model, routing=routing if load_format != "auto" else None, **made, **options)
-        results = measure(llm, images, loads, rounds)
+        idle = PretendedDevice(llm).idle if pretend_device else None
+        results = measure(llm, images, loads, rounds, idle)
     except UserError as error:
         stderr.print(f"error: {error}")
         raise typer.Exit(2) from None
@@ -87,26 +100,36 @@ def main(
         json_file.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def measure(llm: Any, images: Any, loads: list[Any], rounds: int) -> list[dict[str, Any]]:
-    """All rounds of all loads; tables and comparisons go to stdout as they are made."""
+def measure(
+    llm: Any, images: Any, loads: list[Any], rounds: int, idle: list[float] | None = None
+) -> list[dict[str, Any]]:
+    """All rounds of all loads; tables and comparisons go to stdout as they are made.
+
+    Args:
+        idle: where a pretended device notes how long it waited for the host before each step.
+    """
     from benchmarking.report import environment, heading
     from benchmarking.serving import closed_loop, single_stream
-    from benchmarking.statistics import serving_metrics, serving_table
+    from benchmarking.statistics import serving_metrics, serving_table, summary
 
     out = Console(highlight=False, markup=False, soft_wrap=True)
     out.print(heading(environment(llm)))
     results = []
     for load in loads:
-        for request in load.requests(llm, images, 2, turn=10**6 + 1):  # whatever is done once
+        first = load.requests(llm, images, 2, turn=10**6 + 1)
+        for request in first:  # whatever is done once
             single_stream(llm, request)
         metrics: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
         for turn in range(rounds):
             for way in WAYS if turn % 2 == 0 else WAYS[::-1]:
                 requests = load.requests(llm, images, load.num_prompts, turn, who=WAYS.index(way))
+                before = 0 if idle is None else len(idle)
                 if way == "in process":
                     found = serving_metrics(*closed_loop(llm, requests, load.max_concurrency))
                 else:
-                    found = over_http(llm, requests, load.max_concurrency)
+                    found = over_http(llm, requests, load.max_concurrency, first)
+                if idle is not None:
+                    found["idle"] = summary(idle[before:])
                 metrics[way].append(found)
                 stderr.print(f"{way}, {load.max_concurrency} at a time, round {turn + 1} of {rounds}", style="dim")
         for way in WAYS:
@@ -118,11 +141,18 @@ def measure(llm: Any, images: Any, loads: list[Any], rounds: int) -> list[dict[s
             "mean TTFT": _ratio([found["ttft"]["mean"] for way in WAYS for found in metrics[way]]),
             "requests/s": _ratio([found["request_throughput"] for way in WAYS for found in metrics[way]]),
         }
-        for name in ("mean TTFT", "requests/s"):
+        units = {"mean TTFT": "ms", "requests/s": "1/s"}
+        if idle is not None:
+            units["device idle a step"] = "ms"
+            compared["device idle a step"] = _ratio([found["idle"]["mean"] for way in WAYS for found in metrics[way]])
+        for name, unit in units.items():
             before, after, ratio = compared[name]
-            unit = "ms" if name == "mean TTFT" else "1/s"
             out.print(f"{name}: {before:.1f} {unit} in process, {after:.1f} {unit} over HTTP: {ratio:.3f} times")
         results.append(compared)
+    if len(results) > 1:
+        out.print(f"\nrequests/s at {' and '.join(str(each['concurrency']) for each in results)} at a time")
+        for number, way in enumerate(WAYS):
+            out.print(f"{way}: " + ", ".join(f"{each['requests/s'][number]:.1f}" for each in results))
     return results
 
 
@@ -130,19 +160,23 @@ def _ratio(values: list[float]) -> tuple[float, float, float]:
     """Medians of both halves, and of their pairwise ratios."""
     half = len(values) // 2
     before, after = values[:half], values[half:]
-    ratios = [b / a for a, b in zip(before, after, strict=True)]
+    ratios = [b / max(a, 1e-9) for a, b in zip(before, after, strict=True)]
     return statistics.median(before), statistics.median(after), statistics.median(ratios)
 
 
-def over_http(llm: Any, requests: list[Any], concurrency: int) -> dict[str, Any]:
-    """The closed loop through a server, by a client in another process."""
+def over_http(llm: Any, requests: list[Any], concurrency: int, first: Sequence[Any] = ()) -> dict[str, Any]:
+    """The closed loop through a server, by a client in another process.
+
+    Args:
+        first: requests that come before it, for whatever is done once.
+    """
     from benchmarking.statistics import Record, serving_metrics, summary
 
-    bodies = b"\n".join(json.dumps(_body(request)).encode() for request in requests)
+    bodies = b"\n".join(json.dumps(_body(request)).encode() for request in [*first, *requests])
     folder = Path(__file__).resolve().parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
     with _served(llm) as url:
-        command = [sys.executable, "-m", "benchmarking.http_client", url, str(concurrency)]
+        command = [sys.executable, "-m", "benchmarking.http_client", url, str(concurrency), str(len(first))]
         done = subprocess.run(command, input=bodies, capture_output=True, env=environment)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
@@ -184,8 +218,8 @@ def _body(request: Any) -> dict[str, Any]:
 @contextmanager
 def _served(llm: Any) -> Iterator[str]:
     try:
+        from qwen3vl_moe.server.limits import Limits
         from qwen3vl_moe.server.run import Server, bind
-        from qwen3vl_moe.server.serving import Limits
     except ImportError as error:
         raise OptionError(f"{error.name} is missing: pip install 'qwen3vl-moe[serve]'") from None
     ready = threading.Event()

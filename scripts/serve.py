@@ -7,8 +7,8 @@ Then open http://127.0.0.1:8000, or give http://127.0.0.1:8000/v1 to any client 
 understood, the limits, and how to measure it. Ctrl-C (or SIGTERM) finishes what was asked for and ends; a second one
 ends at once.
 
-Exit status: 0 ended after a signal, 1 the engine has failed, 2 something in the call has to be mended, 130 ended by a
-second signal, or while the weights were loaded.
+Exit status: 0 ended after a signal, 1 the engine or one of the processes has failed, 2 something in the call has to be
+mended, 130 ended by a second signal, or while the weights were loaded.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main(
 ) -> None:
     """Serve a model: OpenAI's API over HTTP, and a page to look at.
 
-    Exit status: 0 ended after a signal, 1 the engine has failed, 2 an error in the call, 130 ended by a second signal.
+    Exit status: 0 ended after a signal, 1 a process has failed, 2 an error in the call, 130 ended by a second signal.
     """
     options = cli.engine_options(locals())
     may_be_0 = {"--max-images": max_images, "--max-videos": max_videos, "--max-waiting": max_waiting}
@@ -102,8 +102,8 @@ def main(
         except ImportError as error:
             raise OptionError(f"{error.name} is missing: pip install 'qwen3vl-moe[serve]'") from None
         from qwen3vl_moe.inputs.access import media_access
+        from qwen3vl_moe.server.limits import Limits
         from qwen3vl_moe.server.media import MediaLimits
-        from qwen3vl_moe.server.serving import Limits
 
         access = media_access(None, allow_hosts if allow_remote_images else "", allow_private_hosts=False)
         bound = bind(host, port)

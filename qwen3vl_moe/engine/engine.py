@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from qwen3vl_moe.engine.admission import Admission
 from qwen3vl_moe.engine.calls import Call
 from qwen3vl_moe.engine.chunks import Chunk, Decoding, Step
 from qwen3vl_moe.engine.constraints import Constraints, tokens_of_bad_words
@@ -25,7 +26,7 @@ from qwen3vl_moe.engine.executor import Executor
 from qwen3vl_moe.engine.grammar import Grammars
 from qwen3vl_moe.engine.options import EngineOptions
 from qwen3vl_moe.engine.outputs import Logprob, RequestMetrics
-from qwen3vl_moe.engine.params import SamplingParams, check_vocabulary
+from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.engine.prepare import prepare
 from qwen3vl_moe.engine.runner import ChunkResult, Launched, Runner, StepResult
 from qwen3vl_moe.engine.sampler import TokenLogprob
@@ -78,20 +79,16 @@ class Engine:
         self._launched: deque[Launched] = deque()
         self._last_read = 0.0  # when the last tokens were, in seconds since the epoch
         self._token_bytes = TokenBytes(tokenizer)
-        self._grammars = Grammars(tokenizer, model.config.text.vocab_size, defaults.eos_token_ids)
+        vocab_size = model.config.text.vocab_size
+        grammars = Grammars(tokenizer, vocab_size, defaults.eos_token_ids)
+        self.admission = Admission(defaults, grammars, vocab_size, self.max_model_len)
         self._ids = itertools.count()
         self._half_done = False  # whether a change of what scheduler, cache and sequences hold was broken off
         self._taking: tuple[Sequence, int] | None = None  # who is given a token, and how many it had of its answer
 
     def check(self, params: SamplingParams) -> SamplingParams:
-        """Complete parameters; raises OptionError for those that this model cannot serve. Any thread may ask.
-
-        A grammar is compiled here, and known to :meth:`requests` afterwards.
-        """
-        check_vocabulary(params, self.model.config.text.vocab_size)
-        if params.structured_outputs is not None:
-            self._grammars.of(params.structured_outputs)
-        return self.defaults.complete(params)
+        """See :meth:`.Admission.check`; a grammar is known to :meth:`requests` afterwards. Any thread may ask."""
+        return self.admission.check(params)
 
     @property
     def has_room(self) -> bool:
@@ -141,7 +138,7 @@ class Engine:
             ending=eos.union(params.stop_token_ids or ()),
             suppressed=self.defaults.suppressed,
             bad_words=tokens_of_bad_words(self.tokenizer, params.bad_words or ()),
-            grammar=None if form is None else self._grammars.of(form),
+            grammar=None if form is None else self.admission.grammars.of(form),
         )
         request_id, arrival = str(next(self._ids)), time.time() if arrival is None else arrival
         sequences = []

@@ -65,6 +65,9 @@ class Grammars:
         self._lock = threading.Lock()  # never held while anything is compiled
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
 
+    def __reduce__(self) -> tuple[Any, ...]:  # for another process, which compiles its own
+        return Grammars, (self._tokenizer, self._vocabulary, self._eos)
+
     def of(self, form: Mapping[str, Any]) -> Grammar:
         """The grammar of ``SamplingParams.structured_outputs``, for one answer.
 

@@ -6,11 +6,11 @@ step, and looks which of its requests have ended. A step serves the requests of 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from typing import Any
 
+from qwen3vl_moe.engine.admission import Prepare, Timed
 from qwen3vl_moe.engine.calls import Call, Turns
 from qwen3vl_moe.engine.engine import Engine
 from qwen3vl_moe.engine.feed import Feed
@@ -18,13 +18,7 @@ from qwen3vl_moe.engine.intake import Intake
 from qwen3vl_moe.engine.outputs import RequestOutput, joined
 from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.engine.sequence import Sequence
-from qwen3vl_moe.errors import PromptError, UserError
-from qwen3vl_moe.inputs.processor import Prompt
-
-Prepare = Callable[[Any, int | None], Prompt]  # of a request, and of how many tokens to keep at most (None: of all)
-Timed = tuple[
-    Prompt, float, float
-]  # a prompt, when work on it began (since the epoch) and how long it took, in seconds
+from qwen3vl_moe.errors import UserError
 
 Answer = tuple[Any, RequestOutput | UserError]  # with the number, or another key, of its request
 Answers = Generator[Answer, None, None]
@@ -163,26 +157,8 @@ class Service:
             self.engine.settle()
 
     def prepared(self, prepare: Prepare, pair: tuple[Any, SamplingParams]) -> Timed:
-        """Make a prompt.
-
-        Raises:
-            PromptError: it cannot be made, for whatever reason: one bad request is that request's error alone.
-        """
-        item, params = pair
-        arrival = time.time()
-        try:
-            return prepare(item, self._kept(params)), arrival, time.time() - arrival
-        except UserError:
-            raise
-        except Exception as error:  # of a library that met what nobody foresaw; the cause keeps its traceback
-            raise PromptError(f"the request cannot be prepared: {type(error).__name__}: {error}") from error
-
-    def _kept(self, params: SamplingParams) -> int | None:
-        """How many tokens of a prompt are kept at most."""
-        if params.truncate_prompt_tokens != -1:
-            return params.truncate_prompt_tokens
-        answer = self.engine.defaults.complete(params).max_tokens or 1
-        return max(1, self.engine.max_model_len - answer)
+        """See :meth:`.Admission.prepared`."""
+        return self.engine.admission.prepared(prepare, pair)
 
 
 def _ended(sequences: list[Sequence]) -> bool:

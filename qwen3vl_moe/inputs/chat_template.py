@@ -39,6 +39,9 @@ class ChatTemplate:
     def __init__(self, source: str, constants: Mapping[str, Any]):
         self.source, self._constants = source, constants
 
+    def __reduce__(self) -> tuple[Any, ...]:  # for another process; what jinja has compiled cannot be sent
+        return ChatTemplate, (self.source, self._constants)
+
     @cached_property
     def _parts(self) -> tuple[jinja2.Template, frozenset[str], frozenset[str]]:
         """The compiled template, the variables that it reads, and every name that it looks up or compares with."""

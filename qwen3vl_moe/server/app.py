@@ -9,8 +9,6 @@ import hmac
 import re
 import time
 import traceback
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,10 +20,11 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3vl_moe.errors import UserError
-from qwen3vl_moe.server.engine_thread import EngineEnded
+from qwen3vl_moe.server.limits import Ticket
 from qwen3vl_moe.server.protocol import RequestError
 from qwen3vl_moe.server.replies import Reply
-from qwen3vl_moe.server.serving import Serving, Ticket, request_error
+from qwen3vl_moe.server.serving import Serving, request_error
+from qwen3vl_moe.server.streams import EngineEnded, Stream
 
 _BODY_SECONDS, _WRITE_SECONDS = 60.0, 300.0  # for a body to come; for a client to take what was written
 _DISCARDED = 256 << 20  # bytes of a body that is too large, which are read so that its client hears the reply
@@ -36,15 +35,9 @@ _EVENTS.append((b"x-accel-buffering", b"no"))  # or nginx would hold a stream ba
 
 
 def make_app(serving: Serving, api_key: str | None = None) -> FastAPI:
-    """The application of a server, whose engine runs from its startup to its shutdown."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        serving.thread.start()
-        yield
-
+    """The application of a server."""
     # No pages about the API: they would load scripts from elsewhere, and know nothing of bodies that are read by hand.
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, serving=serving, api_key=api_key)
 
     @app.exception_handler(RequestError)
@@ -65,7 +58,7 @@ def make_app(serving: Serving, api_key: str | None = None) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        if serving.thread.failure is not None:
+        if serving.link.failed:
             raise RequestError("the engine has failed", None, "engine_ended", 503)
         return JSONResponse({"status": "ok"})
 
@@ -85,7 +78,7 @@ def make_app(serving: Serving, api_key: str | None = None) -> FastAPI:
 
     @app.api_route("/flush_cache", methods=["POST"])
     async def flush_cache() -> Response:
-        serving.thread.flush_cache()
+        serving.link.flush_cache()
         return PlainTextResponse("The cache is forgotten.\n")
 
     @app.post("/v1/chat/completions")
@@ -189,7 +182,7 @@ class Answer(Response):
             if stream is not None:
                 self._serving.end(stream)
 
-    async def _write(self, stream: Any, reply: Reply, include_usage: bool, send: Send) -> None:
+    async def _write(self, stream: Stream, reply: Reply, include_usage: bool, send: Send) -> None:
         """A stream. Its status is sent with the first token, so that an error before it has a status of its own."""
         while deltas := await stream.next():
             if not self._begun:
@@ -261,9 +254,8 @@ def _error(error: RequestError, headers: dict[str, str] | None = None) -> Respon
 
 
 def _model(serving: Serving) -> dict[str, Any]:
-    length = serving.llm.engine.max_model_len
     about = {"id": serving.name, "object": "model", "created": serving.created, "owned_by": "qwen3vl-moe"}
-    return {**about, "root": serving.name, "max_model_len": length}
+    return {**about, "root": serving.name, "max_model_len": serving.max_model_len}
 
 
 def _policy(page: str) -> str:

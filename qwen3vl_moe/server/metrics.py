@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 
-from qwen3vl_moe.server.engine_thread import Stream
+from qwen3vl_moe.server.streams import Stream
 
 disable_created_metrics()  # a second line for each, with the time of its birth
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)

@@ -10,8 +10,8 @@ from typing import Any
 
 from qwen3vl_moe.engine.detokenizer import TokenBytes
 from qwen3vl_moe.engine.outputs import Logprob
-from qwen3vl_moe.server.engine_thread import Delta
 from qwen3vl_moe.server.parts import Part, Parts
+from qwen3vl_moe.server.wire import Delta
 
 DONE = b"data: [DONE]\n\n"
 Entries = list[tuple[int, dict[int, Logprob]]]  # of tokens: the id of each, and its log-probabilities

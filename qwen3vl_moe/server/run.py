@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
+import os
+import queue
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import uvicorn
+from contextlib import contextmanager, suppress
 
 from qwen3vl_moe.engine import LLM
 from qwen3vl_moe.errors import OptionError
-from qwen3vl_moe.server.app import make_app
-from qwen3vl_moe.server.serving import Limits, Serving
+from qwen3vl_moe.server.engine_thread import EngineThread
+from qwen3vl_moe.server.limits import Limits
+from qwen3vl_moe.server.wire import Start, Stop, Wire
 
-_BACKLOG = 2048  # connections that may wait to be accepted
-_KEEP_ALIVE = 75  # seconds; longer than clients keep a connection that they may use again
-# Seconds for which a thread may keep the interpreter from the engine's, which lets go of it with every launch. A tenth
-# of Python's own: docs/serving.md has what it gained.
-_SWITCH_INTERVAL = 0.0005
+# A terminal sends its signals to all processes, and so do others; this one decides what they mean.
+_MAIN = "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+_MAIN += "signal.signal(signal.SIGTERM, signal.SIG_IGN); sys.path[:], *given = json.loads(sys.argv[1]); "
+_MAIN += "from qwen3vl_moe.server.front import main; main(*given)"
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -58,45 +58,12 @@ def address_of(bound: socket.socket) -> str:
     return f"http://{shown}:{port}"
 
 
-class _Uvicorn(uvicorn.Server):
-    """Tells when it takes connections, and what a signal came to."""
-
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], say: Callable[[str], None]):
-        super().__init__(config)
-        self._ready, self._say = ready, say
-
-    async def startup(self, sockets: Any = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._ready()
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        self.force_exit = self.should_exit  # of any two signals
-        self.should_exit = True
-        # Not from the handler itself, which may have struck in the middle of a write.
-        said = "stopping now" if self.force_exit else "finishing what was asked for; once more to stop now"
-        asyncio.get_running_loop().call_soon_threadsafe(self._say, said)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Uvicorn's own raises each signal once more at its end: here it is an order that has been carried out."""
-        if threading.current_thread() is not threading.main_thread():  # no signal ever strikes here
-            yield
-            return
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 class Server:
     """Serves one model at one address.
 
     Args:
         llm: used by nobody else while the server runs.
-        bound: where (:func:`bind`).
+        bound: where (:func:`bind`); it is this object's own from then on.
         name: of the model.
         api_key: that clients have to give; None: none.
         say: takes lines for whoever looks after it.
@@ -116,46 +83,90 @@ class Server:
     ):
         if (engines := llm.settings["data_parallel_size"]) > 1:
             raise OptionError(f"data_parallel_size={engines}: a server drives one engine; start one for each")
-        self.address, self._bound, self._say = address_of(bound), bound, say
-        self.serving = Serving(llm, name, limits or Limits(), self.stop)
-        config = uvicorn.Config(
-            make_app(self.serving, api_key),
-            log_config=None,
-            access_log=False,
-            backlog=_BACKLOG,
-            timeout_keep_alive=_KEEP_ALIVE,
-            server_header=False,
-            ws="none",
-        )
-        self._uvicorn = _Uvicorn(config, lambda: say(f"serving {name} at {self.address}"), say)
+        self.address, self._name, self._say = address_of(bound), name, say
+        self._orders: queue.SimpleQueue[str] = queue.SimpleQueue()
+        ours, theirs = socket.socketpair()
+        self._process = _started(theirs, bound)
+        theirs.close()
+        bound.close()  # or connections would be taken that nobody serves, once that process has ended
+        engine, self._wire = llm.engine, Wire(ours)
+        order = self._orders.put
+        self.thread = EngineThread(engine, self._wire, lambda: order("ready"), lambda: order("failed"))
+        limits, seats = limits or Limits(), engine.scheduler.max_num_seqs
+        self._start = Start(name, llm.processor, engine.admission, seats, limits, api_key)
 
     def run(self) -> int:
         """Serve until :meth:`stop` or a signal asks for an end, and then until all answers are finished.
 
         Returns:
-            the exit status: 0, 130 if a second signal gave answers up, 1 if the engine has failed.
+            the exit status: 0, 130 if a second signal gave answers up, 1 if one of the processes has failed.
         """
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_INTERVAL)
-        try:
-            with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-                runner.run(self._uvicorn.serve(sockets=[self._bound]))
-        finally:
-            self.serving.close()
-            sys.setswitchinterval(interval)
-        if self.serving.thread.failure is not None:
-            self._say(f"error: {self.serving.thread.failure}")
+        stopping = killed = False
+        with _signals_to(self._orders.put):
+            try:
+                with suppress(OSError):  # it has ended, which the thread says that waits for it
+                    self._wire.send(self._start)
+                self.thread.start()
+                threading.Thread(target=self._wait, daemon=True).start()
+                while not killed and (order := self._orders.get()) != "ended":
+                    if order == "ready":
+                        self._say(f"serving {self._name} at {self.address}")
+                        continue
+                    if order == "signal":
+                        killed = stopping
+                        said = "stopping now" if killed else "finishing what was asked for; once more to stop now"
+                        self._say(said)
+                    stopping = True
+                    with suppress(OSError):
+                        self._wire.send(Stop())
+            finally:
+                self.close()
+        if self.thread.failure is not None:
+            self._say(f"error: {self.thread.failure}")
             return 1
-        return 130 if self._uvicorn.force_exit else 0
+        if killed:
+            return 130
+        code = self._process.returncode
+        if code != 0 or not stopping:
+            how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with status {code}"
+            self._say(f"error: the process that serves HTTP {how}")
+            return 1
+        return 0
 
     def stop(self) -> None:
         """Take no more requests, and end once all answers are finished. Any thread may ask for it."""
-        self._uvicorn.should_exit = True
+        self._orders.put("stop")
+
+    def close(self) -> None:
+        """End at once; what is being done is given up, and the model may serve somebody else."""
+        self._process.kill()
+        self._process.wait()
+        self._wire.close()
+        self.thread.join()
+
+    def _wait(self) -> None:
+        self._process.wait()
+        self._orders.put("ended")
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def _started(wire: socket.socket, listening: socket.socket) -> subprocess.Popen:
+    """The process that clients talk to (:mod:`.front`)."""
+    given = wire.fileno(), listening.fileno()
+    arguments = json.dumps([sys.path, *given])
+    # Its tensors are small, and none of them is on a GPU.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, "-c", _MAIN, arguments], pass_fds=given, env=environment)
+
+
+@contextmanager
+def _signals_to(give: Callable[[str], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # no signal ever strikes here
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: give("signal")) for number in numbers}
     try:
-        from uvloop import new_event_loop
-    except ImportError:
-        return None
-    return new_event_loop
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

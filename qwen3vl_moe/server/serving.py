@@ -1,7 +1,6 @@
 """From the body of a request to a stream of answers: admission, preparation, the engine. Knows nothing of HTTP's wire.
 
-All of it runs in one event loop, but for prompts (made by the library's pool of threads) and steps (the engine's
-thread).
+All of it runs in one event loop, but for prompts, which the library's pool of threads makes.
 """
 
 from __future__ import annotations
@@ -10,19 +9,17 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from qwen3vl_moe.engine import LLM
 from qwen3vl_moe.engine.detokenizer import TokenBytes
-from qwen3vl_moe.engine.service import Service
 from qwen3vl_moe.errors import NumbersError, OptionError, PromptError, RankError, UserError
 from qwen3vl_moe.inputs.processor import Prompt
 from qwen3vl_moe.inputs.workers import POOL
 from qwen3vl_moe.json_files import parse_json
-from qwen3vl_moe.server.engine_thread import EngineEnded, EngineThread, Prepared, Stream
-from qwen3vl_moe.server.media import MediaLimits, with_bytes
+from qwen3vl_moe.server.limits import Gate, Ticket
+from qwen3vl_moe.server.media import with_bytes
 from qwen3vl_moe.server.metrics import Metrics
 from qwen3vl_moe.server.parts import Parts, Reasons, reasons_of
 from qwen3vl_moe.server.protocol import (
@@ -34,97 +31,30 @@ from qwen3vl_moe.server.protocol import (
     parse_completion,
 )
 from qwen3vl_moe.server.replies import ChatReply, CompletionReply, Reply
+from qwen3vl_moe.server.streams import EngineEnded, Link, Stream
 from qwen3vl_moe.server.tools import after_thinking
+from qwen3vl_moe.server.wire import Prepared, Start
 
 _AHEAD = 128  # prompts that are ready and wait for their first step: pictures take more memory as pixels than as files
-_BODIES = 4 << 30  # bytes of all bodies that wait to be prepared
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server takes.
-
-    Attributes:
-        waiting: answers beyond those that are computed at a time.
-        body_bytes: of one request.
-        media: of its pictures and videos.
-    """
-
-    waiting: int = 1024
-    body_bytes: int = 64 << 20
-    media: MediaLimits = field(default_factory=MediaLimits)
-
-
-class Gate:
-    """How much is inside, and how much may be."""
-
-    def __init__(self, most: int, most_bytes: int = _BODIES):
-        self.most, self._most_bytes = most, most_bytes
-        self.inside = self._bytes = 0
-
-    def enter(self) -> Ticket:
-        """Let a request in, as one answer.
-
-        Raises:
-            RequestError: with status 429, if there is no room.
-        """
-        ticket = Ticket(self)
-        ticket.widen(1)
-        return ticket
-
-
-class Ticket:
-    """The part of a gate that a request takes."""
-
-    def __init__(self, gate: Gate):
-        self._gate, self._count, self._bytes, self._left = gate, 0, 0, False
-
-    def widen(self, count: int) -> None:
-        """Take room for more answers; see :meth:`Gate.enter`."""
-        gate = self._gate
-        if self._count + count > gate.most:
-            raise RequestError(f"{self._count + count} answers were asked for; at most {gate.most} can wait", "n")
-        if gate.inside + count > gate.most:
-            raise RequestError(
-                f"the server is full: {gate.inside} answers are being computed or wait; try again", None, "full", 429
-            )
-        gate.inside += count
-        self._count += count
-
-    def hold_bytes(self, count: int) -> None:
-        """Take so much memory in all for a body, until :meth:`leave` or 0 bytes are held."""
-        gate, more = self._gate, count - self._bytes
-        if more > 0 and gate._bytes + more > gate._most_bytes:
-            raise RequestError("the server holds too many large requests; try again", None, "full", 429)
-        gate._bytes += more
-        self._bytes = count
-
-    def leave(self) -> None:
-        """Give all of it back; harmless a second time."""
-        self._gate.inside -= self._count
-        self._gate._bytes -= self._bytes
-        self._count = self._bytes = 0
 
 
 class Serving:
     """One model and all that is asked of it.
 
     Args:
-        llm: used by nobody else until :meth:`close`.
-        name: under which the model is served.
-        on_failure: called, in the engine's thread, when the engine has failed.
+        start: the model, as far as it is known here.
+        link: to its engine.
     """
 
-    def __init__(self, llm: LLM, name: str, limits: Limits, on_failure: Callable[[], None] = lambda: None):
-        self.llm, self.name, self.limits = llm, name, limits
-        self.created = int(time.time())
-        self.thread = EngineThread(llm.engine, on_failure)
-        seats = llm.engine.scheduler.max_num_seqs
-        self.gate = Gate(seats + limits.waiting)
+    def __init__(self, start: Start, link: Link):
+        self.name, self.limits, self.link = start.name, start.limits, link
+        self.created, self.max_model_len = int(time.time()), start.admission.max_model_len
+        self.gate = Gate(start.seats + start.limits.waiting)
         self.metrics = Metrics(self._gauges)
-        self._service = Service(llm.engine)
-        self._token_bytes = TokenBytes(llm.get_tokenizer())
-        self._ahead = asyncio.Semaphore(min(seats, _AHEAD))
+        self._processor, self._admission = start.processor, start.admission
+        self._token_bytes = TokenBytes(start.processor.tokenizer)
+        self._ahead = asyncio.Semaphore(min(start.seats, _AHEAD))
+        self._num_ahead = 0
 
     async def begin(self, kind: str, raw: bytes, arrival: float, ticket: Ticket) -> tuple[Request, Stream, Reply]:
         """A request, once it is in the engine.
@@ -140,12 +70,14 @@ class Serving:
             EngineEnded: the engine has failed.
         """
         await self._ahead.acquire()
+        self._num_ahead += 1
         holds = True
 
         def on_change(what: str) -> None:
             nonlocal holds
             if holds:
                 holds = False
+                self._num_ahead -= 1
                 self._ahead.release()
             if what == "ended":
                 ticket.leave()
@@ -158,20 +90,14 @@ class Serving:
         except BaseException:
             on_change("ended")
             raise
-        loop = asyncio.get_running_loop()
-        stream = Stream(loop, prepared, request.params, request.stream, on_change)
         reply = self._reply(request, prepared)
-        self.thread.add(stream)
+        stream = Stream(prepared, request.params, request.stream, on_change)
+        self.link.add(stream)
         return request, stream, reply
 
     def end(self, stream: Stream) -> None:
         """Give a request up, if its answers have not ended."""
-        self.thread.abort(stream)
-        stream.take((), False, True, None)
-
-    def close(self) -> None:
-        """End the engine's thread; what it was doing is given up, and the model may serve somebody else."""
-        self.thread.stop()
+        self.link.give_up(stream)
 
     def _chat(self, raw: bytes, arrival: float) -> tuple[Request, list[Prepared]]:
         request = parse_chat(self._json(raw))
@@ -181,20 +107,20 @@ class Serving:
 
         def make(messages: Any, keep: int | None) -> Prompt:
             images = with_bytes(messages, self.limits.media)
-            return self.llm.processor.chat(images, **{**template, "tools": tools}, keep_last=keep)
+            return self._processor.chat(images, **{**template, "tools": tools}, keep_last=keep)
 
         prepared = self._prepared(request, [request.messages], make, arrival)
         form = request.params.structured_outputs
         if form is not None and self._reasons(prepared) == "at once":
             request = replace(request, params=replace(request.params, structured_outputs=after_thinking(dict(form))))
-            self.llm.engine.check(request.params)
+            self._admission.check(request.params)
         return request, prepared
 
     def _completion(self, raw: bytes, arrival: float) -> tuple[Request, list[Prepared]]:
         request = parse_completion(self._json(raw))
 
         def make(prompt: Any, keep: int | None) -> Prompt:
-            return self.llm.processor.prompt(prompt, keep_last=keep)
+            return self._processor.prompt(prompt, keep_last=keep)
 
         return request, self._prepared(request, request.prompts, make, arrival)
 
@@ -215,10 +141,10 @@ class Serving:
             )
         if len(items) * request.params.n > self.gate.most:
             raise RequestError(f"{len(items) * request.params.n} answers are too many: {self.gate.most} can wait", "n")
-        self.llm.engine.check(request.params)  # before any picture is fetched
+        self._admission.check(request.params)  # before any picture is fetched
         found = []
         for item in items:
-            prompt, _, seconds = self._service.prepared(make, (item, request.params))
+            prompt, _, seconds = self._admission.prepared(make, (item, request.params))
             found.append(Prepared(prompt, arrival, seconds))
         return found
 
@@ -234,16 +160,16 @@ class Serving:
 
     def _reasons(self, prepared: list[Prepared]) -> Reasons:
         """Where the reasoning of a chat's answers is."""
-        return reasons_of(self.llm.processor.chat_template, prepared[0].prompt.text)
+        return reasons_of(self._processor.chat_template, prepared[0].prompt.text)
 
     def _gauges(self) -> dict[str, tuple[str, float]]:
-        running, waiting = self.thread.load
-        cache = self.llm.engine.cache
+        load = self.link.load
         return {
-            "answers_running": ("Answers that are being computed.", running),
-            "answers_waiting": ("Answers whose prompt is ready and that wait for room.", waiting),
+            "answers_running": ("Answers that are being computed.", load.running),
+            "answers_waiting": ("Answers whose prompt is ready and that wait for room.", load.waiting),
             "answers_inside": ("All answers that were let in and have not ended.", self.gate.inside),
-            "kv_cache_usage_ratio": ("Part of the cache's blocks that is held.", 1 - cache.num_free / cache.num_blocks),
+            "requests_ahead": ("Requests whose prompts are made, or wait for their first step.", self._num_ahead),
+            "kv_cache_usage_ratio": ("Part of the cache's blocks that is held.", load.cache),
         }
 
 

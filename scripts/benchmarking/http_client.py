@@ -1,9 +1,10 @@
 """The closed loop over HTTP, in a process of its own: its work must not slow the server down.
 
-    python -m benchmarking.http_client http://127.0.0.1:8000 32 < bodies.jsonl > records.json
+    python -m benchmarking.http_client http://127.0.0.1:8000 32 2 < bodies.jsonl > records.json
 
-A line of stdin is the body of a streamed chat request. It does what bench_serving's client does, with the same library
-(aiohttp): so many requests at a time, each one's clock running from its submission to its last chunk with text.
+A line of stdin is the body of a streamed chat request; the first ones, here 2, are sent one by one before the clock
+runs. It does what bench_serving's client does, with the same library (aiohttp): so many requests at a time, each one's
+clock running from its submission to its last chunk with text.
 """
 
 from __future__ import annotations
@@ -38,15 +39,17 @@ async def ask(session: aiohttp.ClientSession, body: bytes, gate: asyncio.Semapho
         return {"start": start, "times": times or [time.perf_counter()], "usage": usage}
 
 
-async def main(url: str, concurrency: int, bodies: list[bytes]) -> dict[str, Any]:
+async def main(url: str, concurrency: int, first: int, bodies: list[bytes]) -> dict[str, Any]:
     gate, timeout = asyncio.Semaphore(concurrency), aiohttp.ClientTimeout(total=3600)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector, read_bufsize=10 << 20) as session:
+        for body in bodies[:first]:
+            await ask(session, body, gate)
         began = time.perf_counter()
-        records = await asyncio.gather(*(ask(session, body, gate) for body in bodies))
+        records = await asyncio.gather(*(ask(session, body, gate) for body in bodies[first:]))
         return {"records": records, "duration": time.perf_counter() - began}
 
 
 if __name__ == "__main__":
     lines = sys.stdin.buffer.read().splitlines()
-    json.dump(asyncio.run(main(sys.argv[1], int(sys.argv[2]), lines)), sys.stdout)
+    json.dump(asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), lines)), sys.stdout)

@@ -24,11 +24,26 @@ def test_both_ways_do_the_same_work(tmp_path):
     assert "times" in result.stdout.splitlines()[-1]
 
 
+def test_a_pretended_device_tells_how_long_it_waited(tmp_path):
+    file = tmp_path / "figures.json"
+    options = ["--pretend-device", "--num-prompts", "8", "--max-concurrency", "3", "--rounds", "1"]
+    result = CliRunner().invoke(bench_serving.app, [*SMALL, *options, "--json", str(file)])
+    assert result.exit_code == 0, result.stderr
+    [figures] = json.loads(file.read_text())
+    for way in bench_serving.WAYS:
+        [found] = figures["rounds"][way]
+        assert found["completed"] == 8
+        assert found["idle"]["count"] > 0
+        assert found["idle"]["max"] > 0
+    assert "device idle a step" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--max-concurrency", "4,x"], "--max-concurrency '4,x'"),
         (["--rounds", "0"], "--rounds 0"),
+        (["--pretend-device", "--device", "cuda"], "--pretend-device and --device cuda contradict"),
         (["--json", "/no/such/folder/x.json"], "there is no directory"),
         (["--image-format", "gif"], "gif"),
     ],

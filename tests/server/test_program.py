@@ -1,13 +1,9 @@
 """scripts/serve.py itself: from its first line to its end, by signals and by mistakes."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -17,37 +13,15 @@ from typer.testing import CliRunner
 import serve
 from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.server.run import Server, bind
-from tests.server.conftest import HELLO
+from tests.server.conftest import HELLO, alive, children_of
 
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 LONG = {"messages": HELLO, "max_tokens": 200, "ignore_eos": True, "temperature": 0}
-
-
-def start(*options: str, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "scripts/serve.py"), *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT | environment)
-
-
-@pytest.fixture
-def program():
-    """A server of the demo, and its address."""
-    process = start("--port", "0", "--max-num-seqs", "8", "--max-model-len", "1024")
-    try:
-        for line in process.stderr:
-            if line.startswith("serving "):
-                break
-        else:
-            pytest.fail("it never served")
-        yield process, line.split()[-1]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize(("signals", "status"), [(1, 0), (2, 130)])
 def test_ctrl_c_finishes_and_a_second_one_does_not(program, signals, status):
     process, url = program
+    children = children_of(process.pid)
     lines, begun = [], threading.Event()
 
     def ask() -> None:
@@ -68,6 +42,8 @@ def test_ctrl_c_finishes_and_a_second_one_does_not(program, signals, status):
         assert process.stderr.readline()
     asking.join(60)
     assert process.wait(60) == status
+    assert len(children) == 1
+    assert not any(map(alive, children))
     if signals == 1:
         assert "data: [DONE]" in lines
         assert json.loads(next(line for line in reversed(lines) if "usage" in line)[6:])["usage"]

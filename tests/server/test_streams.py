@@ -11,7 +11,7 @@ import pytest
 
 from qwen3vl_moe import SamplingParams
 from qwen3vl_moe.errors import RankError
-from qwen3vl_moe.server.serving import Limits
+from qwen3vl_moe.server.limits import Limits
 from tests.server.conftest import HELLO, Served, asking, data_url, served
 
 LONG = {"messages": HELLO, "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
@@ -25,7 +25,7 @@ def raw_request(body: dict, path: str = "/v1/chat/completions") -> bytes:
 
 def connect(running: Served, body: dict) -> socket.socket:
     """A connection on which a request was sent."""
-    connection = socket.create_connection(running.server._bound.getsockname())
+    connection = socket.create_connection(running.address)
     connection.sendall(raw_request(body))
     return connection
 
@@ -65,7 +65,8 @@ def test_64_streams_at_once_get_what_each_gets_alone(server, question):
     found = asyncio.run(all_of_them())
     assert [found[0], found[7]] == alone
     assert found[:16] * 4 == found
-    assert server.server.serving.thread.load == (0, 0)
+    server.settles()
+    assert server.metric("answers_running") == server.metric("answers_waiting") == 0
 
 
 def test_a_request_joins_the_batch_that_runs(server):
@@ -80,10 +81,10 @@ def test_a_request_joins_the_batch_that_runs(server):
 @pytest.mark.parametrize("when", ["running", "at once", "in the middle of the body"])
 def test_who_goes_away_leaves_nothing_behind(server, stream, when):
     if when == "in the middle of the body":
-        connections = [socket.create_connection(server.server._bound.getsockname()) for _ in range(4)]
+        connections = [socket.create_connection(server.address) for _ in range(4)]
         for connection in connections:
             connection.sendall(raw_request(LONG)[:-10])
-        until(lambda: server.server.serving.gate.inside == 4, "it was never let in")
+        until(lambda: server.inside == 4, "it was never let in")
     else:
         connections = [connect(server, LONG | {"stream": stream, "n": 1}) for _ in range(4)]
     if when == "running":
@@ -94,17 +95,22 @@ def test_who_goes_away_leaves_nothing_behind(server, stream, when):
 
 
 def test_who_reads_nothing_holds_nobody_up(server):
-    server.server._bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # and so have its connections
+    def answered() -> float:
+        return server.metric('requests_total{endpoint="chat",status="200"}')
+
+    server.chat(max_tokens=1)
+    before = answered()
+    server.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # and so have its connections
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    slow.connect(server.server._bound.getsockname())
+    slow.connect(server.address)
     slow.sendall(raw_request(LONG | {"stream": True, "max_tokens": 120, "logprobs": True, "top_logprobs": 20}))
     until(lambda: server.llm.engine.scheduler.running, "it never began")
-    server.server._bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    server.listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     assert server.chat(max_tokens=5).status_code == 200
     # It takes nobody's place while it is written out.
-    until(lambda: not server.server.serving.gate.inside, "its answer is never finished")
-    assert server.server._uvicorn.server_state.tasks  # and so it is
+    until(lambda: not server.inside, "its answer is never finished")
+    assert answered() == before + 1  # and so it is
     found = b""
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     while not found.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
@@ -117,13 +123,13 @@ def test_a_full_server_says_so_and_takes_more_later(make_demo):
     llm = make_demo(max_num_seqs=2)
     with served(llm, limits=Limits(waiting=1)) as small:
         connections = [connect(small, LONG) for _ in range(3)]
-        until(lambda: small.server.serving.gate.inside == 3, "they were not let in")
+        until(lambda: small.inside == 3, "they were not let in")
         refused = small.chat()
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["type"] == "rate_limit_error"
         connections.pop().close()
-        until(lambda: small.server.serving.gate.inside == 2, "its place was never given up")
+        until(lambda: small.inside == 2, "its place was never given up")
         assert small.chat(max_tokens=2, n=2, temperature=1).status_code == 429  # one place, two answers
         assert small.chat(max_tokens=2, n=4, temperature=1).status_code == 400  # never
         for connection in connections:
@@ -133,32 +139,20 @@ def test_a_full_server_says_so_and_takes_more_later(make_demo):
         small.settles()
 
 
-def test_pictures_that_wait_are_not_decoded_all_at_once(make_demo, question, monkeypatch):
+def test_pictures_that_wait_are_not_decoded_all_at_once(make_demo, question):
     picture, text, _ = question
-    llm = make_demo(max_num_seqs=2)
-    decoded, most = 0, 0
-    chat = llm.processor.chat
-
-    def counted(*arguments, **options):
-        nonlocal decoded, most
-        decoded += 1
-        running = len(llm.engine.scheduler.running)
-        most = max(most, decoded - running - finished())
-        return chat(*arguments, **options)
-
-    def finished() -> int:
-        return 12 - small.server.serving.gate.inside
-
-    monkeypatch.setattr(llm.processor, "chat", counted)
-    with served(llm) as small:
-        body = {"messages": asking(text, data_url(picture)), "max_tokens": 8, "ignore_eos": True}
-        connections = [connect(small, body) for _ in range(12)]
-        small_is_done = lambda: decoded == 12 and not small.server.serving.gate.inside  # noqa: E731
-        until(small_is_done, "they never end")
+    with served(make_demo(max_num_seqs=2)) as small:
+        body = {"messages": asking(text, data_url(picture)), "max_tokens": 20, "ignore_eos": True}
+        connections = [connect(small, body) for _ in range(10)]
+        until(lambda: small.inside == 10, "they were not let in")
+        ahead = []
+        while small.inside:
+            ahead.append(small.metric("requests_ahead"))
+            time.sleep(0.01)
         for connection in connections:
             connection.close()
         small.settles()
-    assert most <= 5  # two run, two wait for them, one is being counted
+    assert max(ahead) == 2  # two run, and the next two are ready
 
 
 def test_the_end_waits_for_answers(make_demo):
@@ -195,6 +189,7 @@ def test_a_failed_engine_ends_the_server_and_tells_everybody(make_demo, monkeypa
         told = json.loads(events[-1].removeprefix("data: "))["error"]
         assert (told["type"], told["message"]) == ("server_error", "the engine has failed")
         until(lambda: any("the device is gone" in line for line in small.said), "nobody was told")
+    assert small.status == 1
     assert ("Traceback" in capfd.readouterr().err) == unforeseen
 
 
@@ -212,10 +207,7 @@ def test_the_cache_can_be_forgotten(server):
 
 
 def test_metrics_count_what_was_done(server):
-    def value(name: str) -> float:
-        text = server.http.get("/metrics").text
-        return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"qwen3vl_moe_{name} "))
-
+    value = server.metric
     before = value("generation_tokens_total"), value("time_to_first_token_seconds_count")
     server.events(max_tokens=7, ignore_eos=True)
     server.settles()

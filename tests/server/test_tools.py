@@ -6,6 +6,7 @@ import openai
 import pytest
 import torch
 
+from qwen3vl_moe.server.protocol import parse_chat
 from qwen3vl_moe.server.tools import Tool, after_thinking, form_of_calls
 from tests.server.conftest import HELLO, served
 
@@ -133,15 +134,11 @@ def test_results_go_back_in_the_order_of_the_calls(calling, client):
         {"role": "tool", "tool_call_id": "call_1", "content": "second", "name": "count"},
         {"role": "tool", "tool_call_id": "call_0", "content": "first"},
     ]
-    seen = []
-    chat = calling.llm.processor.chat
-    calling.llm.processor.chat = lambda messages, **options: seen.append(chat(messages, **options)) or seen[0]
-    try:
-        assert ask(client, messages=[*HELLO, message, *results], max_tokens=2).choices[0].message.content
-    finally:
-        del calling.llm.processor.chat
-    assert seen[0].text.index("first") < seen[0].text.index("second")
-    assert "<tool_call>colour{}" in seen[0].text
+    messages = [*HELLO, message, *results]
+    text = calling.llm.processor.chat(parse_chat({"messages": messages}).messages).text
+    assert text.index("first") < text.index("second")
+    assert ask(client, messages=messages, max_tokens=2).choices[0].message.content
+    assert "<tool_call>colour{}" in text
     for wrong, said in (
         ({**results[0], "tool_call_id": "call_9"}, "answers no tool call"),
         ({**results[0], "name": "other"}, "another name than the tool"),
@@ -208,7 +205,7 @@ def test_a_form_begins_where_the_reasoning_ends(server, kind):
             '<tool_call>\n{"name": "count", "arguments": {"number": 3}}\n</tool_call>',
         ),
     }[kind]
-    grammar = engine._grammars.of(after_thinking(form))
+    grammar = engine.admission.grammars.of(after_thinking(form))
 
     def may_end(text: str) -> bool:
         logits_V = torch.zeros(engine.model.config.text.vocab_size)
