@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwen3vl_moe.engine.defaults import GenerationDefaults
-from qwen3vl_moe.engine.grammar import Grammars
+from qwen3vl_moe.engine.grammar import THINK, Grammars, after_thinking
 from qwen3vl_moe.engine.params import SamplingParams, check_vocabulary
 from qwen3vl_moe.errors import PromptError, UserError
 from qwen3vl_moe.inputs.processor import Prompt
@@ -45,6 +45,17 @@ class Admission:
         if params.structured_outputs is not None:
             self.grammars.of(params.structured_outputs)
         return self.defaults.complete(params)
+
+    def formed(self, params: SamplingParams, prompt: Prompt) -> SamplingParams:
+        """Parameters for the answer to ``prompt``: if that has it think first, its form begins where this has ended.
+
+        Raises:
+            OptionError: this cannot be said of the form.
+        """
+        form = params.structured_outputs
+        if form is None or not (prompt.text or "").rstrip().endswith(THINK):
+            return params
+        return replace(params, structured_outputs=after_thinking(form))
 
     def prepared(self, prepare: Prepare, pair: tuple[Any, SamplingParams]) -> Timed:
         """Make a prompt.

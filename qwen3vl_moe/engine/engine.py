@@ -129,7 +129,7 @@ class Engine:
             PromptError: the prompt leaves no room for an answer in max_model_len.
             OptionError: see :meth:`check`.
         """
-        params = self.check(params)
+        params = self.check(self.admission.formed(params, prompt))
         self._check_length(prompt)
         eos = frozenset() if params.ignore_eos else self.defaults.eos_token_ids
         form = params.structured_outputs

@@ -21,6 +21,8 @@ from qwen3vl_moe.ops.transfer import to_device
 _MOST_KEPT, _MOST_CHARACTERS = 64, 1 << 18  # compiled grammars; of the text of one
 # One way to write JSON: where any number of spaces may stand, a model in doubt writes nothing else.
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+BEGINS = "start: answer\n"  # how a grammar begins that reasoning can be put before
+THINK, END_THINK = "<think>", "</think>"
 
 
 class Grammar:
@@ -113,6 +115,32 @@ class Grammars:
         return LLMatcher, from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=self._eos)
 
 
+def after_thinking(form: Mapping[str, Any]) -> dict[str, Any]:
+    """``structured_outputs`` of an answer that thinks first, as its prompt makes it, and then has a form.
+
+    Raises:
+        OptionError: of this form it cannot be said.
+    """
+    ((kind, asked),) = form.items()
+    thinking = f'start: thinking "\\n\\n" answer\nthinking[suffix={json.dumps(END_THINK)}]: /(?s:.*)/\n'
+    if kind == "grammar" and asked.startswith(BEGINS):
+        return {"grammar": thinking + asked.removeprefix(BEGINS)}
+    if kind == "choice":
+        return {"grammar": f"{thinking}answer: {_choice(asked)}"}
+    if kind == "json_object" or kind == "json":
+        schema = {"type": "object"} if kind == "json_object" else asked
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        if isinstance(schema, dict):
+            return {"grammar": f"{thinking}answer: %json {json.dumps({'x-guidance': _COMPACT, **schema})}"}
+    raise OptionError(
+        f"structured_outputs: {kind} does not go with a checkpoint that thinks first; give json, json_object or choice"
+    )
+
+
+def _choice(texts: Iterable[str]) -> str:
+    return " | ".join(json.dumps(text) for text in texts)
+
+
 def _text_of(library: Any, kind: str, asked: Any) -> str:
     """A form in llguidance's own language."""
     if kind == "json":
@@ -122,5 +150,5 @@ def _text_of(library: Any, kind: str, asked: Any) -> str:
     if kind == "regex":
         return library.grammar_from_regex(asked)
     if kind == "choice":
-        return library.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in asked))
+        return library.grammar_from_lark(f"start: {_choice(asked)}")
     return library.grammar_from_lark(asked)

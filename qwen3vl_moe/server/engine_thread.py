@@ -128,7 +128,8 @@ class EngineThread:
 
     def _compile(self, ask: Ask) -> None:
         with suppress(UserError):  # which is raised again when the request begins
-            self.engine.check(ask.params)
+            for prompt, *_ in ask.prepared:
+                self.engine.check(self.engine.admission.formed(ask.params, prompt))
         self._inbox.put(ask.number)
 
     def _begin(self, ask: Ask) -> None:

@@ -10,11 +10,11 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
+from qwen3vl_moe.engine.grammar import END_THINK, THINK
 from qwen3vl_moe.errors import UserError
 from qwen3vl_moe.json_files import parse_json
 from qwen3vl_moe.server.tools import CLOSE, OPEN
 
-THINK, END_THINK = "<think>", "</think>"
 Kind = Literal["reasoning", "content", "call"]
 Reasons = Literal["at once", "tagged", "never"]  # see Parts
 

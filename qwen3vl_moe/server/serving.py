@@ -9,7 +9,6 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +31,6 @@ from qwen3vl_moe.server.protocol import (
 )
 from qwen3vl_moe.server.replies import ChatReply, CompletionReply, Reply
 from qwen3vl_moe.server.streams import EngineEnded, Link, Stream
-from qwen3vl_moe.server.tools import after_thinking
 from qwen3vl_moe.server.wire import Prepared, Start
 
 _AHEAD = 128  # prompts that are ready and wait for their first step: pictures take more memory as pixels than as files
@@ -109,12 +107,7 @@ class Serving:
             images = with_bytes(messages, self.limits.media)
             return self._processor.chat(images, **{**template, "tools": tools}, keep_last=keep)
 
-        prepared = self._prepared(request, [request.messages], make, arrival)
-        form = request.params.structured_outputs
-        if form is not None and self._reasons(prepared) == "at once":
-            request = replace(request, params=replace(request.params, structured_outputs=after_thinking(dict(form))))
-            self._admission.check(request.params)
-        return request, prepared
+        return request, self._prepared(request, [request.messages], make, arrival)
 
     def _completion(self, raw: bytes, arrival: float) -> tuple[Request, list[Prepared]]:
         request = parse_completion(self._json(raw))
@@ -145,6 +138,8 @@ class Serving:
         found = []
         for item in items:
             prompt, _, seconds = self._admission.prepared(make, (item, request.params))
+            if (formed := self._admission.formed(request.params, prompt)) is not request.params:
+                self._admission.check(formed)  # it is refused here rather than by the engine, in the midst of others
             found.append(Prepared(prompt, arrival, seconds))
         return found
 

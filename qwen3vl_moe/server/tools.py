@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from reprlib import repr  # short, and never fails
 from typing import Any
 
+from qwen3vl_moe.engine.grammar import BEGINS
 from qwen3vl_moe.errors import OptionError
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-_CALLS = "start: answer\n"  # how these grammars begin
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -82,20 +82,4 @@ def form_of_calls(
     if or_json is not None:
         rules.append(f"said: %json {json.dumps({'x-guidance': _COMPACT, **or_json})}")
         start = f"said | {start}"
-    return {"grammar": "\n".join([f"{_CALLS}answer: {start}", *rules])}
-
-
-def after_thinking(form: dict[str, Any]) -> dict[str, Any]:
-    """``structured_outputs`` of an answer that thinks first, as its prompt makes it, and then has a form.
-
-    Raises:
-        OptionError: of this form it cannot be said.
-    """
-    ((kind, asked),) = form.items()
-    thinking = 'start: thinking "\\n\\n" answer\nthinking[suffix="</think>"]: /(?s:.*)/\n'
-    if kind == "json_object" or (kind == "json" and isinstance(asked, dict)):
-        schema = {"type": "object"} if kind == "json_object" else asked
-        return {"grammar": f"{thinking}answer: %json {json.dumps({'x-guidance': _COMPACT, **schema})}"}
-    if kind == "grammar" and asked.startswith(_CALLS):
-        return {"grammar": thinking + asked.removeprefix(_CALLS)}
-    raise OptionError(f"structured_outputs: {kind} does not go with a checkpoint that thinks first; give json")
+    return {"grammar": "\n".join([f"{BEGINS}answer: {start}", *rules])}

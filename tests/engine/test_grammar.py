@@ -114,3 +114,17 @@ def test_a_missing_library_is_named(llm, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     with pytest.raises(OptionError, match="pip install llguidance"):
         texts(llm, {"json_object": True})
+
+
+def test_a_form_begins_where_the_reasoning_ends(llm):
+    """A prompt that has its answer think first, by whatever way it comes."""
+    params = SamplingParams(structured_outputs={"choice": ["a"]}, temperature=0, max_tokens=8)
+    plain, thinking = llm.generate(["Hello", "Hello<think>\n"], params)
+    assert plain.outputs[0].text == "a"
+    assert thinking.outputs[0].finish_reason == "length"  # it thinks yet
+    assert not thinking.outputs[0].text.startswith("a")
+    ended = llm.generate("Hello<think>\n</think>\n\n", params)
+    assert ended[0].outputs[0].text == "a"
+    with pytest.raises(OptionError, match="regex does not go with a checkpoint that thinks first"):
+        llm.generate("Hello <think>", SamplingParams(structured_outputs={"regex": "a"}))
+    check_leaks(llm)

@@ -6,8 +6,9 @@ import openai
 import pytest
 import torch
 
+from qwen3vl_moe.engine.grammar import after_thinking
 from qwen3vl_moe.server.protocol import parse_chat
-from qwen3vl_moe.server.tools import Tool, after_thinking, form_of_calls
+from qwen3vl_moe.server.tools import Tool, form_of_calls
 from tests.server.conftest import HELLO, served
 
 TEMPLATE = """
@@ -194,12 +195,15 @@ def test_a_prompt_may_begin_the_reasoning(make_demo):
         assert "thinks first" in thinking.chat(structured_outputs={"regex": "a"}).json()["error"]["message"]
 
 
-@pytest.mark.parametrize("kind", ["json", "call"])
+@pytest.mark.parametrize("kind", ["json", "text", "object", "choice", "call"])
 def test_a_form_begins_where_the_reasoning_ends(server, kind):
     engine = server.llm.engine
     tools = [Tool.of(COUNT, "x")]
     form, said = {
         "json": ({"json": {"enum": ["yes", "no"]}}, '"yes"'),
+        "text": ({"json": '{"enum": ["yes", "no"]}'}, '"yes"'),
+        "object": ({"json_object": True}, "{}"),
+        "choice": ({"choice": ["yes", "no"]}, "yes"),
         "call": (
             form_of_calls(tools, None, several=False, or_json=None),
             '<tool_call>\n{"name": "count", "arguments": {"number": 3}}\n</tool_call>',

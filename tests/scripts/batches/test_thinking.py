@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 
-from batch_file import FileRequest
-from batch_model import answered
-from qwen3vl_moe.engine import SamplingParams
-from qwen3vl_moe.errors import OptionError
-from qwen3vl_moe.server.tools import after_thinking
 from qwen3vl_moe.weights.source import DEMO
 from tests.scripts.batches.conftest import records, write_lines
 from tests.scripts.batches.test_openai import line
@@ -72,23 +66,3 @@ def test_a_prompt_may_begin_the_reasoning(generated, thinking, tmp_path):
         assert each["content"] == ""
         assert each["reasoning_content"]  # it never came to an end
     assert "regex does not go with a checkpoint that thinks first" in refused
-
-
-def test_a_form_begins_where_the_reasoning_ends():
-    asked = []
-
-    class Fake:
-        processor = SimpleNamespace(chat_template=AT_ONCE, chat=lambda _: SimpleNamespace(text="<think>\n"))
-
-        def as_completed(self, conversations, params, return_exceptions):
-            asked.extend(params)
-            assert return_exceptions
-            return (pair for pair in reversed(list(enumerate(map(OptionError, conversations)))))
-
-    plain = SamplingParams(max_tokens=4)
-    of_form = [SamplingParams(structured_outputs=form) for form in ({"choice": ["a"]}, FORM)]
-    requests = [FileRequest(n, n, "", f"talk {n}", each) for n, each in enumerate((plain, *of_form))]
-    results = {place: str(result) for place, result, _ in answered(Fake(), requests)}
-    assert asked == [plain, SamplingParams(structured_outputs=after_thinking(FORM))]
-    assert (results[0], results[2]) == ("talk 0", "talk 2")
-    assert "choice does not go with a checkpoint that thinks first" in results[1]
