@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from qwen3vl_moe.errors import OptionError, PromptError, UserError
+from qwen3vl_moe.errors import OptionError, PromptError, UserError, one_line
 from qwen3vl_moe.inputs.file_kinds import container_of, kind_of, missing_bytes
 from qwen3vl_moe.inputs.image_source import DECODING
 from qwen3vl_moe.inputs.workers import POOL, side_by_side
@@ -229,13 +229,17 @@ def _pyav(where: str) -> Any:
 def _reading(source: Bytes, container: str, where: str) -> Iterator[Any]:
     """An open container of PyAV; whatever FFmpeg says of it becomes a line of ours."""
     av = _pyav(where)
+    # Release 19 does so by itself, and has no such option any more.
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
-        with av.open(_Reader(source), format=container, buffer_size=_READ_BYTES, metadata_errors="replace") as opened:
+        with av.open(_Reader(source), format=container, buffer_size=_READ_BYTES, **lenient) as opened:
             yield opened
     except UserError:
         raise
     except MemoryError:
         raise PromptError(f"{where} asks for more memory than there is") from None
+    except (TypeError, AttributeError) as error:  # of a release that has changed what it takes: not the file's fault
+        raise PromptError(f"{where} cannot be read with PyAV {av.__version__}: {one_line(str(error))}") from error
     except Exception as error:  # FFmpeg's errors are of many types, and some quote the file
         raise PromptError(f"{where} cannot be decoded: {_ENDS} ({type(error).__name__})") from error
 
