@@ -61,7 +61,7 @@ class Engine:
         progress: bool = False,
         workers: Workers | None = None,
     ):
-        self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
+        self.model, self.tokenizer = model, tokenizer
         on_gpu = model.device.type == "cuda"
         self.cache, options, self.max_model_len = prepare(model, options, progress)
         self.scheduler = Scheduler(
@@ -85,6 +85,15 @@ class Engine:
         self._ids = itertools.count()
         self._half_done = False  # whether a change of what scheduler, cache and sequences hold was broken off
         self._taking: tuple[Sequence, int] | None = None  # who is given a token, and how many it had of its answer
+
+    @property
+    def defaults(self) -> GenerationDefaults:
+        """The checkpoint's sampling defaults; new ones hold for requests that begin afterwards."""
+        return self.admission.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: GenerationDefaults) -> None:
+        self.admission = replace(self.admission, defaults=defaults)
 
     def check(self, params: SamplingParams) -> SamplingParams:
         """See :meth:`.Admission.check`; a grammar is known to :meth:`requests` afterwards. Any thread may ask."""
