@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwen3vl_moe.errors import OptionError, one_line
+from qwen3vl_moe.json_files import parse_json
 from qwen3vl_moe.ops.transfer import to_device
 
 _MOST_KEPT, _MOST_CHARACTERS = 64, 1 << 18  # compiled grammars; of the text of one
@@ -127,14 +128,18 @@ def after_thinking(form: Mapping[str, Any]) -> dict[str, Any]:
         return {"grammar": thinking + asked.removeprefix(BEGINS)}
     if kind == "choice":
         return {"grammar": f"{thinking}answer: {_choice(asked)}"}
-    if kind == "json_object" or kind == "json":
-        schema = {"type": "object"} if kind == "json_object" else asked
-        schema = json.loads(schema) if isinstance(schema, str) else schema
-        if isinstance(schema, dict):
-            return {"grammar": f"{thinking}answer: %json {json.dumps({'x-guidance': _COMPACT, **schema})}"}
-    raise OptionError(
-        f"structured_outputs: {kind} does not go with a checkpoint that thinks first; give json, json_object or choice"
-    )
+    if kind in ("regex", "grammar"):
+        raise OptionError(
+            f"structured_outputs: {kind} does not go with a checkpoint that thinks first; give json or choice"
+        )
+    schema = {"type": "object"} if kind == "json_object" else asked
+    try:
+        schema = parse_json(schema) if isinstance(schema, str) else schema
+    except ValueError as error:
+        raise OptionError(f"structured_outputs: json: {one_line(str(error))}") from None
+    if not isinstance(schema, dict):
+        raise OptionError("structured_outputs: json: a schema that follows reasoning has to be a JSON object")
+    return {"grammar": f"{thinking}answer: %json {json.dumps({'x-guidance': _COMPACT, **schema})}"}
 
 
 def _choice(texts: Iterable[str]) -> str:

@@ -127,10 +127,11 @@ class EngineThread:
         return True
 
     def _compile(self, ask: Ask) -> None:
-        with suppress(UserError):  # which is raised again when the request begins
+        try:
             for prompt, *_ in ask.prepared:
                 self.engine.check(self.engine.admission.formed(ask.params, prompt))
-        self._inbox.put(ask.number)
+        finally:  # whatever went wrong is raised again when the request begins
+            self._inbox.put(ask.number)
 
     def _begin(self, ask: Ask) -> None:
         try:

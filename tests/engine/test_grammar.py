@@ -128,3 +128,14 @@ def test_a_form_begins_where_the_reasoning_ends(llm):
     with pytest.raises(OptionError, match="regex does not go with a checkpoint that thinks first"):
         llm.generate("Hello <think>", SamplingParams(structured_outputs={"regex": "a"}))
     check_leaks(llm)
+
+
+@pytest.mark.parametrize("schema", ["{nope", "[" * 5000, "true"])
+def test_a_schema_that_cannot_follow_reasoning_is_its_requests_error(llm, schema):
+    params = SamplingParams(structured_outputs={"json": schema}, temperature=0, max_tokens=2)
+    free = SamplingParams(temperature=0, max_tokens=2)
+    done = dict(llm.as_completed(["Hello<think>\n", "Hello"], [params, free], return_exceptions=True))
+    assert isinstance(done[0], OptionError)
+    assert str(done[0]).startswith("structured_outputs: json: ")
+    assert len(done[1].outputs[0].token_ids) == 2
+    check_leaks(llm)
