@@ -125,6 +125,8 @@ def _path_of(url: str, where: str) -> Path:
 
 
 def _open_file(path: Path, where: str, access: MediaAccess) -> bytes | BinaryIO:
+    if "\0" in str(path):  # Python says so, too, in other words in each release
+        raise PromptError(f"{where} cannot be read: embedded null byte")
     path = access.check_path(path, where)
     # Looked at before it is opened: opening a pipe waits for a writer, and opening a device may do something.
     try:

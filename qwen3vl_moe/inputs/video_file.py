@@ -229,7 +229,7 @@ def _pyav(where: str) -> Any:
 def _reading(source: Bytes, container: str, where: str) -> Iterator[Any]:
     """An open container of PyAV; whatever FFmpeg says of it becomes a line of ours."""
     av = _pyav(where)
-    # Release 19 does so by itself, and has no such option any more.
+    # Text that is no UTF-8 shall not stop a video. Release 19 escapes it by itself, and has no such option any more.
     lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         with av.open(_Reader(source), format=container, buffer_size=_READ_BYTES, **lenient) as opened:

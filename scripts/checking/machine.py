@@ -44,7 +44,8 @@ def describe(device: torch.device) -> dict[str, str]:
     found["memory free"] = _gigabytes(free_bytes(device))
     if device.type == "cuda":
         found["memory"] = _gigabytes(torch.cuda.get_device_properties(device).total_memory)
-    for name in ("torch", "triton", "transformers", "qwen3vl-moe"):
+    found["torch"] = torch.__version__  # with the build, which some packages' names leave out
+    for name in ("triton", "transformers", "qwen3vl-moe"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

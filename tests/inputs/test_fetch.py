@@ -97,7 +97,7 @@ def test_a_path_is_not_base64(text):
         ("s3://bucket/a.png", "has the scheme 's3'"),
         ("file://host/a.png", "names the host 'host'"),
         ("file://[x", "cannot be read: Invalid IPv6 URL"),
-        ("file:///a%00b.png", "embedded null"),
+        ("file:///a%00b.png", "cannot be read: embedded null byte"),
         ("file:///no/such\ud800.png", "is not valid text"),
         ("file:///no/such.png", "there is no such file"),
         ("data:image/png;base64", "has no comma"),
