@@ -66,7 +66,7 @@ class TowerHeads(nn.Module):
         super().__init__()
         outputs = 1 + len(visual.config.deepstack_visual_indexes)
         width = visual.config.out_hidden_size
-        self.register_buffer("weights_of_what", torch.tensor([NOTHING] + [1.0] * (len(WHAT) - 1)))
+        self.register_buffer("weights_of_what", torch.tensor([NOTHING / SPOTS] + [1.0] * (len(WHAT) - 1)))
         self.heads = nn.ModuleList(nn.Linear(width, MERGE**2 * SPOTS * sum(CLASSES)) for _ in range(outputs))
 
     def forward(self, features: list[Tensor], targets_6S: Tensor) -> tuple[Tensor, Tensor]:
