@@ -3,7 +3,8 @@
     python scripts/train_demo.py --data FOLDER/train.jsonl --out qwen3vl_moe/demo
 
 First the vision tower learns alone what is in a picture (demo_training/tower.py), then all of the model learns to
-answer. docs/demo.md has longer schedules, in parts, and how long they took. What it draws with: pip install 'qwen3vl-moe[demo]'.
+answer. docs/demo.md has longer schedules, in parts, and how long they took. What it draws with: pip install
+'qwen3vl-moe[demo]'.
 
 Written beside the checkpoint: training.json, with seeds, sizes, steps, losses, load of each expert and final figures.
 Exit status: 0 done, 2 something in the call has to be mended.
