@@ -20,8 +20,8 @@ from qwen3vl_moe.engine.runner import Launched, Mark, StepResult
 from qwen3vl_moe.inputs.images import Picture, copy_pixels
 from qwen3vl_moe.model import Batch, VisionFeatures
 
-# About an H200's: a step of 32 answers takes 14 ms, a prompt with an image 15 more. Beside a graph there are about 80
-# launches, and 700 without one.
+# Estimates for an H200: a step of 32 answers takes 14 ms, a prompt with an image 15 more; 80 launches beside a graph,
+# and 700 without one. Only ratios of what comes of them mean anything.
 _STEP_S, _ANSWER_S, _IMAGE_S = 0.010, 0.000125, 0.015
 _LAUNCH_S, _REPLAYED, _EAGER, _MOST_REPLAYED = 8e-6, 80, 700, 2048  # of the host; up to so many tokens from a graph
 
