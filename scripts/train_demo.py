@@ -151,7 +151,7 @@ def train(options: dict[str, Any]) -> None:
 
     dataset = TrainingBatches(
         str(out / "tokenizer.json"),
-        problems,
+        options["data"],
         budget=Budget(options["tokens"], options["text_tokens"]),
         steps=10_000_000,
         seed=seed,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from random import Random
 
 import torch
@@ -20,7 +21,7 @@ from demo_training.mentions import Mention
 from demo_training.pictures import IGNORE, MERGE, PATCH, Pictures, Tensors, pack_pictures
 from demo_training.questions import Example, make_example
 from demo_training.scenes import SIZES, Scene
-from demo_training.texts import Problem, few_shot_messages, text_messages
+from demo_training.texts import Problem, few_shot_messages, read_problems, text_messages
 from demo_training.views import View
 from qwen3vl_moe.inputs.tokenizer import IMAGE_PAD, VISION_END, VISION_START
 from qwen3vl_moe.model.rope import mrope_positions
@@ -241,7 +242,9 @@ class TrainingBatches(Dataset):
 
     Args:
         tokenizer_path: tokenizer.json.
-        problems: gsm8k's training problems; generated ones stand in where there are none.
+        problems: gsm8k's train.jsonl; without it generated problems stand in. Each worker reads it for itself: what
+            is pickled for a worker and longer than a pipe holds keeps the next worker from starting until this one has
+            imported everything.
         budget: its size.
         steps: length of the data set.
         moved: share of the pictures with learned positions moved about.
@@ -250,16 +253,17 @@ class TrainingBatches(Dataset):
     def __init__(
         self,
         tokenizer_path: str,
-        problems: Sequence[Problem],
+        problems: Path | None,
         *,
         budget: Budget,
         steps: int,
         seed: int,
         moved: float = 0.0,
     ):
-        self._path, self._problems, self._budget = tokenizer_path, list(problems), budget
+        self._path, self._problems_path, self._budget = tokenizer_path, problems, budget
         self._steps, self._seed, self._moved = steps, seed, moved
         self._encoder: Encoder | None = None
+        self._problems: list[Problem] | None = None
 
     def __len__(self) -> int:
         return self._steps
@@ -278,6 +282,12 @@ class TrainingBatches(Dataset):
 
             self._encoder = Encoder(Tokenizer.from_file(self._path))
         return self._encoder
+
+    @property
+    def problems(self) -> list[Problem]:
+        if self._problems is None:
+            self._problems = read_problems(self._problems_path) if self._problems_path else []
+        return self._problems
 
     def picture_rows(self, step: int) -> list[Row]:
         """Rows about pictures of all sizes, until the first that is too much."""
@@ -313,7 +323,7 @@ class TrainingBatches(Dataset):
         left, misses = self._budget.text_tokens, 0
         while misses < 5 and len(rows) < self._budget.text_tokens // SHORTEST_ROW:
             make = few_shot_messages if rng.random() < FEW_SHOT else text_messages
-            row = self.encoder.row(make(rng, self._problems))
+            row = self.encoder.row(make(rng, self.problems))
             if len(row.ids) > min(left, LONGEST_ROW):
                 misses += 1
                 continue

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import pickle
+from dataclasses import asdict
 from itertools import pairwise
 from random import Random
 
@@ -28,7 +31,7 @@ BUDGET = Budget(1200, 1200)
 @pytest.fixture(scope="module")
 def data(untrained):
     path = str(untrained[0] / "tokenizer.json")
-    return TrainingBatches(path, [], budget=BUDGET, steps=4000, seed=0)
+    return TrainingBatches(path, None, budget=BUDGET, steps=4000, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,17 @@ def normalised(patches_P: torch.Tensor) -> torch.Tensor:
     """What image processors make of patches, [P, channels * frames * rows * columns]."""
     x = (patches_P.float() / 127.5 - 1).permute(0, 3, 1, 2)[:, :, None]
     return x.expand(-1, -1, FRAMES, -1, -1).flatten(1)
+
+
+def test_workers_read_the_problems_for_themselves(untrained, tmp_path):
+    """Whose start would wait for each other, were there more to pickle for each than a pipe holds (64 KiB)."""
+    problems = [{"question": f"What is {n} + 1? " + "Think. " * 200, "answer": f"#### {n + 1}"} for n in range(100)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, problems)))
+    data = TrainingBatches(str(untrained[0] / "tokenizer.json"), path, budget=BUDGET, steps=10, seed=0)
+    pickled = pickle.dumps(data)
+    assert len(pickled) < 16_384
+    assert [asdict(problem) for problem in pickle.loads(pickled).problems] == problems
 
 
 def test_rows_and_patches_are_those_of_the_processor(data, processor):

@@ -110,7 +110,7 @@ def test_codes_are_told_apart_and_near_places_are_alike():
 
 def test_the_targets_are_the_positions_that_the_decoder_turns_by(untrained):
     """M-RoPE's rows and columns of the same tokens, from the first of their picture on."""
-    data = TrainingBatches(str(untrained[0] / "tokenizer.json"), [], budget=Budget(2048, 512), steps=1, seed=0)
+    data = TrainingBatches(str(untrained[0] / "tokenizer.json"), None, budget=Budget(2048, 512), steps=1, seed=0)
     batch = data[0]
     tokens = int((batch.place_M < len(batch.ids_N) - 1).sum())
     rows_columns = batch.positions_3N[1:, batch.place_M[:tokens]].T
@@ -147,7 +147,7 @@ def test_a_name_is_found_where_it_is_a_word(question, end):
 
 
 def test_tokens_of_names_end_them_and_their_targets_are_where_the_thing_is_drawn(untrained):
-    data = TrainingBatches(str(untrained[0] / "tokenizer.json"), [], budget=Budget(4096, 512), steps=1, seed=0)
+    data = TrainingBatches(str(untrained[0] / "tokenizer.json"), None, budget=Budget(4096, 512), steps=1, seed=0)
     decode, found, in_grids = data.encoder._tokenizer.decode, 0, 0
     for number in range(60):
         example = make_wide_example(0, number, size=(160, 192), images=1 + number % 2, turns=4)

@@ -22,7 +22,7 @@ from demo_training.trainer import Trainer, TrainingRecipe
 @pytest.fixture(scope="module")
 def batch(untrained):
     path = str(untrained[0] / "tokenizer.json")
-    return TrainingBatches(path, [], budget=Budget(512, 512), steps=1, seed=0)[0]
+    return TrainingBatches(path, None, budget=Budget(512, 512), steps=1, seed=0)[0]
 
 
 def make_trainer(path, steps: int, **recipe) -> Trainer:
@@ -92,7 +92,7 @@ def test_the_tower_is_slow_at_first_and_less_slow_later(untrained, batch):
 
 def test_workers_end_with_the_batches(untrained):
     path = str(untrained[0] / "tokenizer.json")
-    data = TrainingBatches(path, [], budget=Budget(512, 512), steps=10_000, seed=0)
+    data = TrainingBatches(path, None, budget=Budget(512, 512), steps=10_000, seed=0)
     batches = train_demo._batches(data, 5, 2, torch.device("cpu"))
     first = next(batches)
     workers = multiprocessing.active_children()
@@ -130,7 +130,7 @@ def test_a_repeated_step_learns_like_one_that_is_not(untrained):
     """As a CUDA graph, compiled or not, and launched one by one: the same losses within what bf16 and the order of sums
     allow."""
     path = str(untrained[0] / "tokenizer.json")
-    data = TrainingBatches(path, [], budget=Budget(2048, 1024), steps=8, seed=0)
+    data = TrainingBatches(path, None, budget=Budget(2048, 1024), steps=8, seed=0)
     losses = []
     for graphs, compiled in ((False, False), (True, False), (True, True)):
         model = build_model(published_config(SMALL, token_ids(untrained[0])), seed=0)
