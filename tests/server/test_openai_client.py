@@ -4,11 +4,12 @@ import json
 import math
 import re
 
-import openai
 import pytest
 
 from qwen3vl_moe import SamplingParams
 from tests.server.conftest import HELLO, Served, asking, data_url
+
+openai = pytest.importorskip("openai")
 
 SCHEMA = {
     "type": "object",

@@ -2,7 +2,6 @@
 
 import json
 
-import openai
 import pytest
 import torch
 
@@ -10,6 +9,8 @@ from qwen3vl_moe.engine.grammar import after_thinking
 from qwen3vl_moe.server.protocol import parse_chat
 from qwen3vl_moe.server.tools import Tool, form_of_calls
 from tests.server.conftest import HELLO, served
+
+openai = pytest.importorskip("openai")
 
 TEMPLATE = """
 {%- if tools %}{{- '<|im_start|>system\\n<tools>' }}{% for tool in tools %}{{- '\\n' + (tool | tojson) }}{% endfor %}
