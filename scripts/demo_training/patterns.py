@@ -1,7 +1,8 @@
 """What the wide set asks: patterns with choices in brackets, apart from what draws the pictures.
 
-``[a|b|]`` stands for one of its parts, {name} for what is asked about. No pattern gives a phrasing of the held-out
-sets; a test expands them all.
+``[a|b|]`` stands for one of its parts, {name} for what is asked about, {any} for a word that is none: nobody can list
+every word that people use there, so the model learns to get on without knowing it. No pattern gives a phrasing of the
+held-out sets; a test expands them all.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from __future__ import annotations
 # A model this small knows the words and the orders that it has seen: so frames of many kinds, for every question.
 _TELL = "[Tell me|Say|I want to know|Can you tell me|Do you know|Let me know|Find out|Please say]"
 _BIG = "[large or small|small or large]"
-_FROM = "[Relative to|With respect to|Measured from|As seen from|Starting from|Next to|Set against|From]"
+_FROM = (
+    "[Relative to|With respect to|Measured from|As seen from|Starting from|Next to|Set against|From|{any} with|"
+    "{any} from]"
+)
+_JUST = "[directly|just|straight|next|{any}ly]"
 _HERE = "[| here| in this image| in the image| shown]"
 _SEE = "[can you see|do you see|can you find|are shown|are visible]"
 _WHAT_IS = "[What is|What's|Which thing is|Name what is|Say what is]"
@@ -299,8 +304,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "The {item} has what [directly |just |]{side} it?",
         "[What|Which thing] is [directly|right|just] {side} the {item}?",
         "[Name|Say] what is [directly|just] {side} the {item}.",
-        "What [sits|appears|comes|can be seen] [directly|just|straight|next|close|exactly] {side} the {item}?",
-        "Which one [is|sits|appears|comes] [directly|just|straight|next|close|exactly] {side} the {item}?",
+        "What [sits|appears|comes|can be seen] [directly|just|straight|next|close|exactly|{any}ly] {side} the {item}?",
+        "Which one [is|sits|appears|comes] [directly|just|straight|next|close|exactly|{any}ly] {side} the {item}?",
         "[What|Which] is the neighbour {side} the {item}?",
         "The neighbour {side} the {item} is [what|which one]?",
         "{side} the {item}, what is the next one?",
@@ -310,10 +315,10 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         f"{_TELL} what [is|stands] {{steps}} places {{side}} the {{item}}.",
         "[Find|Look at] the {item}. What is {steps} places {side} it?",
         "Count {steps} places {to} from the {item}[,|:] what is there?",
-        "[What|Which thing] is {steps} [places|cells] {side} the {item}?",
+        "[What|Which thing] is {steps} [places|cells|{any}s] {side} the {item}?",
         "[Go {steps} places {to} from the {item}|From the {item}, go {steps} places {to}]: what is there?",
-        "What is {steps} [places|fields|squares] {to} from the {item}?",
-        "Which one is {steps} [places|fields|squares] {side} the {item}?",
+        "What is {steps} [places|fields|squares|{any}s] {to} from the {item}?",
+        "Which one is {steps} [places|fields|squares|{any}s] {side} the {item}?",
         "[Start|Begin] at the {item} and move {steps} [places|cells|fields] {to}. What [is there|do you reach]?",
         "Move {steps} [cells|squares|places] {to} from the {item}: [what|which one] is there?",
     ),
@@ -322,8 +327,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         f"{_TELL} what is [directly |just |]{{side}} the {{item}} in the {{which}} picture.",
         "In the {which} [picture|image], what is [directly|right|just] {side} the {item}?",
         "[What|Which thing] is [directly|right|just] {side} the {item} in the {which} [picture|image]?",
-        "Which one [is|sits|appears|comes] [directly|just|straight|next] {side} the {item} in the {which} picture?",
-        "What [sits|appears|comes] [directly|just|straight|next] {side} the {item} in the {which} [picture|image]?",
+        f"Which one [is|sits|appears|comes] {_JUST} {{side}} the {{item}} in the {{which}} picture?",
+        f"What [sits|appears|comes] {_JUST} {{side}} the {{item}} in the {{which}} [picture|image]?",
         "{which} picture: what is the neighbour {side} the {item}?",
     ),
     "path": (
@@ -334,7 +339,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "[What stands|Which characters are] along the [line|path], from the ring?",
         "Starting at the ring, [what does the line read|in what order are the characters|what is along the line]?",
         "From the ring on, what [stands|comes|is written] along the [line|path]?",
-        "Which characters does the [line|path] [visit|touch|connect], from the ring on?",
+        "Which characters does the [line|path] [visit|touch|connect|{any}], from the ring on?",
+        "[Read|List|{any}] [|what is ]along the [line|path|{any}], [from the ring on|the ring first|{any} the ring].",
         "Spell what [the line goes through|is on the path], the ring first.",
     ),
     "path_next": (

@@ -1,7 +1,7 @@
 """How a question of the wide set is put: one phrasing of its patterns, as people type it.
 
-``[a|b|]`` stands for one of its parts, {name} for what is asked about. No pattern gives a phrasing of the held-out
-sets; a test expands them all.
+``[a|b|]`` stands for one of its parts, {name} for what is asked about, {any} for a word that is none. No pattern gives
+a phrasing of the held-out sets; a test expands them all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from random import Random
 
 from demo_training.patterns import PATTERNS
 from demo_training.questions import PHRASINGS
+from demo_training.words import made_up
 
 OPENINGS = (
     *("",) * 18, "Please answer: ", "Look closely. ", "Tell me: ", "Quick question: ", "I have a question. ", "Hello! ",
@@ -22,6 +23,7 @@ OPENINGS = (
 ENDINGS = ("",) * 28 + (" Answer briefly.", " One word, please.", " Thank you.", " Thanks!")
 # Said without changing what is asked, and where.
 FILLERS = ("really", "exactly", "actually", "then", "now", "please", "perhaps", "clearly", "just now")
+UNKNOWN = 0.08  # share of the questions with a word that is none, somewhere
 ASKING = frozenset(("Is", "Are", "Does", "Do", "What", "Which", "Where", "Has", "Can"))
 ARTICLES = frozenset(("the", "a", "an"))
 _HELD_OUT = frozenset(phrasings[-1] for phrasings in PHRASINGS.values())
@@ -43,7 +45,11 @@ def phrasings_of(kind: str) -> tuple[tuple[str, ...], ...]:
 
 def phrase(rng: Random, kind: str, blanks: dict[str, str]) -> str:
     """A question of this kind: some with words that say nothing, without articles, a capital or the last mark."""
-    text = rng.choice(rng.choice(phrasings_of(kind))).format(**blanks)
+    words = rng.choice(rng.choice(phrasings_of(kind))).split(" ")
+    if rng.random() < UNKNOWN:
+        words.insert(rng.randint(1, len(words) - 1), "{any}")
+    text = " ".join(words).format(**blanks, any=made_up(rng))
+    text = text[0].upper() + text[1:] if words[0] == "{any}" else text
     for vowel in ("orange", "upper"):
         text = text.replace(f" a {vowel}", f" an {vowel}").replace(f"A {vowel}", f"An {vowel}")
     words = text.split(" ")

@@ -60,6 +60,11 @@ _ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 _ALIKE = set("cosuvwxz")  # letters that are alike in both cases but for their height
 
 
+def made_up(rng: Random) -> str:
+    """One to three syllables; most are no words."""
+    return "".join(rng.choice(_STARTS) + rng.choice(_VOWELS) + rng.choice(_ENDS) for _ in range(rng.randint(1, 3)))
+
+
 def word_to_read(rng: Random, longest: int) -> str:
     """At most ``longest`` letters (three at least), in lower case, upper case or with a capital."""
     while True:
@@ -67,10 +72,7 @@ def word_to_read(rng: Random, longest: int) -> str:
         if chance < 0.45:
             word = rng.choice(WORDS)
         elif chance < 0.8:
-            syllables = (
-                rng.choice(_STARTS) + rng.choice(_VOWELS) + rng.choice(_ENDS) for _ in range(rng.randint(1, 3))
-            )
-            word = "".join(syllables)
+            word = made_up(rng)
         else:
             word = "".join(rng.choice(_ALPHABET) for _ in range(rng.randint(2, 7)))
         if 2 <= len(word) <= longest:

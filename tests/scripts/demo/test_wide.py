@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from random import Random
 
@@ -18,7 +19,7 @@ from demo_training.layouts import WIDE_SIZES, shapes_view
 from demo_training.ordered import grid_view
 from demo_training.palette import CLEAR, distance, shade
 from demo_training.patterns import PATTERNS
-from demo_training.phrases import expansions, phrase, phrasings_of
+from demo_training.phrases import ENDINGS, FILLERS, OPENINGS, UNKNOWN, expansions, phrase, phrasings_of
 from demo_training.pictures import targets_of
 from demo_training.questions import PHRASINGS
 from demo_training.rendering import TRAINING_DIGITS, outline_of, render, view_marks
@@ -191,7 +192,7 @@ def test_every_phrasing_is_filled_by_what_its_kind_knows():
     for kind in PATTERNS:
         for group in phrasings_of(kind):
             for text in group:
-                assert text.format(**blanks[kind])
+                assert text.format(**blanks[kind], any="gub")
 
 
 def test_questions_are_typed_in_several_ways():
@@ -199,6 +200,16 @@ def test_questions_are_typed_in_several_ways():
     texts = {phrase(Random(number), "exists", blanks) for number in range(200)}
     assert len(texts) > 30
     assert not any(" a orange" in text.lower() for text in texts)
+
+
+def test_words_that_are_none_leave_the_names_whole():
+    blanks = {"side": "left of", "item": "7"}
+    texts = [phrase(Random(number), "beside", blanks) for number in range(400)]
+    assert all(re.search(r"\bleft of\b.*\b7\b|\b7\b.*\bleft of\b", text, re.IGNORECASE) for text in texts)
+    known = {word for group in phrasings_of("beside") for text in group for word in re.findall("[a-z]+", text.lower())}
+    known |= {word for text in (*OPENINGS, *ENDINGS, *FILLERS) for word in re.findall("[a-z]+", text.lower())}
+    strange = [set(re.findall("[a-z]+", text.lower())) - known - {"left", "of"} for text in texts]
+    assert len(texts) * UNKNOWN / 2 < sum(map(bool, strange)) < len(texts) / 2
 
 
 def test_fonts_photographs_and_hands_are_held_out_nowhere():
