@@ -11,6 +11,7 @@ import itertools
 import math
 import time
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 
 import numpy as np
@@ -83,6 +84,8 @@ class Engine:
         grammars = Grammars(tokenizer, vocab_size, defaults.eos_token_ids)
         self.admission = Admission(defaults, grammars, vocab_size, self.max_model_len)
         self._ids = itertools.count()
+        self._arriving: list[Sequence] = []  # whose videos are being decoded
+        self._lacks_frames = False  # whether the last step had nothing to compute but what waits for them
         self._half_done = False  # whether a change of what scheduler, cache and sequences hold was broken off
         self._taking: tuple[Sequence, int] | None = None  # who is given a token, and how many it had of its answer
 
@@ -108,7 +111,8 @@ class Engine:
         make the same steps again.
         """
         waiting = self.scheduler.waiting
-        images = sum(image.num_tokens for sequence in waiting for image in sequence.prompt.images)
+        ready = [sequence for sequence in waiting if not sequence.undecoded]
+        images = sum(image.num_tokens for sequence in ready for image in sequence.prompt.images)
         seats = self.scheduler.max_num_seqs - len(self.scheduler.running) - len(waiting)
         return seats > 0 and images < min(self.scheduler.max_prefill_tokens, self.scheduler.max_encoder_tokens)
 
@@ -195,6 +199,8 @@ class Engine:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a request."""
+        if sequence.undecoded:
+            self._arriving.append(sequence)
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -202,6 +208,7 @@ class Engine:
         if sequence.finished:
             return
         sequence.finish("abort")
+        self._arriving = [each for each in self._arriving if not each.finished]  # or their decoding would go on
         if self._half_done:  # settle() keeps only what has not finished
             return
         self._half_done = True
@@ -236,11 +243,13 @@ class Engine:
         if self._half_done:
             self.settle()
         self._half_done = True
+        if self._arriving:
+            self._look_at_frames()
         if not self._launched:
             self._launch(self.scheduler.schedule())
         if self._launched and self._runs_ahead and len(self._launched) == 1:
             self._launch(self.scheduler.ahead(self._launched[0].chunks), self._launched[0])
-        self._half_done = False
+        self._half_done, self._lacks_frames = False, not self._launched
         if not self._launched:
             return
         step = self._launched[0]
@@ -256,6 +265,26 @@ class Engine:
             self._take_all(step.chunks, result, max(0.0, model_seconds))
         self._forget_finished()
         self._taking, self._half_done = None, False
+
+    def wait_for_frames(self) -> None:
+        """Wait, if the last step had nothing to compute, until frames are there that were not.
+
+        Other threads may add requests and call :meth:`step` meanwhile.
+        """
+        if not self._lacks_frames:
+            return
+        arriving, started = self._arriving, time.time()
+        wait([part for sequence in arriving for part in sequence.undecoded], return_when=FIRST_COMPLETED)
+        for sequence in arriving:
+            sequence.metrics.stages["preprocess"] += time.time() - started
+
+    def _look_at_frames(self) -> None:
+        """End the requests whose videos cannot be decoded."""
+        for sequence in self._arriving:
+            if not sequence.finished and (error := sequence.undecodable) is not None:
+                sequence.fail(error)
+                self.scheduler.remove(sequence)
+        self._arriving = [each for each in self._arriving if not each.finished and each.undecoded]
 
     def _launch(self, chunks: Step, after: Launched | None = None) -> None:
         if not chunks:

@@ -34,6 +34,10 @@ class Part(Future[None]):
     is gone, the decoding stops.
     """
 
+    @property
+    def ready(self) -> bool:
+        return self.done() and self.exception() is None
+
 
 class GroupedFrames:
     """Room for the resized frames of one video, filled by any number of threads.
