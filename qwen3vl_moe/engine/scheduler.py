@@ -25,8 +25,9 @@ class Scheduler:
     A sequence that shares a prefix with an earlier one starts after the shared blocks; a preempted one starts after
     those of its own blocks that are still cached.
 
-    One that needs frames of a video next which are still being decoded lets others pass: it is not admitted, or is in
-    no step, until they are there.
+    One whose next frames of a video are still being decoded lets others pass: it is not admitted, or is in no step,
+    until they are there. Only one at a time begins before all of its frames are: the others may find what it computes,
+    if they ask for the same, and hold no blocks meanwhile.
 
     Args:
         cache: blocks of all sequences.
@@ -206,9 +207,12 @@ class Scheduler:
         """Whether a sequence can compute nothing before more frames of its videos are decoded."""
         if not sequence.undecoded:
             return False
-        start = sequence.num_computed or len(self._cached(sequence)[0]) * self.cache.block_size
+        begun = bool(sequence.block_table)
+        start = sequence.num_computed if begun else len(self._cached(sequence)[0]) * self.cache.block_size
         part, _ = sequence.part_from(start)
-        return part is not None and not part.ready
+        if part is None:
+            return False
+        return not part.ready or (not begun and any(each.undecoded for each in self.running))
 
     def _has_room_for(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence could be admitted."""
