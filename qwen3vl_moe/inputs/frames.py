@@ -87,11 +87,11 @@ class GroupedFrames:
         ends = [number * groups // count for number in range(count + 1)]
         return [range(start, stop) for start, stop in itertools.pairwise(ends)]
 
-    def fill(self, read: Callable[[Put, GoesOn], None], where: str) -> list[Part]:
+    def fill(self, read: Callable[[Put, GoesOn, int], None], where: str) -> list[Part]:
         """Have all frames put here by a thread of the pool, those of the first parts first; returns at once.
 
         Args:
-            read: calls ``put(place, frame)`` for each, until it is told that nobody wants more.
+            read: calls ``put(place, frame)`` for each, until it is told that nobody wants more; gets the number of parts.
             where: what messages call the video.
 
         Returns:
@@ -116,7 +116,7 @@ class GroupedFrames:
         def work(_: None) -> None:
             error: Exception = PromptError(f"{where}: some of its frames cannot be decoded")
             try:
-                read(put, lambda: parts[-1]() is not None)
+                read(put, lambda: parts[-1]() is not None, len(parts))
             except UserError as found:
                 error = found
             except Exception as found:  # of a library that met what nobody foresaw

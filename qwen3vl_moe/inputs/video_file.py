@@ -37,7 +37,6 @@ _BYTES_PER_PIXEL = 8 * _BATCH  # that a group holds: frames as decoded, some of 
 _HASH_BYTES = 2**22  # that are read at a time for a digest
 _READ_BYTES = 2**18  # that FFmpeg asks for at a time
 _THREADS = 8  # most of FFmpeg's own, for one group
-_ABREAST = 4  # groups at a time where the first frames are wanted first
 
 
 class Bytes:
@@ -126,25 +125,27 @@ class VideoFile:
         self,
         indices: Sequence[int],
         take: Callable[[int, np.ndarray], None],
-        goes_on: Callable[[], bool] | None = None,
+        goes_on: Callable[[], bool] = lambda: True,
+        parts: int = 1,
     ) -> None:
         """Decode some frames, and call ``take(place in indices, frame)`` for each, in threads and in any order.
 
         Args:
             indices: ascending numbers below ``total``.
             take: gets an upright RGB frame, uint8 [height, width, 3].
-            goes_on: asked before every frame; once it says no, none is decoded any more. Where it is given, the first
-                frames are wanted first: threads share in a few groups rather than have one each.
+            goes_on: asked after every frame; once it says no, none is decoded any more.
+            parts: how many of them are waited for one after the other. Threads then work on the groups of one part,
+                several on each, so that the first frames are there first.
 
         Raises:
             PromptError: a frame is damaged, or missing.
         """
         groups, failed = self._groups(np.asarray(indices)), False
-        abreast = None if goes_on is None else _ABREAST
-        threads = min(_THREADS, max(1, POOL.size // min(abreast or len(groups), len(groups))))
+        abreast = len(groups) if parts == 1 else max(-(-len(groups) // parts), -(-POOL.size // _THREADS))
+        threads = min(_THREADS, max(1, POOL.size // min(abreast, len(groups))))
 
         def wanted_still() -> bool:
-            return not failed and (goes_on is None or goes_on())
+            return not failed and goes_on()
 
         def work(group: tuple[list[int | None], dict[int, int]]) -> None:
             nonlocal failed
@@ -158,7 +159,7 @@ class VideoFile:
                 failed = True
                 raise
 
-        side_by_side(work, groups, abreast)
+        side_by_side(work, groups, None if parts == 1 else abreast)
 
     def _groups(self, indices: np.ndarray) -> list[tuple[list[int | None], dict[int, int]]]:
         """For each key frame that is needed: what to seek for, and by its time each wanted frame's place.

@@ -235,8 +235,8 @@ def test_giving_up_stops_the_decoding(llm, gate, monkeypatch):
     fill = GroupedFrames.fill
 
     def watched(made, read, where):
-        def counted(put, goes_on):
-            read(put, goes_on)
+        def counted(*given):
+            read(*given)
             ended.set()
 
         return fill(made, counted, where)
