@@ -91,7 +91,7 @@ class GroupedFrames:
         """Have all frames put here by a thread of the pool, those of the first parts first; returns at once.
 
         Args:
-            read: calls ``put(place, frame)`` for each, until it is told that nobody wants more; gets the number of parts.
+            read: calls ``put(place, frame)`` for each, until told that nobody wants more; gets the number of parts, too.
             where: what messages call the video.
 
         Returns:
