@@ -91,7 +91,7 @@ class GroupedFrames:
         """Have all frames put here by a thread of the pool, those of the first parts first; returns at once.
 
         Args:
-            read: calls ``put(place, frame)`` for each, until told that nobody wants more; gets the number of parts, too.
+            read: given ``put(place, frame)`` to call for each, whether anybody wants more, and the number of parts.
             where: what messages call the video.
 
         Returns:
