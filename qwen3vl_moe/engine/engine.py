@@ -38,6 +38,7 @@ from qwen3vl_moe.errors import NumbersError, OptionError, PromptError, UserError
 from qwen3vl_moe.inputs.processor import Prompt
 from qwen3vl_moe.model import Qwen3VLMoe
 
+_PATIENCE = 0.02  # seconds until whoever waits for frames looks what other threads have done meanwhile
 _DAMAGED = "the weights or settings of the checkpoint are damaged, or the dtype is too narrow"
 
 
@@ -85,7 +86,7 @@ class Engine:
         self.admission = Admission(defaults, grammars, vocab_size, self.max_model_len)
         self._ids = itertools.count()
         self._arriving: list[Sequence] = []  # whose videos are being decoded
-        self._lacks_frames = False  # whether the last step had nothing to compute but what waits for them
+        self._stalled = False  # whether the last step had nothing to compute but what waits for them
         self._half_done = False  # whether a change of what scheduler, cache and sequences hold was broken off
         self._taking: tuple[Sequence, int] | None = None  # who is given a token, and how many it had of its answer
 
@@ -249,7 +250,7 @@ class Engine:
             self._launch(self.scheduler.schedule())
         if self._launched and self._runs_ahead and len(self._launched) == 1:
             self._launch(self.scheduler.ahead(self._launched[0].chunks), self._launched[0])
-        self._half_done, self._lacks_frames = False, not self._launched
+        self._half_done, self._stalled = False, not self._launched
         if not self._launched:
             return
         step = self._launched[0]
@@ -267,14 +268,12 @@ class Engine:
         self._taking, self._half_done = None, False
 
     def wait_for_frames(self) -> None:
-        """Wait, if the last step had nothing to compute, until frames are there that were not.
-
-        Other threads may add requests and call :meth:`step` meanwhile.
-        """
-        if not self._lacks_frames:
+        """Wait for frames, if the last step had nothing to compute; other threads may use the engine meanwhile."""
+        if not self._stalled:
             return
         arriving, started = self._arriving, time.time()
-        wait([part for sequence in arriving for part in sequence.undecoded], return_when=FIRST_COMPLETED)
+        parts = [part for sequence in arriving for part in sequence.undecoded]
+        wait(parts, _PATIENCE, FIRST_COMPLETED)
         for sequence in arriving:
             sequence.metrics.stages["preprocess"] += time.time() - started
 

@@ -338,7 +338,7 @@ class LLM:
         A character or a stop string never shows in part. Closing the iterator gives the request up.
 
         Raises:
-            PromptError, OptionError: at the call, before the first output.
+            PromptError, OptionError: at the call; of frames of a video file that cannot be decoded, with an output.
         """
         return self.service.stream(conversation_or_prompt, self._prepare_any, sampling_params or SamplingParams())
 

@@ -1,6 +1,7 @@
 """A video file's first frames are computed while its later ones are decoded, and all else is as if they were not."""
 
 import gc
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from qwen3vl_moe.inputs.images import copy_pixels, cut_patches
 from qwen3vl_moe.inputs.tokenizer import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from tests.engine.conftest import PROMPTS, check_leaks, picture
 from tests.engine.test_greedy import oracle_tokens, tokens
+from tests.engine.test_interrupts import Impatient, Interrupter
 from tests.inputs.clips import make_clip
 
 pytest.importorskip("av", reason="videos need PyAV")
@@ -258,7 +260,7 @@ def test_an_interrupt_while_frames_are_waited_for(llm, gate, monkeypatch):
     engine, wait = llm.engine, llm.engine.wait_for_frames
 
     def interrupted():
-        if engine._lacks_frames:
+        if engine._stalled:
             raise KeyboardInterrupt
         wait()
 
@@ -270,6 +272,23 @@ def test_an_interrupt_while_frames_are_waited_for(llm, gate, monkeypatch):
     assert not engine._arriving
     gate.open.set()
     assert tokens(llm.generate(asking(), greedy())) == [oracle_tokens_of(llm, asking())]
+
+
+@pytest.mark.parametrize("kind", [Interrupter, Impatient])
+def test_an_interrupt_at_any_line(llm, kind):
+    def ask(llm):
+        return tokens(llm.generate(asking(), greedy(n=2, temperature=1.0, seed=5)))
+
+    expected, counter = ask(llm), Interrupter()
+    counter.run(ask, llm)
+    rng, struck = random.Random(kind.__name__), 0
+    for _ in range(8):
+        llm.engine.cache.forget_all()
+        struck += kind(rng.randint(1, counter.lines)).run(ask, llm)
+        assert ask(llm) == expected
+        check_leaks(llm)
+        assert not llm.engine._arriving
+    assert struck >= 5
 
 
 def test_a_question_about_a_known_file_waits_for_no_frame(plain, make_llm, gate, encoded, tmp_path):
