@@ -11,13 +11,13 @@ import itertools
 import math
 import time
 from collections import deque
-from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from qwen3vl_moe.engine.admission import Admission
+from qwen3vl_moe.engine.arrivals import Arrivals
 from qwen3vl_moe.engine.calls import Call
 from qwen3vl_moe.engine.chunks import Chunk, Decoding, Step
 from qwen3vl_moe.engine.constraints import Constraints, tokens_of_bad_words
@@ -38,7 +38,6 @@ from qwen3vl_moe.errors import NumbersError, OptionError, PromptError, UserError
 from qwen3vl_moe.inputs.processor import Prompt
 from qwen3vl_moe.model import Qwen3VLMoe
 
-_PATIENCE = 0.02  # seconds until whoever waits for frames looks what other threads have done meanwhile
 _DAMAGED = "the weights or settings of the checkpoint are damaged, or the dtype is too narrow"
 
 
@@ -85,8 +84,8 @@ class Engine:
         grammars = Grammars(tokenizer, vocab_size, defaults.eos_token_ids)
         self.admission = Admission(defaults, grammars, vocab_size, self.max_model_len)
         self._ids = itertools.count()
-        self._arriving: list[Sequence] = []  # whose videos are being decoded
-        self._stalled = False  # whether the last step had nothing to compute but what waits for them
+        self._arrivals = Arrivals()
+        self._stalled = False  # whether the last step had nothing to compute but what waits for frames
         self._half_done = False  # whether a change of what scheduler, cache and sequences hold was broken off
         self._taking: tuple[Sequence, int] | None = None  # who is given a token, and how many it had of its answer
 
@@ -108,8 +107,8 @@ class Engine:
         """Whether the next step should see one more request, if there is one.
 
         There has to be a free seat. Images take long to prepare, so no more of them than fill a step are waited for:
-        the step then computes while others are prepared. Requests alone decide, not the clock, so that the same calls
-        make the same steps again.
+        the step then computes while others are prepared. (One that lacks frames fills none.) Requests alone decide, not
+        the clock, so that the same calls make the same steps again.
         """
         waiting = self.scheduler.waiting
         ready = [sequence for sequence in waiting if not sequence.undecoded]
@@ -200,8 +199,7 @@ class Engine:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a request."""
-        if sequence.undecoded:
-            self._arriving.append(sequence)
+        self._arrivals.add(sequence)
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -209,7 +207,7 @@ class Engine:
         if sequence.finished:
             return
         sequence.finish("abort")
-        self._arriving = [each for each in self._arriving if not each.finished]  # or their decoding would go on
+        self._arrivals.forget()
         if self._half_done:  # settle() keeps only what has not finished
             return
         self._half_done = True
@@ -244,8 +242,10 @@ class Engine:
         if self._half_done:
             self.settle()
         self._half_done = True
-        if self._arriving:
-            self._look_at_frames()
+        for sequence, error in self._arrivals.failed():
+            sequence.fail(error)
+            self.scheduler.remove(sequence)
+        self._arrivals.forget()
         if not self._launched:
             self._launch(self.scheduler.schedule())
         if self._launched and self._runs_ahead and len(self._launched) == 1:
@@ -269,21 +269,8 @@ class Engine:
 
     def wait_for_frames(self) -> None:
         """Wait for frames, if the last step had nothing to compute; other threads may use the engine meanwhile."""
-        if not self._stalled:
-            return
-        arriving, started = self._arriving, time.time()
-        parts = [part for sequence in arriving for part in sequence.undecoded]
-        wait(parts, _PATIENCE, FIRST_COMPLETED)
-        for sequence in arriving:
-            sequence.metrics.stages["preprocess"] += time.time() - started
-
-    def _look_at_frames(self) -> None:
-        """End the requests whose videos cannot be decoded."""
-        for sequence in self._arriving:
-            if not sequence.finished and (error := sequence.undecodable) is not None:
-                sequence.fail(error)
-                self.scheduler.remove(sequence)
-        self._arriving = [each for each in self._arriving if not each.finished and each.undecoded]
+        if self._stalled:
+            self._arrivals.wait()
 
     def _launch(self, chunks: Step, after: Launched | None = None) -> None:
         if not chunks:

@@ -30,9 +30,11 @@ GoesOn = Callable[[], bool]
 class Part(Future[None]):
     """Pictures in a row whose frames are waited for together; done when their pixels are there.
 
-    It fails with the UserError that decoding them ended with. Nothing here holds it but its pictures' prompt: once that
-    is gone, the decoding stops.
+    It fails with the UserError that decoding them ended with. Decoding stops once nobody holds it, or it is not
+    ``wanted`` any more.
     """
+
+    wanted = True
 
     @property
     def ready(self) -> bool:
@@ -113,10 +115,14 @@ class GroupedFrames:
             if came_last and (part := parts[number]()) is not None:
                 part.set_result(None)
 
+        def goes_on() -> bool:
+            alive = [part for each in parts if (part := each()) is not None]
+            return any(part.wanted and not part.done() for part in alive)
+
         def work(_: None) -> None:
             error: Exception = PromptError(f"{where}: some of its frames cannot be decoded")
             try:
-                read(put, lambda: parts[-1]() is not None, len(parts))
+                read(put, goes_on, len(parts))
             except UserError as found:
                 error = found
             except Exception as found:  # of a library that met what nobody foresaw

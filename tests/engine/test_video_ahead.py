@@ -232,9 +232,10 @@ def test_a_damaged_file_ends_its_request(llm, encoded):
         check_leaks(llm)
 
 
-def test_giving_up_stops_the_decoding(llm, gate, monkeypatch):
-    gate.held, ended = 3, threading.Event()
-    fill = GroupedFrames.fill
+@pytest.fixture
+def read(monkeypatch):
+    """Set when the file is not read any more."""
+    ended, fill = threading.Event(), GroupedFrames.fill
 
     def watched(made, read, where):
         def counted(*given):
@@ -244,20 +245,29 @@ def test_giving_up_stops_the_decoding(llm, gate, monkeypatch):
         return fill(made, counted, where)
 
     monkeypatch.setattr(GroupedFrames, "fill", watched)
-    clip = make_clip(frames=FRAMES, rate=8, key_every=1)
-    stream = llm.stream(asking(videos=[clip]), greedy())
+    return ended
+
+
+EVERY_FRAME_A_KEY = {"frames": FRAMES, "rate": 8, "key_every": 1}
+
+
+def test_a_stream_that_is_not_read_stops_the_decoding(llm, gate, read):
+    gate.held = 3
+    stream = llm.stream(asking(videos=[make_clip(**EVERY_FRAME_A_KEY)]), greedy())
     until(lambda: len(gate.put) == 3)
     stream.close()
     check_leaks(llm)
     gc.collect()
     gate.open.set()
-    assert ended.wait(WAIT)
-    assert len(gate.put) < FRAMES, "frames of later groups were decoded for nobody"
+    assert read.wait(WAIT)
+    assert len(gate.put) < FRAMES, "frames were decoded for nobody"
 
 
-def test_an_interrupt_while_frames_are_waited_for(llm, gate, monkeypatch):
+def test_an_interrupt_while_frames_are_waited_for_stops_the_decoding(llm, gate, read, monkeypatch):
+    """Also where the traceback, and with it the prompt, is kept."""
     gate.held = 3
     engine, wait = llm.engine, llm.engine.wait_for_frames
+    prompt = asking(videos=[make_clip(**EVERY_FRAME_A_KEY)])
 
     def interrupted():
         if engine._stalled:
@@ -266,12 +276,15 @@ def test_an_interrupt_while_frames_are_waited_for(llm, gate, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "wait_for_frames", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(asking(), greedy())
+        with pytest.raises(KeyboardInterrupt) as caught:
+            llm.generate(prompt, greedy())
+    assert caught.tb is not None
     check_leaks(llm)
-    assert not engine._arriving
+    assert not engine._arrivals._sequences
     gate.open.set()
-    assert tokens(llm.generate(asking(), greedy())) == [oracle_tokens_of(llm, asking())]
+    assert read.wait(WAIT)
+    assert len(gate.put) < FRAMES, "frames were decoded for nobody"
+    assert tokens(llm.generate(prompt, greedy())) == [oracle_tokens_of(llm, prompt)]
 
 
 @pytest.mark.parametrize("kind", [Interrupter, Impatient])
@@ -287,7 +300,7 @@ def test_an_interrupt_at_any_line(llm, kind):
         struck += kind(rng.randint(1, counter.lines)).run(ask, llm)
         assert ask(llm) == expected
         check_leaks(llm)
-        assert not llm.engine._arriving
+        assert not llm.engine._arrivals._sequences
     assert struck >= 5
 
 
