@@ -352,3 +352,16 @@ def test_pixels_of_a_part_are_there_when_it_is_done(llm):
     for ours, theirs in zip(prompt.images, again.images, strict=True):
         both = [cut_patches(copy_pixels([each.picture], "cpu"), [each.picture]) for each in (ours, theirs)]
         assert torch.equal(*both)
+
+
+def test_many_threads_ask_about_files(plain, make_llm):
+    """Of one another's, too; on a cache that does not hold all of them, so that some are preempted."""
+    llm = make_llm(plain, num_blocks=80, block_size=4, max_num_seqs=3)
+    prompts = [asking(), asking("Who?", [OTHER]), "Hello", asking("And?", [OTHER, CLIP]), asking()]
+    expected = tokens(llm.generate(prompts, greedy()))
+    llm.engine.cache.forget_all()
+    with ThreadPoolExecutor(5) as pool:
+        asked = [n for _ in range(4) for n in range(5)]
+        found = list(pool.map(lambda n: tokens(llm.generate(prompts[n], greedy()))[0], asked))
+    assert found == [expected[n] for n in asked]
+    check_leaks(llm)
