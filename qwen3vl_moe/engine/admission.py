@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qwen3vl_moe.engine.arguments import only_given
 from qwen3vl_moe.engine.defaults import GenerationDefaults
 from qwen3vl_moe.engine.grammar import THINK, Grammars, after_thinking
 from qwen3vl_moe.engine.params import SamplingParams, check_vocabulary
 from qwen3vl_moe.errors import PromptError, UserError
 from qwen3vl_moe.inputs.processor import Prompt
 
-Prepare = Callable[[Any, int | None], Prompt]  # of a request, and of how many tokens to keep at most (None: of all)
+Prepare = Callable[..., Prompt]  # of a request; where they are given, with keep_last and ahead of Processor.chat
 Timed = tuple[
     Prompt, float, float
 ]  # a prompt, when work on it began (since the epoch) and how long it took, in seconds
@@ -57,8 +58,11 @@ class Admission:
             return params
         return replace(params, structured_outputs=after_thinking(form))
 
-    def prepared(self, prepare: Prepare, pair: tuple[Any, SamplingParams]) -> Timed:
+    def prepared(self, prepare: Prepare, pair: tuple[Any, SamplingParams], ahead: bool = False) -> Timed:
         """Make a prompt.
+
+        Args:
+            ahead: of its decoding: see :meth:`.Processor.chat`.
 
         Raises:
             PromptError: it cannot be made, for whatever reason: one bad request is that request's error alone.
@@ -66,7 +70,8 @@ class Admission:
         item, params = pair
         arrival = time.time()
         try:
-            return prepare(item, self._kept(params)), arrival, time.time() - arrival
+            options = only_given(keep_last=self._kept(params), ahead=ahead or None)
+            return prepare(item, **options), arrival, time.time() - arrival
         except UserError:
             raise
         except Exception as error:  # of a library that met what nobody foresaw; the cause keeps its traceback

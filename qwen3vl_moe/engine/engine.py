@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from qwen3vl_moe.engine.admission import Admission
+from qwen3vl_moe.engine.arrivals import Arrivals
 from qwen3vl_moe.engine.calls import Call
 from qwen3vl_moe.engine.chunks import Chunk, Decoding, Step
 from qwen3vl_moe.engine.constraints import Constraints, tokens_of_bad_words
@@ -83,6 +84,8 @@ class Engine:
         grammars = Grammars(tokenizer, vocab_size, defaults.eos_token_ids)
         self.admission = Admission(defaults, grammars, vocab_size, self.max_model_len)
         self._ids = itertools.count()
+        self._arrivals = Arrivals()
+        self._stalled = False  # whether the last step had nothing to compute but what waits for frames
         self._half_done = False  # whether a change of what scheduler, cache and sequences hold was broken off
         self._taking: tuple[Sequence, int] | None = None  # who is given a token, and how many it had of its answer
 
@@ -104,11 +107,12 @@ class Engine:
         """Whether the next step should see one more request, if there is one.
 
         There has to be a free seat. Images take long to prepare, so no more of them than fill a step are waited for:
-        the step then computes while others are prepared. Requests alone decide, not the clock, so that the same calls
-        make the same steps again.
+        the step then computes while others are prepared. (One that lacks frames fills none.) Requests alone decide, not
+        the clock, so that the same calls make the same steps again.
         """
         waiting = self.scheduler.waiting
-        images = sum(image.num_tokens for sequence in waiting for image in sequence.prompt.images)
+        ready = [sequence for sequence in waiting if not sequence.undecoded]
+        images = sum(image.num_tokens for sequence in ready for image in sequence.prompt.images)
         seats = self.scheduler.max_num_seqs - len(self.scheduler.running) - len(waiting)
         return seats > 0 and images < min(self.scheduler.max_prefill_tokens, self.scheduler.max_encoder_tokens)
 
@@ -195,6 +199,7 @@ class Engine:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a request."""
+        self._arrivals.add(sequence)
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -202,6 +207,7 @@ class Engine:
         if sequence.finished:
             return
         sequence.finish("abort")
+        self._arrivals.forget()
         if self._half_done:  # settle() keeps only what has not finished
             return
         self._half_done = True
@@ -236,11 +242,15 @@ class Engine:
         if self._half_done:
             self.settle()
         self._half_done = True
+        for sequence, error in self._arrivals.failed():
+            sequence.fail(error)
+            self.scheduler.remove(sequence)
+        self._arrivals.forget()
         if not self._launched:
             self._launch(self.scheduler.schedule())
         if self._launched and self._runs_ahead and len(self._launched) == 1:
             self._launch(self.scheduler.ahead(self._launched[0].chunks), self._launched[0])
-        self._half_done = False
+        self._half_done, self._stalled = False, not self._launched
         if not self._launched:
             return
         step = self._launched[0]
@@ -256,6 +266,11 @@ class Engine:
             self._take_all(step.chunks, result, max(0.0, model_seconds))
         self._forget_finished()
         self._taking, self._half_done = None, False
+
+    def wait_for_frames(self) -> None:
+        """Wait for frames, if the last step had nothing to compute; other threads may use the engine meanwhile."""
+        if self._stalled:
+            self._arrivals.wait()
 
     def _launch(self, chunks: Step, after: Launched | None = None) -> None:
         if not chunks:

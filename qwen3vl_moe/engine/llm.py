@@ -21,7 +21,6 @@ from qwen3vl_moe.engine.arguments import (
     is_conversation,
     is_prompt,
     listed,
-    only_given,
     params_per_item,
     parse_options,
     refuse_arguments,
@@ -339,7 +338,7 @@ class LLM:
         A character or a stop string never shows in part. Closing the iterator gives the request up.
 
         Raises:
-            PromptError, OptionError: at the call, before the first output.
+            PromptError, OptionError: at the call; of frames of a video file that cannot be decoded, with an output.
         """
         return self.service.stream(conversation_or_prompt, self._prepare_any, sampling_params or SamplingParams())
 
@@ -387,14 +386,14 @@ class LLM:
         known = {"chat": self._prepare_chat, "prompt": self._prepare_prompt, "any": self._prepare_any}
         return partial(known[how], **asked)
 
-    def _prepare_any(self, conversation_or_prompt: Any, keep: int | None) -> Prompt:
+    def _prepare_any(self, conversation_or_prompt: Any, **asked: Any) -> Prompt:
         if callable(conversation_or_prompt):
             conversation_or_prompt = conversation_or_prompt()
         is_chat = is_conversation(conversation_or_prompt)
-        return (self._prepare_chat if is_chat else self._prepare_prompt)(conversation_or_prompt, keep)
+        return (self._prepare_chat if is_chat else self._prepare_prompt)(conversation_or_prompt, **asked)
 
-    def _prepare_chat(self, conversation: Any, keep: int | None, **asked: Any) -> Prompt:
-        return self.processor.chat(conversation, **asked, **only_given(keep_last=keep))
+    def _prepare_chat(self, conversation: Any, **asked: Any) -> Prompt:
+        return self.processor.chat(conversation, **asked)
 
-    def _prepare_prompt(self, prompt: Any, keep: int | None) -> Prompt:
-        return self.processor.prompt(prompt, **only_given(keep_last=keep))
+    def _prepare_prompt(self, prompt: Any, **asked: Any) -> Prompt:
+        return self.processor.prompt(prompt, **asked)

@@ -25,10 +25,11 @@ class Logprob:
 class RequestMetrics:
     """Times of one request, in seconds since the epoch, where they went, and what the cache saved.
 
-    ``stages`` holds wall seconds: ``preprocess`` (template, tokens, image decoding and resizing), ``queue`` (waiting
-    for a first step), ``host_to_device`` (pixels), ``vision`` (patches and tower), ``prefill`` (prompt tokens, those
-    recomputed after a preemption included), ``decode`` and ``sample`` (from logits to tokens on the host). A step that
-    several requests share counts in full for each of them. ``num_cached_tokens`` counts the prompt tokens that were in
+    ``stages`` holds wall seconds: ``preprocess`` (template, tokens, image decoding and resizing; of a video that is
+    computed while it is decoded, as far as nothing could be computed), ``queue`` (waiting for a first step),
+    ``host_to_device`` (pixels), ``vision`` (patches and tower), ``prefill`` (prompt tokens, those recomputed after a
+    preemption included), ``decode`` and ``sample`` (from logits to tokens on the host). A step that several requests
+    share counts in full for each of them. ``num_cached_tokens`` counts the prompt tokens that were in
     the cache when the request first ran; after a preemption more may be found.
     """
 

@@ -25,6 +25,10 @@ class Scheduler:
     A sequence that shares a prefix with an earlier one starts after the shared blocks; a preempted one starts after
     those of its own blocks that are still cached.
 
+    One whose next frames of a video are still being decoded lets others pass: it is not admitted, or is in no step,
+    until they are there. Only one at a time begins before all of its frames are: the others may find what it computes,
+    if they ask for the same, and hold no blocks meanwhile.
+
     Args:
         cache: blocks of all sequences.
         max_num_seqs: most sequences in a step.
@@ -73,7 +77,7 @@ class Scheduler:
         self.cache.release_all()
 
     def schedule(self) -> list[Chunk]:
-        """The next step; empty only when there is nothing left to do."""
+        """The next step; empty only when there is nothing left to do before frames are decoded."""
         self._make_room()
         chunks: list[Chunk] = []
         coming: set[bytes] = set()  # full blocks that this step computes, if anybody waits
@@ -89,6 +93,8 @@ class Scheduler:
             decodes = sequence.pending == 1 and sequence.num_computed > 0
             start = sequence.num_computed
             stop = start + (1 if decodes else min(sequence.pending, budget))
+            part, end_of_part = sequence.part_from(start)
+            stop = min(stop, end_of_part) if part is None or part.ready else start
             for number, image in sequence.images_in(start, stop):
                 if sequence.features[number] is None:
                     if encoder_budget < min(image.num_tokens, self.max_encoder_tokens):
@@ -107,12 +113,16 @@ class Scheduler:
         # One that was preempted just now is at the head of the queue, and fewer blocks are free than it held: it waits,
         # and so do all that came after it, until one that runs has ended.
         reserved = self._reserve() if self.waiting and budget else 0
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
+        passed = 0  # who are not asked yet
+        while passed < len(self.waiting) and budget and len(self.running) < self.max_num_seqs:
+            sequence = self.waiting[passed]
+            if self._lacks_frames(sequence):
+                passed += 1
+                continue
             if not self._admit(sequence, coming, reserved):
                 break
             self.running.append(sequence)
-            self.waiting.popleft()
+            del self.waiting[passed]
             reserved += self._growth(sequence)
             take(sequence)
         return chunks
@@ -134,10 +144,13 @@ class Scheduler:
                 return []
             live = Decoding.after(going)
         constrained = [sequence for sequence in live.sequences if sequence.constraints is not None]
-        if len(live) < len(self.running) or any(sequence.needs_history for sequence in constrained):
+        if len(live) < len(self.running) and len(live) < sum(not self._lacks_frames(each) for each in self.running):
+            return []
+        if any(sequence.needs_history for sequence in constrained):
             return []
         following = live.where(live.left_S > 0)
-        if self.waiting and (len(following) < len(live) or self._has_room_for(self.waiting[0])):
+        head = next((sequence for sequence in self.waiting if not self._lacks_frames(sequence)), None)
+        if head is not None and (len(following) < len(live) or self._has_room_for(head)):
             return []
         # Another block is needed only where the token is its first one.
         rows = np.flatnonzero((following.stops_S - 1) % self.cache.block_size == 0).tolist()
@@ -189,6 +202,17 @@ class Scheduler:
         self.num_queried_tokens += len(sequence.token_ids)
         self.num_cached_tokens += len(found) * size
         return True
+
+    def _lacks_frames(self, sequence: Sequence) -> bool:
+        """Whether a sequence can compute nothing before more frames of its videos are decoded."""
+        if not sequence.undecoded:
+            return False
+        begun = bool(sequence.block_table)
+        start = sequence.num_computed if begun else len(self._cached(sequence)[0]) * self.cache.block_size
+        part, _ = sequence.part_from(start)
+        if part is None:
+            return False
+        return not part.ready or (not begun and any(each.undecoded for each in self.running))
 
     def _has_room_for(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence could be admitted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import time
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,7 @@ from qwen3vl_moe.engine.kv_cache import block_key
 from qwen3vl_moe.engine.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from qwen3vl_moe.engine.params import SamplingParams
 from qwen3vl_moe.errors import UserError
+from qwen3vl_moe.inputs.frames import Part
 from qwen3vl_moe.inputs.processor import ImageInput, Prompt
 from qwen3vl_moe.model import VisionFeatures
 
@@ -85,6 +87,11 @@ class Sequence:
         self.most_tokens = min(self.max_len, self.num_prompt_tokens + answer)
         self.features: list[VisionFeatures | None] = [None] * len(self.prompt.images)
         self._image_ends = [image.start + image.num_tokens for image in self.prompt.images]
+        self._parts: list[tuple[int, int, Part]] = []  # where each begins and ends in the prompt
+        for part, group in itertools.groupby(self.prompt.images, lambda image: image.part):
+            if part is not None:
+                pictures = list(group)
+                self._parts.append((pictures[0].start, pictures[-1].start + pictures[-1].num_tokens, part))
         self.logprobs: list[dict[int, Logprob]] = []
         self.prompt_logprobs: list[dict[int, Logprob] | None] = [None]
         self.ending = self.eos_token_ids.union(self.params.stop_token_ids or ())
@@ -137,6 +144,29 @@ class Sequence:
         first = bisect.bisect_right(self._image_ends, start)
         last = bisect.bisect_left(self.prompt.images, stop, lo=first, key=lambda image: image.start)
         return [(number, self.prompt.images[number]) for number in range(first, last)]
+
+    @property
+    def undecoded(self) -> list[Part]:
+        """Parts of the prompt's videos whose frames are not there yet."""
+        return [part for *_, part in self._parts if not part.ready]
+
+    @property
+    def undecodable(self) -> UserError | None:
+        """Why one of them never will be; None: nothing is known of that."""
+        errors = (part.exception() for *_, part in self._parts if part.done())
+        return next((error for error in errors if isinstance(error, UserError)), None)
+
+    def part_from(self, place: int) -> tuple[Part | None, int]:
+        """The part of a video whose frames are needed next from a place on, and where it makes way for the next one.
+
+        Each part is computed by itself, however many are there: so the same requests make the same steps, whatever time
+        their decoding takes. None: no more frames are needed than are there.
+        """
+        number = bisect.bisect_right(self._parts, place, key=lambda each: each[1])
+        if number == len(self._parts):
+            return None, len(self.token_ids)
+        next_starts = [start for start, *_ in self._parts[number + 1 : number + 2]]
+        return self._parts[number][2], next_starts[0] if next_starts else len(self.token_ids)
 
     def block_keys(self, first: int, last: int, block_size: int) -> list[bytes]:
         """Names by content (:func:`.kv_cache.block_key`) of the full blocks from number ``first`` up to ``last``."""

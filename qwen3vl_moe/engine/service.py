@@ -42,7 +42,9 @@ class Service:
     ) -> Answers:
         """See :meth:`.LLM.as_completed`. Requests begin when the first answer is asked for."""
         pairs = list(zip(items, params, strict=True))
-        intake = Intake(lambda pair: self.prepared(prepare, pair), pairs, self.ahead)
+        # Of several, one is decoded while others are answered: whole, so that they make the same steps each time.
+        ahead = len(pairs) == 1
+        intake = Intake(lambda pair: self.prepared(prepare, pair, ahead), pairs, self.ahead)
         answers = self.serve(intake, params.__getitem__)
         return answers if return_exceptions else first_error_raised(answers, kind, len(items))
 
@@ -54,7 +56,7 @@ class Service:
     def stream(self, item: Any, prepare: Prepare, params: SamplingParams) -> Generator[RequestOutput, None, None]:
         """See :meth:`.LLM.stream`. The prompt is made and checked at once, the request begins with the first output."""
         call = self._turns.joined_by(Call())
-        prompt, arrival, seconds = self.prepared(prepare, (item, params))
+        prompt, arrival, seconds = self.prepared(prepare, (item, params), ahead=True)
         return call.runs(self._stream(self.engine.requests(prompt, params, arrival, seconds, call)))
 
     def _stream(self, sequences: list[Sequence]) -> Generator[RequestOutput, None, None]:
@@ -68,7 +70,7 @@ class Service:
                         sequence.spell()
                     finished, written = _ended(sequences), sum(len(sequence.text.text) for sequence in sequences)
                     outputs = [sequence.output() for sequence in sequences] if finished or written > shown else []
-                self._turns.let_others()
+                self._let_others()
                 error = _error_of(sequences)
                 if error is not None:
                     raise error
@@ -141,6 +143,10 @@ class Service:
         """A step for these requests, and then one of another call."""
         with self._turns.lock:
             self._step_for(requests)
+        self._let_others()
+
+    def _let_others(self) -> None:
+        self.engine.wait_for_frames()
         self._turns.let_others()
 
     def _step_for(self, requests: Any) -> None:
@@ -156,9 +162,9 @@ class Service:
                     self.engine.abort(sequence)
             self.engine.settle()
 
-    def prepared(self, prepare: Prepare, pair: tuple[Any, SamplingParams]) -> Timed:
+    def prepared(self, prepare: Prepare, pair: tuple[Any, SamplingParams], ahead: bool = False) -> Timed:
         """See :meth:`.Admission.prepared`."""
-        return self.engine.admission.prepared(prepare, pair)
+        return self.engine.admission.prepared(prepare, pair, ahead)
 
 
 def _ended(sequences: list[Sequence]) -> bool:

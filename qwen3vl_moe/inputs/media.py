@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -12,13 +13,14 @@ from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import PromptError
 from qwen3vl_moe.inputs.access import MediaAccess
 from qwen3vl_moe.inputs.fetch import open_file
-from qwen3vl_moe.inputs.frame_list import as_frames, is_frame_list, open_frames
+from qwen3vl_moe.inputs.frame_list import FrameList, as_frames, is_frame_list, open_frames
+from qwen3vl_moe.inputs.frames import GroupedFrames, Part
 from qwen3vl_moe.inputs.image_source import OpenedImage, decoded, describe, open_image
 from qwen3vl_moe.inputs.images import ImageSettings, ImageSize, Picture
 from qwen3vl_moe.inputs.messages import MediaRequest, VideoRequest
 from qwen3vl_moe.inputs.tokenizer import encode
-from qwen3vl_moe.inputs.video import GroupedFrames, VideoOptions, VideoSettings, warn_of_assumed_fps
-from qwen3vl_moe.inputs.video_file import open_video_file
+from qwen3vl_moe.inputs.video import VideoOptions, VideoSettings, warn_of_assumed_fps
+from qwen3vl_moe.inputs.video_file import VideoFile, open_video_file
 from qwen3vl_moe.inputs.workers import side_by_side
 
 
@@ -31,7 +33,8 @@ class Opened:
         size_text: its size in words.
         ids: what stands for it in the prompt, in the place of its one placeholder token.
         num_tokens: how many of these stand for pixels.
-        pictures: decodes it: pictures, and where in ``ids`` their tokens begin.
+        pictures: decodes it: pictures, where in ``ids`` their tokens begin, and what has to be done before their
+            pixels are there. With True, a video file is decoded while others go on; else None says that they are.
         frames, group, pixels: of a video: how many there are, how many make a picture, and those of one visual token.
             0: it is an image.
     """
@@ -40,7 +43,7 @@ class Opened:
     size_text: str
     ids: list[int]
     num_tokens: int
-    pictures: Callable[[], list[tuple[int, Picture]]]
+    pictures: Callable[[bool], list[tuple[int, Picture, Part | None]]]
     frames: int = 0
     group: int = 0
     pixels: int = 0
@@ -100,7 +103,7 @@ class MediaReader:
             f"{opened.size_text} pixels",
             [self.config.image_token_id] * count,
             count,
-            lambda: [(0, self._picture(opened, request.size, count))],
+            lambda _: [(0, self._picture(opened, request.size, count), None)],
         )
 
     def _picture(self, opened: OpenedImage, size: ImageSize | None, count: int) -> Picture:
@@ -115,30 +118,36 @@ class MediaReader:
 
     def _open_video(self, request: VideoRequest, index: int) -> Opened:
         where, settings, options = f"video {index} ({describe(request.source)})", self.video_settings, request.options
-        read: Callable[[Callable], None]
+        source: FrameList | VideoFile
         if is_frame_list(request.source):
             chosen, indices, fps = self._choose(as_frames(request.source, where), options, where)
-            frames = open_frames(chosen, where, self.access, self.alpha)
-            height, width, read = frames.height, frames.width, frames.read
+            source = open_frames(chosen, where, self.access, self.alpha)
         else:
             if options.metadata is not None:
                 raise PromptError(f"{where} has video_metadata or sample_fps, which are for lists of frames")
-            video = open_video_file(open_file(request.source, where, self.access), where, self.alpha)
-            indices, fps = settings.sample(video.total, video.fps, options).tolist(), video.fps
-            height, width = video.height, video.width
-            read = lambda take: video.read(indices, take)  # noqa: E731
-        grid = settings.grid(len(indices), height, width, options, where)
+            source = open_video_file(open_file(request.source, where, self.access), where, self.alpha)
+            indices, fps = settings.sample(source.total, source.fps, options).tolist(), source.fps
+        grid = settings.grid(len(indices), source.height, source.width, options, where)
         count = settings.image.num_tokens((1, *grid[1:]))
         ids, begins = self._pieces(settings.times(indices, fps), count)
 
-        def pictures() -> list[tuple[int, Picture]]:
-            made = GroupedFrames(grid, len(indices), settings)
-            read(made.put)
-            return list(zip(begins, side_by_side(made.picture, range(grid[0])), strict=True))
+        def pictures(ahead: bool) -> list[tuple[int, Picture, Part | None]]:
+            made, groups = GroupedFrames(grid, len(indices), settings), range(grid[0])
+            parts: Sequence[Part | None] = [None] * len(groups)
+            if isinstance(source, FrameList):
+                source.read(made.put)
+                return list(zip(begins, side_by_side(made.picture, groups), parts, strict=True))
+            if ahead:
+                parts = made.fill(partial(source.read, indices), where)
+            else:
+                source.read(indices, made.put)
+            of_group = [indices[n * settings.group : (n + 1) * settings.group] for n in groups]
+            found = [made.picture(n, source.digest(of_group[n])) for n in groups]
+            return list(zip(begins, found, parts, strict=True))
 
         return Opened(
             where,
-            f"{len(indices)} frames of {width}x{height} pixels",
+            f"{len(indices)} frames of {source.width}x{source.height} pixels",
             ids,
             count * grid[0],
             pictures,

@@ -20,6 +20,7 @@ from qwen3vl_moe.config import Qwen3VLMoeConfig
 from qwen3vl_moe.errors import ConfigError, PromptError
 from qwen3vl_moe.inputs.access import MediaAccess
 from qwen3vl_moe.inputs.chat_template import ChatTemplate, load_chat_template
+from qwen3vl_moe.inputs.frames import Part
 from qwen3vl_moe.inputs.image_source import check_alpha
 from qwen3vl_moe.inputs.images import ImageSettings, Picture, copy_pixels, cut_patches
 from qwen3vl_moe.inputs.media import MediaReader, Opened
@@ -50,12 +51,14 @@ class ImageInput:
         start: index of its first placeholder token in the prompt.
         num_tokens: image tokens it takes, P / merge_size**2.
         of_video: whether it is of a video, which has a placeholder token of its own.
+        part: of a video that is still being decoded: to be waited for before its pixels are read. None: they are there.
     """
 
     picture: Picture
     start: int
     num_tokens: int
     of_video: bool = False
+    part: Part | None = None
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
@@ -191,6 +194,7 @@ class Processor:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         keep_last: int | None = None,
+        ahead: bool = False,
     ) -> Prompt:
         """The prompt that asks for the next answer in a conversation.
 
@@ -202,15 +206,18 @@ class Processor:
             continue_final_message: end within the last message, which the answer goes on with; it has to be the
                 assistant's, and ``add_generation_prompt`` has to be False.
             keep_last: at most so many of the prompt's last tokens are kept; None keeps all.
+            ahead: return before the frames of video files are decoded: see :attr:`ImageInput.part`.
 
         Raises:
             PromptError: the conversation or one of its images cannot be used, or it is longer than ``max_model_len``.
             OptionError: the flags contradict each other, or the template does not read one of the variables.
         """
         text, media = self._render(messages, tools, chat_template_kwargs, add_generation_prompt, continue_final_message)
-        return self._build(text, self._encode(text), media, self.image_settings, keep_last=keep_last)
+        return self._build(text, self._encode(text), media, self.image_settings, keep_last=keep_last, ahead=ahead)
 
-    def prompt(self, prompt: str | Sequence[int] | Mapping[str, Any], *, keep_last: int | None = None) -> Prompt:
+    def prompt(
+        self, prompt: str | Sequence[int] | Mapping[str, Any], *, keep_last: int | None = None, ahead: bool = False
+    ) -> Prompt:
         """A prompt without a chat template.
 
         Args:
@@ -224,6 +231,7 @@ class Processor:
                 ``"mm_processor_kwargs"`` bounds this prompt's images (min_pixels and max_pixels, or size), and says
                 what its videos ask for: fps, num_frames, or ``videos_kwargs`` with ``video.VIDEO_KEYS``.
             keep_last: at most so many of the prompt's last tokens are kept; None keeps all.
+            ahead: as in :meth:`chat`.
 
         Raises:
             PromptError: the prompt or one of its images cannot be used, or it is longer than ``max_model_len``.
@@ -233,8 +241,8 @@ class Processor:
             parts = parts.last(keep_last)
         settings, text_ids = parts.settings(self.image_settings), self._check_ids(parts.text_ids)
         if isinstance(parts.body, str):
-            return self._build(parts.body, self._encode(parts.body), parts.media, settings, text_ids, keep_last)
-        return self._build(None, self._check_ids(parts.body), parts.media, settings, text_ids, keep_last)
+            return self._build(parts.body, self._encode(parts.body), parts.media, settings, text_ids, keep_last, ahead)
+        return self._build(None, self._check_ids(parts.body), parts.media, settings, text_ids, keep_last, ahead)
 
     def _render(
         self,
@@ -290,6 +298,7 @@ class Processor:
         settings: ImageSettings,
         text_ids: Sequence[int] = (),
         keep_last: int | None = None,
+        ahead: bool = False,
     ) -> Prompt:
         if keep_last is not None and not requests:
             ids = ids[max(0, len(ids) + len(text_ids) - keep_last) :]
@@ -297,7 +306,9 @@ class Processor:
             raise PromptError("the prompt is empty: at least one token is needed")
         places = find_placeholders(ids, self.config)
         requests = in_order(places, requests)
-        reader = self._reader(settings)
+        reader = MediaReader(
+            self.config, self.tokenizer, settings, self.video_settings, self.access, self.alpha, self.resize_on_device
+        )
         text_tokens = len(ids) + len(text_ids) - sum(place.stop - place.start for place in places)
         self._check_least(text_tokens, requests, reader)
         media = reader.open(requests)
@@ -309,16 +320,16 @@ class Processor:
                 f"truncate_prompt_tokens={keep_last} would cut a prompt with images, which has {total} tokens"
             )
         self._check_length(text_tokens, media, settings)
-        decoded = side_by_side(lambda each: each.pictures(), media)
+        decoded = side_by_side(lambda each: each.pictures(ahead), media)
 
         token_ids: list[int] = []
         images: list[ImageInput] = []
         done = 0
         for place, each, pictures in zip(places, media, decoded, strict=True):
             token_ids += ids[done : place.start]
-            for begin, picture in pictures:
+            for begin, picture, part in pictures:
                 count = settings.num_tokens(picture.grid)
-                images.append(ImageInput(picture, len(token_ids) + begin, count, place.is_video))
+                images.append(ImageInput(picture, len(token_ids) + begin, count, place.is_video, part))
             token_ids += each.ids
             done = place.stop
         token_ids += ids[done:]
@@ -333,11 +344,6 @@ class Processor:
         if text_ids:
             text, token_ids = None, [*token_ids, *text_ids]
         return Prompt(text, token_ids, positions_3T, next_position, tuple(images))
-
-    def _reader(self, settings: ImageSettings) -> MediaReader:
-        return MediaReader(
-            self.config, self.tokenizer, settings, self.video_settings, self.access, self.alpha, self.resize_on_device
-        )
 
     def _too_long(self, total: int) -> str:
         return (

@@ -8,8 +8,6 @@ prompt tells the time of; the last frame is repeated where it would be alone.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from qwen3vl_moe.errors import ConfigError, PromptError
 from qwen3vl_moe.inputs.images import (
@@ -28,7 +24,6 @@ from qwen3vl_moe.inputs.images import (
     MAX_PIXELS_BOUND,
     ImageSettings,
     ImageSize,
-    Picture,
     check_fixed_settings,
     is_count,
 )
@@ -257,42 +252,6 @@ def _fit(
         grow = math.sqrt(low / (frames * height * width))
         rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
     return rows, columns
-
-
-class GroupedFrames:
-    """Room for the resized frames of one video, filled by any number of threads.
-
-    Args:
-        grid: of :meth:`VideoSettings.grid`.
-        count: of frames, before the last one is repeated.
-    """
-
-    def __init__(self, grid: tuple[int, int, int], count: int, settings: VideoSettings):
-        self._grid, self._count, self._settings = grid, count, settings
-        side = settings.image.patch_size
-        shape = settings.group, 3, grid[1] * side, grid[2] * side
-        self._pixels = [np.empty(shape, np.uint8) for _ in range(grid[0])]
-
-    def put(self, place: int, frame_HW3: np.ndarray) -> None:
-        """Resize an RGB frame, uint8, into its place."""
-        group, number = divmod(place, self._settings.group)
-        target_3HW = self._pixels[group][number]
-        # torch takes no array that nobody may write to, which those of Pillow are.
-        frame = torch.from_numpy(frame_HW3 if frame_HW3.flags.writeable else frame_HW3.copy()).permute(2, 0, 1)
-        if frame.shape != target_3HW.shape:
-            sides = target_3HW.shape[1:]
-            frame = F.interpolate(frame[None], size=sides, mode="bicubic", align_corners=False, antialias=True)[0]
-        target_3HW[:] = frame.numpy()
-
-    def picture(self, group: int) -> Picture:
-        """A group, once all of its frames are there."""
-        pixels_F3HW, image = self._pixels[group], self._settings.image
-        there = min(self._settings.group, self._count - group * self._settings.group)
-        pixels_F3HW[there:] = pixels_F3HW[there - 1]
-        settings = image.patch_size, image.temporal_patch_size, image.merge_size, image.mean, image.std
-        digest = hashlib.sha256(json.dumps([pixels_F3HW.shape, settings]).encode())
-        digest.update(pixels_F3HW.data)
-        return Picture(pixels_F3HW, (1, *self._grid[1:]), digest.digest(), image)
 
 
 def warn_of_assumed_fps(where: str) -> None:

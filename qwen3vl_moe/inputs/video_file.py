@@ -11,6 +11,7 @@ references within files name.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import os
@@ -18,6 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,6 +34,7 @@ MAX_FRAME_PIXELS = 2**26  # of one frame: 8192 x 8192
 MAX_FRAMES = 2**22  # of a file: 38 hours at 30 a second; their times are kept in memory
 _BATCH = 8  # frames of a group that are converted side by side
 _BYTES_PER_PIXEL = 8 * _BATCH  # that a group holds: frames as decoded, some of them as RGB
+_HASH_BYTES = 2**22  # that are read at a time for a digest
 _READ_BYTES = 2**18  # that FFmpeg asks for at a time
 _THREADS = 8  # most of FFmpeg's own, for one group
 
@@ -57,6 +60,13 @@ class Bytes:
         if isinstance(self._data, bytes):
             return self._data[place : place + count]
         return os.pread(self._data, count, place)
+
+    def digest(self) -> bytes:
+        """SHA-256 of all of them."""
+        digest = hashlib.sha256()
+        for place in range(0, self.size, _HASH_BYTES):
+            digest.update(self.at(place, _HASH_BYTES))
+        return digest.digest()
 
 
 class _Reader:
@@ -103,26 +113,53 @@ class VideoFile:
     keys: np.ndarray
     alpha: str
 
-    def read(self, indices: Sequence[int], take: Callable[[int, np.ndarray], None]) -> None:
+    def digest(self, indices: Sequence[int]) -> bytes:
+        """Of all that the pixels of some frames depend on."""
+        return hashlib.sha256(repr((self._digest, self.alpha, list(indices))).encode()).digest()
+
+    @cached_property
+    def _digest(self) -> bytes:
+        return self.source.digest()
+
+    def read(
+        self,
+        indices: Sequence[int],
+        take: Callable[[int, np.ndarray], None],
+        goes_on: Callable[[], bool] = lambda: True,
+        parts: int = 1,
+    ) -> None:
         """Decode some frames, and call ``take(place in indices, frame)`` for each, in threads and in any order.
 
         Args:
             indices: ascending numbers below ``total``.
             take: gets an upright RGB frame, uint8 [height, width, 3].
+            goes_on: asked after every frame; once it says no, none is decoded any more.
+            parts: how many of them are waited for one after the other. Threads then work on the groups of one part,
+                several on each, so that the first frames are there first.
 
         Raises:
             PromptError: a frame is damaged, or missing.
         """
-        groups = self._groups(np.asarray(indices))
-        threads = min(_THREADS, max(1, POOL.size // len(groups)))
+        groups, failed = self._groups(np.asarray(indices)), False
+        abreast = len(groups) if parts == 1 else max(-(-len(groups) // parts), -(-POOL.size // _THREADS))
+        threads = min(_THREADS, max(1, POOL.size // min(abreast, len(groups))))
+
+        def wanted_still() -> bool:
+            return not failed and goes_on()
 
         def work(group: tuple[list[int | None], dict[int, int]]) -> None:
+            nonlocal failed
             places, wanted = group
-            with DECODING.hold(self.height * self.width * _BYTES_PER_PIXEL):
-                if not any(self._read_group(place, wanted, threads, take) for place in places):
+            try:
+                with DECODING.hold(self.height * self.width * _BYTES_PER_PIXEL):
+                    done = any(self._read_group(place, wanted, threads, take, wanted_still) for place in places)
+                if not done and wanted_still():
                     raise PromptError(f"{self.where}: some of its {self.total} frames cannot be decoded: {_ENDS}")
+            except BaseException:
+                failed = True
+                raise
 
-        side_by_side(work, groups)
+        side_by_side(work, groups, None if parts == 1 else abreast)
 
     def _groups(self, indices: np.ndarray) -> list[tuple[list[int | None], dict[int, int]]]:
         """For each key frame that is needed: what to seek for, and by its time each wanted frame's place.
@@ -141,9 +178,16 @@ class VideoFile:
         return groups
 
     def _read_group(
-        self, seek: int | None, wanted: dict[int, int], threads: int, take: Callable[[int, np.ndarray], None]
+        self,
+        seek: int | None,
+        wanted: dict[int, int],
+        threads: int,
+        take: Callable[[int, np.ndarray], None],
+        goes_on: Callable[[], bool],
     ) -> bool:
         """Decode from a place on until the last wanted frame; False if one of them was passed over."""
+        if not goes_on():
+            return False
         left, last = dict(wanted), max(wanted)
         batch: list[tuple[int, Any]] = []
 
@@ -163,7 +207,7 @@ class VideoFile:
                     if len(batch) == _BATCH:
                         side_by_side(convert, batch)
                         batch = []
-                if not left or (time is not None and time > last):
+                if not left or (time is not None and time > last) or not goes_on():
                     break
             side_by_side(convert, batch)
         return not left

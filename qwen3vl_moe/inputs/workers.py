@@ -143,11 +143,12 @@ def is_pool_thread() -> bool:
     return getattr(_THIS_THREAD, "is_of_pool", False)
 
 
-def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """``function`` of every item, worked on by whatever threads are free.
+def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], abreast: int | None = None) -> list[Result]:
+    """``function`` of every item, worked on by whatever threads are free, begun in their order.
 
     Args:
         function: safe to run in several threads at once.
+        abreast: on how many items at a time at most; None: on all.
 
     Raises:
         Whatever ``function`` raises; of several errors, that of the first item.
@@ -155,7 +156,7 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> l
     if len(items) < 2:
         return list(map(function, items))
     # A caller from outside only waits if it can: sharing the work made a picture's channels a tenth slower.
-    if not is_pool_thread() and (futures := POOL.submit_all(function, items)):
+    if abreast is None and not is_pool_thread() and (futures := POOL.submit_all(function, items)):
         return [future.result() for future in futures]
     outcomes: dict[int, Future[Result]] = {}
     numbers, wanted = itertools.count(), True
@@ -170,7 +171,7 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> l
                 if not isinstance(error, Exception):
                     raise
 
-    helpers = [POOL.submit(work, None) for _ in items[1:]]
+    helpers = [POOL.submit(work, None) for _ in items[1:abreast]]
     try:
         work()
     except BaseException:  # Ctrl-C

@@ -103,17 +103,17 @@ class Serving:
         if request.template.get("continue_final_message"):
             template.setdefault("add_generation_prompt", False)
 
-        def make(messages: Any, keep: int | None) -> Prompt:
+        def make(messages: Any, **how: Any) -> Prompt:
             images = with_bytes(messages, self.limits.media)
-            return self._processor.chat(images, **{**template, "tools": tools}, keep_last=keep)
+            return self._processor.chat(images, **{**template, "tools": tools}, **how)
 
         return request, self._prepared(request, [request.messages], make, arrival)
 
     def _completion(self, raw: bytes, arrival: float) -> tuple[Request, list[Prepared]]:
         request = parse_completion(self._json(raw))
 
-        def make(prompt: Any, keep: int | None) -> Prompt:
-            return self._processor.prompt(prompt, keep_last=keep)
+        def make(prompt: Any, **how: Any) -> Prompt:
+            return self._processor.prompt(prompt, **how)
 
         return request, self._prepared(request, request.prompts, make, arrival)
 

@@ -25,20 +25,23 @@ def sampling(request: TimedRequest, temperature: float) -> SamplingParams:
 def single_stream(llm: LLM, request: TimedRequest, temperature: float = 0.0) -> Record:
     """One request with nothing beside it, from encoded bytes and text to its tokens on the host."""
     wall, start = time.time(), time.perf_counter()
-    prompt, preprocess = _prepare(llm, request)
+    prompt, preprocess = _prepare(llm, request, ahead=True)
     sequence = llm.engine.request(prompt, sampling(request, temperature), wall)
     llm.engine.add(sequence)
     tracked = _Tracked(start, sequence, preprocess)
     while not sequence.finished:
         llm.engine.step()
         tracked.note(time.perf_counter())
+        llm.engine.wait_for_frames()
+    if sequence.error is not None:
+        raise sequence.error
     return tracked.record()
 
 
-def _prepare(llm: LLM, request: TimedRequest) -> tuple[Prompt, float]:
-    """The prompt of a request, and the seconds of the work on it."""
+def _prepare(llm: LLM, request: TimedRequest, ahead: bool = False) -> tuple[Prompt, float]:
+    """The prompt of a request, and the seconds of the work on it, but for frames that are decoded afterwards."""
     started = time.perf_counter()
-    return llm.processor.chat(request.messages), time.perf_counter() - started
+    return llm.processor.chat(request.messages, ahead=ahead), time.perf_counter() - started
 
 
 @dataclass
@@ -61,8 +64,8 @@ class _Tracked:
         text = self.sequence.num_prompt_tokens - vision
         stages = dict(self.sequence.metrics.stages)
         # Whatever of the time before the first step was no work on the prompt was waiting: for a thread, or for a seat.
-        before = stages["preprocess"] + stages["queue"]
-        stages |= {"preprocess": self.preprocess, "queue": before - self.preprocess}
+        waited = stages["preprocess"]  # for frames, while there was nothing to compute
+        stages |= {"preprocess": waited + self.preprocess, "queue": stages["queue"] - self.preprocess}
         return Record(self.start, self.token_times, text, vision, stages)
 
 

@@ -19,8 +19,10 @@ from torch.distributed import HashStore, ProcessGroupGloo
 
 from qwen3vl_moe.engine import LLM, SamplingParams
 from qwen3vl_moe.errors import OptionError, RankError
+from qwen3vl_moe.inputs import frames
 from qwen3vl_moe.inputs.tokenizer import VIDEO_PLACEHOLDER
 from tests.engine.conftest import PROMPTS, check_leaks
+from tests.inputs.clips import make_clip
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "progress": False, "max_model_len": 192}
 TEXT = "Hello, how are you today?"
@@ -80,6 +82,20 @@ def test_log_probabilities_are_those_of_one(alone, two):
         for our, their in places:
             assert our.keys() == their.keys()
             assert all(abs(our[token].logprob - their[token].logprob) < 1e-4 for token in our)
+
+
+def test_a_video_file_is_computed_while_it_is_decoded(alone, two, monkeypatch):
+    """The other rank hears of a part as of any pictures, and waits for the next as for any call."""
+    pytest.importorskip("av", reason="videos need PyAV")
+    clip = make_clip(frames=12, rate=8, key_every=4)
+    asked = {"videos_kwargs": {"num_frames": 12, "max_pixels": 4096}}
+    video = {"prompt": VIDEO_PLACEHOLDER, "multi_modal_data": {"video": clip}, "mm_processor_kwargs": asked}
+    monkeypatch.setattr(frames, "PART_TOKENS", 2 * alone.processor.prompt(video).images[0].num_tokens)
+    encoded, encode = [], two.engine.runner.encode
+    monkeypatch.setattr(two.engine.runner, "encode", lambda pictures: encoded.append(len(pictures)) or encode(pictures))
+    assert ids(two.generate(video, greedy())) == ids(alone.generate(video, greedy()))
+    assert encoded == [2, 2, 2]
+    check_leaks(two)
 
 
 def answers_to_all_kinds(llm):
