@@ -162,6 +162,8 @@ class Sequence:
         Each part is computed by itself, however many are there: so the same requests make the same steps, whatever time
         their decoding takes. None: no more frames are needed than are there.
         """
+        if not self._parts:  # nearly all; asked once a sequence and step
+            return None, len(self.token_ids)
         number = bisect.bisect_right(self._parts, place, key=lambda each: each[1])
         if number == len(self._parts):
             return None, len(self.token_ids)
