@@ -24,7 +24,7 @@ def run_in_interpreter(tests: str | Path, at_least: int) -> None:
     """Run a test file, or ``file::test``, with kernels interpreted; at least so many of its tests must pass."""
     pytest.importorskip("triton", reason="triton is not installed, and with it its interpreter")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.quick_interpreter", str(tests)],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -37,6 +39,7 @@ class Compiled:
     and spilled bytes."""
 
     name: str
+    arch: int
     ptx: str
     cubin: bytes
     ttgir: str
@@ -48,7 +51,8 @@ class Compiled:
 
     @cached_property
     def sass(self) -> str:
-        return _cuobjdump(self.cubin, "-sass")
+        disassemble([self])
+        return self.sass
 
     def count(self, instruction: str) -> int:
         return self.ptx.count(instruction)
@@ -78,6 +82,7 @@ def _type(argument: object) -> str:
 
 
 HOPPER = GPUTarget("cuda", 90, 32)
+INSTRUCTION = 16  # bytes, on all these cards
 
 
 def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict, target: GPUTarget = HOPPER) -> Compiled:
@@ -99,6 +104,7 @@ def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict, tar
     registers, spilled = _resources(made.asm["cubin"])
     return Compiled(
         name=made.metadata.name,
+        arch=target.arch,
         ptx=made.asm["ptx"],
         cubin=made.asm["cubin"],
         ttgir=made.asm["ttgir"],
@@ -112,16 +118,44 @@ def compile_for_hopper(kernel, args: tuple, constants: tuple, options: dict, tar
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes of stack (where spills go), as cuobjdump reports them."""
-    text = _cuobjdump(cubin, "--dump-resource-usage")
+    text = _tool(triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", content=cubin)
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
 
 
-def _cuobjdump(cubin: bytes, what: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def disassemble(kernels: Iterable[Compiled]) -> None:
+    """Set `sass` of kernels for one card, all at once: most of what the disassembler takes for one is its start."""
+    kernels = list({id(kernel): kernel for kernel in kernels if "sass" not in vars(kernel)}.values())
+    if not kernels:
+        return
+    (arch,) = {kernel.arch for kernel in kernels}
+    codes = [_machine_code(kernel.cubin) for kernel in kernels]
+    name = f"SM{arch}{'a' if arch >= 90 else ''}"
+    text = _tool(triton.knobs.nvidia.nvdisasm.path, "--binary", name, content=b"".join(codes))
+    lines = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s*(.*)$", text, re.MULTILINE)
+    at = 0
+    for kernel, code in zip(kernels, codes, strict=True):
+        listed = [instruction for address, instruction in lines if at <= int(address, 16) < at + len(code)]
+        assert len(listed) == len(code) // INSTRUCTION, kernel.name
+        vars(kernel)["sass"] = "\n".join(listed)
+        at += len(code)
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The one section of instructions of an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<I20xQQ", cubin, table + number * size) for number in range(count)]
+    named = [(cubin[sections[names][1] + name :], cubin[at : at + length]) for name, at, length in sections]
+    (code,) = [content for name, content in named if name.startswith(b".text.")]
+    return code
+
+
+def _tool(path: str, *options: str, content: bytes) -> str:
+    """What a tool for compiled kernels prints about a file with that content."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, what, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def kernels_of(choice: Choice, T: int, E: int, K: int, H: int, I: int, dtype: torch.dtype, patch) -> dict[str, tuple]:  # noqa: E741

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 if support.interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from tests.kernels.codegen import Compiled, compile_for_hopper, kernels_of  # noqa: E402
+from tests.kernels.codegen import Compiled, compile_for_hopper, disassemble, kernels_of  # noqa: E402
 from tma_moe import routing  # noqa: E402
 
 LARGE = 4096  # tokens of a call of the last bucket
@@ -97,6 +97,7 @@ def test_shipped_choice(name, monkeypatch, compiled):
         few = T * shape[1] <= max(routing.FEW_BLOCKS)
         expected |= {"group_few"} if few else {"count_pairs", "group_many"}
     assert set(kernels) == expected
+    disassemble(kernels.values())
     for kernel_name, kernel in kernels.items():
         assert kernel.spilled == 0, f"{kernel_name} spills {kernel.spilled} bytes"
         assert kernel.shared <= SHARED_MEMORY, f"{kernel_name} needs {kernel.shared} bytes of shared memory"
@@ -123,17 +124,20 @@ def test_shipped_choice(name, monkeypatch, compiled):
 
 def test_fp8_products_run_on_the_tensor_cores_of_fp8(monkeypatch, compiled):
     """Each step along K is summed by the tensor core alone, and added up in float32 registers."""
-    seen = set()
-    for name, (_, choice, _) in SHIPPED.items():
-        if choice.fp8 and choice.grouped:
-            for kernel_name, kernel in compile_all(name, monkeypatch, compiled).items():
-                if kernel_name.startswith("fp8"):
-                    products = re.findall(r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3 R\d+, [^;]*", kernel.sass)
-                    fresh = [product for product in products if "!UPT" in product]
-                    assert len(products) == 4 * len(fresh) > 0, kernel_name
-                    assert "HGMMA" not in kernel.sass
-                    seen.add(kernel_name)
-    assert len(seen) == 4
+    kernels = [
+        (kernel_name, kernel)
+        for name, (_, choice, _) in SHIPPED.items()
+        if choice.fp8 and choice.grouped
+        for kernel_name, kernel in compile_all(name, monkeypatch, compiled).items()
+        if kernel_name.startswith("fp8")
+    ]
+    disassemble(kernel for _, kernel in kernels)
+    for kernel_name, kernel in kernels:
+        products = re.findall(r"QGMMA\.64x\d+x32\.F32\.E4M3\.E4M3 R\d+, [^;]*", kernel.sass)
+        fresh = [product for product in products if "!UPT" in product]
+        assert len(products) == 4 * len(fresh) > 0, kernel_name
+        assert "HGMMA" not in kernel.sass
+    assert len({kernel_name for kernel_name, _ in kernels}) == 4
 
 
 @pytest.mark.parametrize(("E", "k"), [(128, 8), (8, 2)])

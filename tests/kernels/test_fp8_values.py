@@ -142,6 +142,7 @@ def width_for(choice: Choice, width: int) -> int:
     return -(-width // 128) * 128 if choice is TOKENS_M else width
 
 
+@pytest.mark.long
 def test_in_the_interpreter():
     if support.interpreting() or torch.cuda.is_available():
         pytest.skip("these tests run here already")

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 if support.interpreting():
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 
-from tests.kernels.codegen import Compiled, GPUTarget, compile_for_hopper, kernels_of  # noqa: E402
+from tests.kernels.codegen import Compiled, GPUTarget, compile_for_hopper, disassemble, kernels_of  # noqa: E402
 from tma_moe import combine, quantise, recipe, routing  # noqa: E402
 from tma_moe.portable.rule import portable_default_choices  # noqa: E402
 from tma_moe.portable.targets import shared_memory  # noqa: E402
@@ -124,7 +124,9 @@ def test_float16_on_the_oldest_card(on_card):
 def test_pdl_keeps_its_contract(on_card):
     for fp8 in (False, True):
         for choice in choices_on((9, 0), fp8)[1:2]:
-            for made in on_card((9, 0), choice).values():
+            kernels = on_card((9, 0), choice).values()
+            disassemble(kernels)
+            for made in kernels:
                 made.assert_takes_turn(reads_early=False)
 
 

@@ -91,6 +91,7 @@ class Problem:
         assert error.square().mean().sqrt() <= 2 * allowed.square().mean().sqrt()
 
 
+@pytest.mark.long
 def test_in_the_interpreter():
     if support.interpreting() or torch.cuda.is_available():
         pytest.skip("these tests run here already")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from qwen3vl_moe.ops import BlockLinear, linear
-from tests.interpreted import DEVICE, DTYPES, INTERPRETED, ON_GPU, run_in_interpreter, runs_kernels
+from tests.interpreted import DEVICE, DTYPES, ON_GPU, runs_kernels
 from tests.kernels.test_fp8_values import conversions_as_on_a_gpu  # noqa: F401
 from tma_moe.block_fp8 import dequantize_blocks, quantize_blocks, quantize_rows, scaled_linear
 
@@ -56,12 +54,6 @@ def test_a_layer_of_one_part_is_the_dequantised_one():
     exact = x @ dequantize_blocks(layer.weight, layer.scale).T
     # Each value of x is rounded by at most a part in 16 of the largest of its group.
     assert (reference(layer, x) - exact).norm() <= exact.norm() / 16
-
-
-def test_in_the_interpreter():
-    if INTERPRETED or ON_GPU:
-        pytest.skip("these tests run here already")
-    run_in_interpreter(Path(__file__), at_least=6)
 
 
 @runs_kernels

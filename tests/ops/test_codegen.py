@@ -25,7 +25,7 @@ from qwen3vl_moe.ops.kernels import (
     resize,
     rotation,
 )
-from tests.kernels.codegen import GPUTarget, compile_for_hopper
+from tests.kernels.codegen import GPUTarget, compile_for_hopper, disassemble
 from tma_moe import FP8
 from tma_moe.launcher import instead_of_launching
 
@@ -217,8 +217,11 @@ def test_block_linear(N, K):
             block_linear.some_rows(x, weight, scale, 128)
             hopper_linear.many_rows(x, weight, scale)
     assert seen.keys() == {"quantise_rows", "_some_rows", "hopper_block_linear"}
-    for name, (kept, args) in seen.items():
-        made = compile_for_hopper(kept.kernel, args, kept.constants, kept.options)
+    kernels = {
+        name: compile_for_hopper(kept.kernel, args, kept.constants, kept.options) for name, (kept, args) in seen.items()
+    }
+    disassemble(kernels.values())
+    for name, made in kernels.items():
         assert made.spilled == 0
         made.assert_takes_turn(reads_early=name == "hopper_block_linear")
         if name != "quantise_rows":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,7 +9,7 @@ from qwen3vl_moe import LLM, SamplingParams
 from qwen3vl_moe.errors import OptionError
 from qwen3vl_moe.ops import Segments, cached_attention, reference, rotate_and_store
 from qwen3vl_moe.ops.fp8_cache import FP8_CACHE, fp8_views
-from tests.interpreted import DEVICE, DTYPES, INTERPRETED, ON_GPU, run_in_interpreter, runs_kernels
+from tests.interpreted import DEVICE, DTYPES, INTERPRETED, ON_GPU, runs_kernels
 from tests.kernels.test_fp8_values import conversions_as_on_a_gpu  # noqa: F401
 from tests.ops.test_kernels import rms_norm, within_rounding
 
@@ -101,12 +99,6 @@ def test_what_rounding_does_to_attention():
     from_values = torch.einsum("tnu,und->tnd", p2, v**2) * (2**-8 / 3)
     bound = (from_keys + from_values).mean().sqrt()
     assert bound / 2 < (ours - exact).square().mean().sqrt() < bound
-
-
-def test_in_the_interpreter():
-    if INTERPRETED or ON_GPU:
-        pytest.skip("these tests run here already")
-    run_in_interpreter(Path(__file__), at_least=8)
 
 
 @runs_kernels

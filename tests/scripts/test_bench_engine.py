@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from benchmarking import engine_steps
 from benchmarking.loading import load_llm
@@ -44,8 +46,10 @@ def test_every_figure_is_there(tmp_path):
 
 
 def test_the_full_size_needs_a_gpu():
-    done = run("--load-format", "dummy")
-    assert done.returncode == 2
+    app = typer.Typer()
+    app.command()(bench_engine.main)
+    done = CliRunner().invoke(app, ["--device", "cpu", "--load-format", "dummy"])
+    assert done.exit_code == 2
     assert done.stderr.startswith("error: random weights at the 30B sizes need a GPU")
 
 

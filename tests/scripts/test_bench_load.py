@@ -53,15 +53,15 @@ def test_a_checkpoint_that_is_there_is_measured_and_left_alone(plain):
     assert sorted(path.name for path in plain.published.iterdir()) == files
 
 
-def test_errors_are_one_line(tmp_path):
+def test_errors_are_one_line(program, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     done = run("--dir", tmp_path, "--device", "cpu")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert "not empty" in done.stderr.replace("\n", " ")
     assert (tmp_path / "notes.txt").exists()
-    done = run("--dir", tmp_path / "new", "--gb", 5000, "--device", "cpu")
-    assert done.returncode == 2
+    done = CliRunner().invoke(program, ["--dir", str(tmp_path / "new"), "--gb", "5000", "--device", "cpu"])
+    assert done.exit_code == 2
     assert "--gb" in done.stderr
 
 

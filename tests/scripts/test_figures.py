@@ -14,7 +14,7 @@ from benchmarking.engine_steps import profile_table, scaling
 from benchmarking.inputs import Images
 from benchmarking.step_profile import KINDS, StepProfile
 from benchmarking.workloads import Load
-from qwen3vl_moe import LLM
+from qwen3vl_moe import LLM, SamplingParams
 from qwen3vl_moe.errors import OptionError
 
 STAGES = dict.fromkeys(report.STAGE_COLUMNS, 0.0123)
@@ -109,12 +109,13 @@ def test_stages_of_the_request_follow_each_other(measured):
 
 def test_the_log_leaves_the_engine_as_it_was(llm):
     launch, read = llm.engine.runner.launch, llm.engine.runner.read
+    few = SamplingParams(max_tokens=8, ignore_eos=True)
     with timeline.step_log(llm) as log:
-        llm.generate(["Hello"] * 2)
+        llm.generate(["Hello"] * 2, few)
     assert (llm.engine.runner.launch, llm.engine.runner.read) == (launch, read)
     assert log
     before = len(log)
-    llm.generate("Hello")
+    llm.generate("Hello", few)
     assert len(log) == before
 
 
