@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from benchmarking.tiny import write_processor_dir
 # What modules define stays for good. While tests are collected, and while they run, python need not look through all of
 # it again and again for garbage: that was a quarter of the time of the former, and a tenth of the latter.
 gc.disable()
+# Shells have background jobs ignore Ctrl-C, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the shapes are tiny: a second thread costs more than it computes
 # How long an example takes says something of the machine and of what else it does, not of the code.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
