@@ -44,6 +44,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        # For this socket's own sake, after an earlier server; the next one has to hear at once that the port is taken,
+        # rather than when both have loaded their weights.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except (OSError, OverflowError) as error:
         bound.close()
         said = getattr(error, "strerror", None) or error
