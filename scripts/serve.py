@@ -102,8 +102,8 @@ def main(
                 raise OptionError(f"{option} {value} leaves nothing to serve; give a larger number")
         if allow_hosts is not None and not allow_remote_images:
             raise OptionError("--allow-hosts needs --allow-remote-images")
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
-            raise OptionError("--api-key has to be a text of ASCII characters, on one line and with no space around it")
+        if api_key is not None and (not api_key or not api_key.isascii() or "".join(api_key.split()) != api_key):
+            raise OptionError("--api-key has to be a text of ASCII characters without spaces or line breaks")
         pages = tuple(part.strip().lower() for part in (origins or "").split(",") if part.strip())
         for page in pages:
             if "/" in page:

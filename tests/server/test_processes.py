@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from qwen3vl_moe.server.run import _started, bind
 from qwen3vl_moe.server.wire import Ask, Stop, Wire
 from tests.server.conftest import HELLO, alive, children_of, served
 from tests.server.test_streams import LONG, connect, until
@@ -61,6 +62,18 @@ def test_the_end_of_the_process_that_serves_http_is_that_of_the_server(make_demo
     assert small.said[-1] == "error: the process that serves HTTP was killed (SIGKILL)"
     assert llm.engine.cache.num_free == llm.engine.cache.num_blocks
     assert llm.chat(HELLO)[0].outputs[0].text  # and the model is somebody else's
+
+
+def test_a_signal_while_the_other_process_begins_is_none_of_its_business(capfd):
+    """Ctrl-C in a terminal strikes both. It ends with the wire, without a word."""
+    ours, theirs = socket.socketpair()
+    with bind("127.0.0.1", 0) as bound, theirs:
+        process = _started(theirs, bound)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    ours.close()
+    assert process.wait(60) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_a_killed_engine_takes_all_with_it_and_clients_are_told(program):
