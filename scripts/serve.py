@@ -39,6 +39,13 @@ def main(
         str | None,
         typer.Option(envvar="QWEN3VL_MOE_API_KEY", help="Key that clients have to give.", show_envvar=True),
     ] = None,
+    origins: Annotated[
+        str | None,
+        typer.Option(
+            help="Pages that may ask beside the server's own, as a proxy before it shows them: llm.example.org, commas "
+            "between them."
+        ),
+    ] = None,
     max_waiting: Annotated[int, typer.Option(help="Answers that may wait; more are refused with 429.")] = 1024,
     max_body_mib: Annotated[int, typer.Option(help="Largest request, in MiB.")] = 64,
     max_images: Annotated[int, typer.Option(help="Most images of a request.")] = 64,
@@ -95,8 +102,12 @@ def main(
                 raise OptionError(f"{option} {value} leaves nothing to serve; give a larger number")
         if allow_hosts is not None and not allow_remote_images:
             raise OptionError("--allow-hosts needs --allow-remote-images")
-        if api_key is not None and (not api_key or not api_key.isascii()):
-            raise OptionError("--api-key has to be a text of ASCII characters")
+        if api_key is not None and (not api_key or not api_key.isascii() or "".join(api_key.split()) != api_key):
+            raise OptionError("--api-key has to be a text of ASCII characters without spaces or line breaks")
+        pages = tuple(part.strip().lower() for part in (origins or "").split(",") if part.strip())
+        for page in pages:
+            if "/" in page:
+                raise OptionError(f"--origins {page}: the host of a page is needed, such as llm.example.org:8443")
         try:
             from qwen3vl_moe.server.run import Server, bind  # slow to import: not before --help has been answered
         except ImportError as error:
@@ -123,7 +134,7 @@ def main(
             remote=allow_remote_images,
             access=access,
         )
-        limits = Limits(max_waiting, max_body_mib * MIB, media)
+        limits = Limits(max_waiting, max_body_mib * MIB, media, pages)
         try:
             status = Server(llm, bound, served_model_name or model, limits, api_key, stderr.print).run()
         finally:

@@ -16,6 +16,8 @@ from qwen3vl_moe.errors import OptionError
 _GREEDY_BELOW = 1e-5  # below this, treat as greedy: the division could overflow
 _LARGEST = 2**63 - 1  # of an integer that may become a tensor's
 _MAX_TEXTS = 1000  # stop strings, bad words: each is looked for with every token
+_MAX_CHARACTERS = 1 << 16  # of all of them: the engine makes tokens of them while everybody waits
+_MAX_IDS = 1 << 20  # token ids in one list; more than any vocabulary has
 _COUNT = f"to {_LARGEST}"
 
 # What each number may be: an integer or any number, in words, and its bounds. None is always "not given".
@@ -241,6 +243,8 @@ def _texts(name: str, texts: Any) -> tuple[str, ...]:
         raise OptionError(f"{name}={_shown(texts)}: {kinds} is needed")
     if len(texts) > _MAX_TEXTS:
         raise OptionError(f"{name} has {len(texts)} texts; at most {_MAX_TEXTS} are looked for")
+    if (count := sum(map(len, texts))) > _MAX_CHARACTERS:
+        raise OptionError(f"{name} has {count} characters; at most {_MAX_CHARACTERS} are looked for")
     for text in texts:
         if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
             raise OptionError(f"{name}={_shown(text)}: it holds half of a surrogate pair, which no answer can hold")
@@ -252,9 +256,11 @@ def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
         found: tuple[Any, ...] = (None,) if isinstance(ids, str | bytes | Mapping) else tuple(ids)
     except TypeError:  # nothing that can be gone through
         found = (None,)
+    if len(found) > _MAX_IDS:
+        raise OptionError(f"{name} has {len(found)} token ids; at most {_MAX_IDS} are taken")
     if not all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= int(i) <= _LARGEST for i in found):
         raise OptionError(f"{name}={_shown(ids)}: a list of token ids is needed")
-    return tuple(map(int, found))
+    return tuple(dict.fromkeys(map(int, found)))  # each once
 
 
 def _biases(biases: Any) -> Mapping[int, float] | None:
@@ -262,6 +268,8 @@ def _biases(biases: Any) -> Mapping[int, float] | None:
         return None
     if not isinstance(biases, Mapping):
         raise OptionError(f"logit_bias={_shown(biases)}: a dict of token ids and numbers is needed")
+    if len(biases) > _MAX_IDS:
+        raise OptionError(f"logit_bias has {len(biases)} token ids; at most {_MAX_IDS} are taken")
     found = {}
     for token, bias in biases.items():
         if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20:

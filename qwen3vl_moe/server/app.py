@@ -6,29 +6,30 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import ipaddress
 import re
 import time
 import traceback
 from importlib.resources import files
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3vl_moe.errors import UserError
 from qwen3vl_moe.server.limits import Ticket
 from qwen3vl_moe.server.protocol import RequestError
-from qwen3vl_moe.server.replies import Reply
+from qwen3vl_moe.server.replies import Reply, encode
 from qwen3vl_moe.server.serving import Serving, request_error
 from qwen3vl_moe.server.streams import EngineEnded, Stream
 
-_BODY_SECONDS, _WRITE_SECONDS = 60.0, 300.0  # for a body to come; for a client to take what was written
+_BODY_SECONDS = 60.0  # for a body to come
 _DISCARDED = 256 << 20  # bytes of a body that is too large, which are read so that its client hears the reply
 _OPEN = ("/", "/health")  # paths that need no key
+_READ = ["GET", "HEAD"]
 _PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 _EVENTS.append((b"x-accel-buffering", b"no"))  # or nginx would hold a stream back
@@ -52,31 +53,31 @@ def make_app(serving: Serving, api_key: str | None = None) -> FastAPI:
     page = files("qwen3vl_moe.server").joinpath("page.html").read_text(encoding="utf-8")
     policy = {"content-security-policy": _policy(page), "referrer-policy": "no-referrer"}
 
-    @app.get("/")
+    @app.api_route("/", methods=_READ)
     async def index() -> Response:
         return HTMLResponse(page, headers=policy)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=_READ)
     async def health() -> Response:
         if serving.link.failed:
             raise RequestError("the engine has failed", None, "engine_ended", 503)
-        return JSONResponse({"status": "ok"})
+        return _Json({"status": "ok"})
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=_READ)
     async def metrics() -> Response:
         return PlainTextResponse(serving.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=_READ)
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [_model(serving)]})
+        return _Json({"object": "list", "data": [_model(serving)]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=_READ)
     async def model(name: str) -> Response:
         if name != serving.name:
             raise RequestError(f"the model {name!r} is not served here", "model", "model_not_found", 404)
-        return JSONResponse(_model(serving))
+        return _Json(_model(serving))
 
-    @app.api_route("/flush_cache", methods=["POST"])
+    @app.post("/flush_cache")
     async def flush_cache() -> Response:
         serving.link.flush_cache()
         return PlainTextResponse("The cache is forgotten.\n")
@@ -119,16 +120,35 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> RequestError | None:
         headers = dict(scope["headers"])
-        origin = headers.get(b"origin")
-        # Without this any page in a browser of this machine could make the model work.
-        if origin is not None and urlsplit(origin).netloc != headers.get(b"host", b""):
-            return RequestError("pages of other origins may not use this server", None, "origin", 403)
+        if b"origin" in headers and (refused := self._of_page(scope, headers)) is not None:
+            return RequestError(refused, None, "origin", 403)
         if self._key is None or scope["path"] in _OPEN:
             return None
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key):
             return None
         return RequestError("the key is missing or wrong: Authorization: Bearer KEY", None, "invalid_api_key", 401)
+
+    def _of_page(self, scope: Scope, headers: dict[bytes, bytes]) -> str | None:
+        """Why a page in a browser may not ask, if so: else any page could make the model of this machine work."""
+        host = headers[b"origin"].partition(b"://")[2].decode("latin-1").lower()
+        if host in self._serving.limits.origins:
+            return None
+        if host != headers.get(b"host", b"").decode("latin-1").lower():
+            return "pages of other origins may not use this server"
+        # A page may also give the name of its own host the address of this machine, once a browser has loaded it.
+        if self._key is None and _is_loopback(scope["server"][0]) and not _is_here(host):
+            return "pages under this name may not use this server: give it an --api-key, or name them in --origins"
+        return None
+
+
+class _Json(Response):
+    """ASCII, whatever texts hold: of half a surrogate pair UTF-8 could not be made."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return encode(content).encode()
 
 
 class Answer(Response):
@@ -165,16 +185,14 @@ class Answer(Response):
                 while new := await stream.next():
                     deltas += new
                 reply.num_cached = stream.num_cached
-                await JSONResponse(reply.whole(deltas))(scope, receive, send)
+                await _Json(reply.whole(deltas))(scope, receive, send)
             self._serving.metrics.ended(stream, reply.usage)
-        except TimeoutError:  # nobody reads: the connection is closed as it stands
-            return
         except Exception as error:
             told = request_error(error)
             if told.status >= 500 and not isinstance(error, EngineEnded | UserError):  # those are told elsewhere
                 traceback.print_exc()
             if self._begun:
-                event = JSONResponse(told.body).body
+                event = encode(told.body).encode()
                 await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": False})
             else:
                 await _error(told)(scope, receive, send)
@@ -191,8 +209,7 @@ class Answer(Response):
             reply.num_cached = stream.num_cached
             body = b"".join(reply.events(deltas, include_usage))
             if body:
-                async with asyncio.timeout(_WRITE_SECONDS):
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                await send({"type": "http.response.body", "body": body, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -248,9 +265,27 @@ def _error(error: RequestError, headers: dict[str, str] | None = None) -> Respon
     headers = dict(headers or {})
     if error.status == 429:
         headers["retry-after"] = "1"
+    if error.status == 408:
+        headers["connection"] = "close"  # the rest of its body is not waited for
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return JSONResponse(error.body, error.status, headers)
+    return _Json(error.body, error.status, headers)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback
+
+
+def _is_here(host: str) -> bool:
+    """Whether a host, with its port or not, is an address or this machine's own name: no page's host can be one."""
+    name = re.sub(r":\d*$", "", host) if host.startswith("[") or host.count(":") == 1 else host
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _model(serving: Serving) -> dict[str, Any]:

@@ -83,6 +83,8 @@ class EngineThread:
                     self._inbox.put(message)
         except EOFError:
             self._inbox.put(None)
+        except BaseException as error:  # a message that cannot be read: whoever sent it would wait for ever
+            self._inbox.put(error)
 
     def _run(self) -> None:
         try:
@@ -110,6 +112,8 @@ class EngineThread:
             message = self._inbox.get()
             if message is None:
                 return False
+            if isinstance(message, BaseException):
+                raise message
             if isinstance(message, Flush):
                 self.engine.cache.forget_all()
             elif isinstance(message, Ask):

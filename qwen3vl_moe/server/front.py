@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
 
 from qwen3vl_moe.server.app import make_app
+from qwen3vl_moe.server.connection import Connection
 from qwen3vl_moe.server.serving import Serving
 from qwen3vl_moe.server.streams import Link
 from qwen3vl_moe.server.wire import Start, Wire
 
 _BACKLOG = 2048  # connections that may wait to be accepted
+_FILES = 1 << 16  # that are open at a time
 _KEEP_ALIVE = 75  # seconds; longer than clients keep a connection that they may use again
 # Seconds for which a thread that makes prompts may keep the interpreter from the one that reads and writes for all
 # clients: a tenth of Python's own.
@@ -36,6 +39,7 @@ def main(wire: int, listening: int) -> None:
         listening: that of the socket that clients connect to.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL)
+    _allow_files()
     engine = Wire(socket.socket(fileno=wire))
     try:
         start = engine.receive()
@@ -56,11 +60,13 @@ async def _serve(start: Start, wire: Wire, listening: socket.socket) -> None:
         access_log=False,
         backlog=_BACKLOG,
         timeout_keep_alive=_KEEP_ALIVE,
+        http=Connection,
         server_header=False,
         ws="none",
     )
     server = _Uvicorn(config, link.ready)
     link.start()
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # see bind
     await server.serve(sockets=[listening])
 
 
@@ -79,6 +85,16 @@ class _Uvicorn(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _allow_files() -> None:
+    """As many open files as the system lets a process have: each connection is one, and a shell's usual 1024 are fewer
+    than the answers that may be computed and wait."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

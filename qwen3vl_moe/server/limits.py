@@ -18,11 +18,13 @@ class Limits:
         waiting: answers beyond those that are computed at a time.
         body_bytes: of one request.
         media: of its pictures and videos.
+        origins: hosts, with their ports, of pages that may ask beside the server's own.
     """
 
     waiting: int = 1024
     body_bytes: int = 64 << 20
     media: MediaLimits = field(default_factory=MediaLimits)
+    origins: tuple[str, ...] = ()
 
 
 class Gate:

@@ -17,7 +17,7 @@ DONE = b"data: [DONE]\n\n"
 Entries = list[tuple[int, dict[int, Logprob]]]  # of tokens: the id of each, and its log-probabilities
 
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode  # escapes keep it ASCII on one line, whatever texts hold
+encode = json.JSONEncoder(separators=(",", ":")).encode  # escapes keep it ASCII on one line, whatever texts hold
 
 
 class Reply:
@@ -38,7 +38,7 @@ class Reply:
         self._tokens, self._unfinished = [0] * count, count
         self.num_cached = 0
         # Of hundreds of streams each has an event a step: what they have in common is written once.
-        self._head = "data: " + _encode(self._envelope(self.chunk_name))[:-1] + ',"choices":['
+        self._head = "data: " + encode(self._envelope(self.chunk_name))[:-1] + ',"choices":['
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -55,8 +55,8 @@ class Reply:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
 
     def _event(self, choice: dict[str, Any] | None, with_usage: bool = False) -> bytes:
-        choices = "" if choice is None else _encode(choice)
-        usage = f',"usage":{_encode(self.usage)}' if with_usage else ""
+        choices = "" if choice is None else encode(choice)
+        usage = f',"usage":{encode(self.usage)}' if with_usage else ""
         return f"{self._head}{choices}]{usage}}}\n\n".encode()
 
     def whole(self, deltas: Iterable[Delta]) -> dict[str, Any]:

@@ -20,9 +20,12 @@ from qwen3vl_moe.server.limits import Limits
 from qwen3vl_moe.server.wire import Start, Stop, Wire
 
 # A terminal sends its signals to all processes, and so do others; this one decides what they mean.
-_MAIN = "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-_MAIN += "signal.signal(signal.SIGTERM, signal.SIG_IGN); sys.path[:], *given = json.loads(sys.argv[1]); "
-_MAIN += "from qwen3vl_moe.server.front import main; main(*given)"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_MAIN = "import json, signal, sys; both = signal.SIGINT, signal.SIGTERM; "
+_MAIN += (
+    "[signal.signal(number, signal.SIG_IGN) for number in both]; signal.pthread_sigmask(signal.SIG_UNBLOCK, both); "
+)
+_MAIN += "sys.path[:], *given = json.loads(sys.argv[1]); from qwen3vl_moe.server.front import main; main(*given)"
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -44,6 +47,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        # For this socket's own sake, after an earlier server; the next one has to hear at once that the port is taken,
+        # rather than when both have loaded their weights.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     except (OSError, OverflowError) as error:
         bound.close()
         said = getattr(error, "strerror", None) or error
@@ -155,7 +161,12 @@ def _started(wire: socket.socket, listening: socket.socket) -> subprocess.Popen:
     arguments = json.dumps([sys.path, *given])
     # Its tensors are small, and none of them is on a GPU.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, "-c", _MAIN, arguments], pass_fds=given, env=environment)
+    command = [sys.executable, "-c", _MAIN, arguments]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # in it, too, until it can ignore them
+    try:
+        return subprocess.Popen(command, pass_fds=given, env=environment)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -163,8 +174,7 @@ def _signals_to(give: Callable[[str], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # no signal ever strikes here
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: give("signal")) for number in numbers}
+    before = {number: signal.signal(number, lambda *_: give("signal")) for number in _SIGNALS}
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -80,13 +81,19 @@ class Serving:
             if what == "ended":
                 ticket.leave()
 
+        work, held, loop = self._chat if kind == "chat" else self._completion, [raw], asyncio.get_running_loop()
+        del raw
+        making = POOL.submit(lambda held: work(held.pop(), arrival), held)
         try:
-            work = self._chat if kind == "chat" else self._completion
-            request, prepared = await asyncio.wrap_future(POOL.submit(lambda body: work(body, arrival), raw))
+            request, prepared = await asyncio.wrap_future(making)
             ticket.widen(len(prepared) * request.params.n - 1)
             ticket.hold_bytes(0)
         except BaseException:
-            on_change("ended")
+            if making.cancel() or making.done():
+                held.clear()  # the pool still has the list
+                on_change("ended")
+            else:  # its client went away; a thread is at it all the same, and has its memory until it is done
+                making.add_done_callback(lambda _: _tell(loop, on_change))
             raise
         reply = self._reply(request, prepared)
         stream = Stream(prepared, request.params, request.stream, on_change)
@@ -166,6 +173,11 @@ class Serving:
             "requests_ahead": ("Requests whose prompts are made, or wait for their first step.", self._num_ahead),
             "kv_cache_usage_ratio": ("Part of the cache's blocks that is held.", load.cache),
         }
+
+
+def _tell(loop: asyncio.AbstractEventLoop, on_change: Callable[[str], None]) -> None:
+    with suppress(RuntimeError):  # it is closed: all is over
+        loop.call_soon_threadsafe(on_change, "ended")
 
 
 def request_error(error: Exception) -> RequestError:

@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -128,19 +129,25 @@ class Link:
         self._outbox.put(Flush())
 
     def _send(self) -> None:
-        with suppress(OSError):  # the other end is gone, which the other thread says
+        try:
             while True:
                 self._wire.send(self._outbox.get())
+        except OSError:  # the other end is gone, which the other thread says
+            pass
+        except BaseException:  # a message that cannot be sent: all who ask would wait for ever
+            traceback.print_exc()
+            os._exit(1)
 
     def _hear(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
             while True:
                 loop.call_soon_threadsafe(self._heard, self._wire.receive())
         except EOFError:
-            pass
-        except RuntimeError:  # the loop is closed: all is over
-            return
-        print("error: the engine's process has ended", file=sys.stderr, flush=True)
+            print("error: the engine's process has ended", file=sys.stderr, flush=True)
+        except BaseException:  # a message that cannot be read
+            if loop.is_closed():  # all is over
+                return
+            traceback.print_exc()
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(self._heard, Told((), self.load, failed=True))
             loop.call_soon_threadsafe(self._on_stop)

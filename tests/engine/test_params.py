@@ -167,3 +167,24 @@ def test_the_vocabulary_bounds_tokens_and_counts(given):
     with pytest.raises(OptionError, match=f"{next(iter(given))}.*vocabulary"):
         check_vocabulary(SamplingParams(**given), 512)
     check_vocabulary(SamplingParams(**given), 10**6 + 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"bad_words": ["x" * 700] * 100}, "bad_words has 70000 characters; at most 65536"),
+        ({"stop": "x" * 70_000}, "stop has 70000 characters"),
+        ({"stop_token_ids": [7] * (1 << 21)}, "stop_token_ids has 2097152 token ids; at most 1048576"),
+        ({"allowed_token_ids": range(1 << 21)}, "allowed_token_ids has 2097152 token ids"),
+    ],
+)
+def test_lists_have_an_end(values, said):
+    """The engine goes through them while all other requests wait."""
+    with pytest.raises(OptionError, match=said):
+        SamplingParams(**values)
+
+
+def test_a_token_id_counts_once():
+    params = SamplingParams(stop_token_ids=[5, 3, 5] * 1000, allowed_token_ids=[2] * 100_000)
+    assert params.stop_token_ids == (5, 3)
+    assert params.allowed_token_ids == (2,)

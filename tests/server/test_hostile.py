@@ -254,7 +254,43 @@ def test_pages_of_other_origins_are_refused(server):
 
     assert post({"Origin": "https://example.org"}).status_code == 403
     assert post({"Origin": "null"}).status_code == 403
+    assert post({"Origin": "http://["}).status_code == 403
+    assert post({"Origin": b"http://\xff"}).status_code == 403
     assert post({"Origin": server.url}).status_code == 200
+    port = server.address[1]
+    for host in (f"localhost:{port}", "[::1]", "model.localhost"):
+        assert post({"Host": host, "Origin": f"http://{host}"}).status_code == 200
+
+
+def test_a_page_whose_name_was_given_this_machines_address_is_refused(server, make_demo):
+    """Its browser then calls it the same origin. Clients that are no browsers may use any name."""
+    body, page = {"messages": HELLO, "max_tokens": 1}, {"Host": "evil.org:80", "Origin": "http://evil.org:80"}
+    reply = server.http.post("/v1/chat/completions", json=body, headers=page)
+    assert reply.status_code == 403
+    assert "--origins" in reply.json()["error"]["message"]
+    assert server.http.post("/v1/chat/completions", json=body, headers={"Host": "evil.org"}).status_code == 200
+    named = {"Host": "127.0.0.1", "Origin": "https://Llm.example.org"}
+    with served(make_demo(), api_key="k", limits=Limits(origins=("llm.example.org",))) as closed:
+        for headers in (named, page):  # which has no key, if it is one of the bad ones
+            headers |= {"Authorization": "Bearer k"}
+            assert closed.http.post("/v1/chat/completions", json=body, headers=headers).status_code == 200
+        other = named | {"Origin": "https://llm.example.org.evil.org"}
+        assert closed.http.post("/v1/chat/completions", json=body, headers=other).status_code == 403
+
+
+@pytest.mark.parametrize("half", ["\\ud800", "\\udfff"])
+def test_half_a_surrogate_pair_is_told_as_it_was_written(server, half):
+    for body in (
+        f'{{"messages": [], "{half}": 1}}',
+        f'{{"prompt": "x", "model": "{half}"}}',
+        f'{{"messages": [{{"role": "user", "content": "x", "{half}": 1}}]}}',
+        f'{{"messages": [{{"role": "user", "content": [{{"type": "text", "text": "x", "{half}": 1}}]}}]}}',
+        f'{{"messages": [{{"role": "user", "content": "x"}}], "user": 1, "tools": [{{"{half}": "{half}"}}]}}',
+    ):
+        for path in ("/v1/chat/completions", "/v1/completions"):
+            reply = server.http.post(path, content=body)
+            assert reply.status_code in (400, 404), reply.text
+            assert reply.json()["error"]["message"]
 
 
 def test_paths_methods_and_encodings(server):
@@ -272,6 +308,11 @@ def test_paths_methods_and_encodings(server):
         assert reply.status_code == status
         assert reply.json()["error"]["message"].isprintable()
         assert "root:" not in reply.text
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        head, get = server.http.head(path), server.http.get(path)
+        assert head.status_code == 200
+        assert head.content == b""
+        assert head.headers["content-type"] == get.headers["content-type"]
     reply = server.http.post("/v1/completions", content=b"x", headers={"Content-Encoding": "gzip"})
     assert reply.status_code == 415
 

@@ -137,10 +137,55 @@ def test_an_answer_can_be_stopped(server, open_page):
     page.fill("#temperature", "5")
     ask(page, "Hello")
     page.wait_for_function("() => document.querySelector('.said').textContent.length > 20")
+    page.press("#text", "Enter")  # who types on meanwhile stops nothing
+    page.wait_for_function("() => document.querySelector('.said').textContent.length > 200")
     assert page.inner_text("#send") == "Stop"
     page.click("#send")
     page.wait_for_function("() => document.querySelector('.figures').textContent.includes('stopped')")
     server.settles()
+
+
+def test_a_new_chat_knows_nothing_of_the_old_one(server, open_page):
+    """Not even of an answer that was being written."""
+    page = open_page(server.url)
+    page.click("summary")
+    page.fill("#tokens", "4000")
+    page.fill("#temperature", "5")
+    ask(page, "Hello")
+    page.wait_for_function("() => document.querySelector('.said').textContent.length > 20")
+    page.fill("#tokens", "2")
+    page.click("#new")
+    page.wait_for_function("() => document.querySelector('#send').textContent === 'Send'")
+    with page.expect_request("**/v1/chat/completions") as request:
+        ask(page, "Hi")
+    assert [message["role"] for message in request.value.post_data_json["messages"]] == ["user"]
+    assert len(wait_for_answers(page, 1)) == 1
+    ask(page, "Hello")
+    wait_for_answers(page, 2)
+
+
+def test_nothing_is_dropped_in_silence(server, browser):
+    """A file of another kind, a number that is none, an answer that breaks off."""
+    page = browser.new_page()
+    page.goto(server.url)
+    page.evaluate(DROP, ["drop", "aGk=", "application/pdf"])
+    assert "picture is no picture or video" in page.inner_text(".error")
+    page.click("#new")
+    page.click("summary")
+    page.fill("#temperature", "0,7")
+    ask(page, "Hello")
+    page.wait_for_selector(".error")
+    assert "temperature='0,7'" in page.inner_text(".error")
+    page.click("#new")
+    page.fill("#temperature", "")
+    event = {"choices": [{"index": 0, "delta": {"content": "Half an ans"}, "finish_reason": None}]}
+    body = f"data: {json.dumps(event)}\n\n"
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+    ask(page, "Hello")
+    page.wait_for_selector(".error")
+    assert page.inner_text(".said") == "Half an ans"
+    assert "broken off" in page.inner_text(".error")
+    page.close()
 
 
 def test_errors_and_keys(make_demo, browser):

@@ -1,8 +1,10 @@
 """The two processes of a server: what goes between them, and what becomes of one when the other ends."""
 
+import asyncio
 import os
 import signal
 import socket
+import struct
 import threading
 
 import httpx
@@ -10,6 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from qwen3vl_moe.server import streams
+from qwen3vl_moe.server.engine_thread import EngineThread
+from qwen3vl_moe.server.run import _started, bind
+from qwen3vl_moe.server.streams import Link
 from qwen3vl_moe.server.wire import Ask, Stop, Wire
 from tests.server.conftest import HELLO, alive, children_of, served
 from tests.server.test_streams import LONG, connect, until
@@ -45,6 +51,46 @@ def test_half_a_message_is_none():
             Wire(there).receive()
 
 
+def test_a_message_that_cannot_be_read_is_the_end(make_demo, capfd):
+    """Of the engine's side, where requests come in; else whoever asks would wait for ever."""
+    ours, theirs = socket.socketpair()
+    failed = threading.Event()
+    thread = EngineThread(make_demo().engine, Wire(ours), on_failure=failed.set)
+    thread.start()
+    with theirs:
+        theirs.sendall(struct.pack("<QQ", 1, 3) + b"abc")
+        assert failed.wait(30)
+        thread.join()
+    assert thread.failure.startswith("the engine has failed: UnpicklingError")
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["sent", "read"])
+def test_nor_can_the_other_side_go_on(monkeypatch, capfd, what):
+    ours, theirs = socket.socketpair()
+    status: list[int] = []
+    monkeypatch.setattr(streams, "_LAST_WORDS", 0)
+    monkeypatch.setattr(streams.os, "_exit", status.append)
+
+    async def talk() -> None:
+        link = Link(Wire(ours), lambda: None)
+        link.start()
+        if what == "sent":
+            link._outbox.put(lambda: None)
+        else:
+            theirs.sendall(struct.pack("<QQ", 1, 3) + b"abc")
+        while not status:
+            await asyncio.sleep(0.01)
+        assert link.failed == (what == "read")  # who asks is told as far as there is time
+
+    with theirs:
+        asyncio.run(talk())
+    assert status == [1]
+    if what == "sent":
+        until(lambda: status == [1, 1], "the thread that hears goes on")  # which the end of the wire has told
+    assert "Traceback" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("draining", [False, True], ids=["serving", "draining"])
 def test_the_end_of_the_process_that_serves_http_is_that_of_the_server(make_demo, draining):
     llm = make_demo()
@@ -61,6 +107,18 @@ def test_the_end_of_the_process_that_serves_http_is_that_of_the_server(make_demo
     assert small.said[-1] == "error: the process that serves HTTP was killed (SIGKILL)"
     assert llm.engine.cache.num_free == llm.engine.cache.num_blocks
     assert llm.chat(HELLO)[0].outputs[0].text  # and the model is somebody else's
+
+
+def test_a_signal_while_the_other_process_begins_is_none_of_its_business(capfd):
+    """Ctrl-C in a terminal strikes both. It ends with the wire, without a word."""
+    ours, theirs = socket.socketpair()
+    with bind("127.0.0.1", 0) as bound, theirs:
+        process = _started(theirs, bound)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    ours.close()
+    assert process.wait(60) == 0
+    assert capfd.readouterr().err == ""
 
 
 def test_a_killed_engine_takes_all_with_it_and_clients_are_told(program):

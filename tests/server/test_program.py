@@ -66,6 +66,8 @@ def test_ctrl_c_finishes_and_a_second_one_does_not(program, signals, status):
         (["--allow-hosts", "x.org"], "--allow-hosts needs --allow-remote-images"),
         (["--allow-remote-images", "--allow-hosts", "http://x"], "allow_hosts has 'http://x'"),
         (["--api-key", ""], "--api-key"),
+        (["--api-key", "secret\n"], "--api-key has to be"),  # it could never be given
+        (["--origins", "https://x.org"], "--origins https://x.org: the host of a page is needed"),
         (["--port", "0", "--model", "/no/such/folder"], "/no/such/folder"),
     ],
 )
@@ -82,3 +84,24 @@ def test_mistakes_are_one_line_and_status_2(options, said):
 def test_several_engines_are_refused_in_python_too():
     with bind("127.0.0.1", 0) as bound, pytest.raises(OptionError, match="data_parallel_size=2: a server drives one"):
         Server(SimpleNamespace(settings={"data_parallel_size": 2}), bound, "demo")
+
+
+def test_a_port_is_taken_before_weights_are_loaded():
+    """By another server that is still loading its own, too; and it can be had again as soon as one has ended."""
+    with bind("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(OptionError, match="choose another port"):
+            bind("127.0.0.1", port)
+    with bind("127.0.0.1", port) as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the process does that serves HTTP
+        again.listen()
+        client = socket.create_connection(again.getsockname())
+        accepted, _ = again.accept()
+        accepted.close()  # this side first: the address stays in use for a while
+        client.recv(1)
+        client.close()
+        with pytest.raises(OptionError, match="choose another port"):
+            bind("127.0.0.1", port)
+    with bind("127.0.0.1", port) as later:
+        later.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        later.listen()

@@ -11,7 +11,10 @@ import pytest
 
 from qwen3vl_moe import SamplingParams
 from qwen3vl_moe.errors import RankError
+from qwen3vl_moe.inputs.access import MediaAccess
 from qwen3vl_moe.server.limits import Limits
+from qwen3vl_moe.server.media import MediaLimits
+from tests.inputs.web import PICTURE, serve
 from tests.server.conftest import HELLO, Served, asking, data_url, served
 
 LONG = {"messages": HELLO, "max_tokens": 2000, "ignore_eos": True, "temperature": 0}
@@ -153,6 +156,32 @@ def test_pictures_that_wait_are_not_decoded_all_at_once(make_demo, question):
             connection.close()
         small.settles()
     assert max(ahead) == 2  # two run, and the next two are ready
+
+
+def test_who_goes_away_while_a_picture_is_had_keeps_the_place_of_the_work(make_demo):
+    """Else whoever comes and goes could have a server hold more pictures at a time than it may."""
+    arrived, go_on = threading.Semaphore(0), threading.Event()
+
+    def answer(client) -> None:
+        client.read_head()
+        arrived.release()
+        assert go_on.wait(30)
+        client.reply("200 OK", PICTURE)
+
+    media = MediaLimits(remote=True, access=MediaAccess(private_hosts=True))
+    with serve(answer) as port, served(make_demo(max_num_seqs=2), limits=Limits(media=media)) as small:
+        asked = {"messages": asking("What is this?", f"http://127.0.0.1:{port}/picture.png")}
+        for _ in range(2):
+            connection = connect(small, asked)
+            assert arrived.acquire(timeout=30)
+            connection.close()
+        until(lambda: not small.inside, "they were never given up")
+        with connect(small, asked):
+            time.sleep(0.1)
+            assert small.metric("requests_ahead") == 2
+        go_on.set()
+        small.settles()
+        assert small.chat(max_tokens=1).status_code == 200
 
 
 def test_the_end_waits_for_answers(make_demo):
