@@ -59,7 +59,8 @@ def read_regular(path: Path, error: type[UserError], most: int = MAX_FILE_BYTES)
     except (OSError, ValueError) as problem:  # a ValueError: a path with a NUL or half a surrogate pair
         if isinstance(problem, UserError):
             raise
-        raise error(f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
+        reason = "embedded null byte" if "\0" in str(path) else getattr(problem, "strerror", None) or problem
+        raise error(f"{path} cannot be read: {reason}") from None  # of a NUL, each Python says it in its own words
 
 
 def check_regular(path: Path, error: type[UserError], most: int = MAX_FILE_BYTES) -> None:
