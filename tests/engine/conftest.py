@@ -49,6 +49,16 @@ def no_room_ahead(monkeypatch):
 
 
 @pytest.fixture
+def encoded(plain, make_llm, monkeypatch) -> list[int]:
+    """How many pictures each call of the vision tower has."""
+    model = make_llm(plain).engine.model
+    calls: list[int] = []
+    encode = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda pixels, grids: calls.append(len(grids)) or encode(pixels, grids))
+    return calls
+
+
+@pytest.fixture
 def llm(plain, make_llm) -> LLM:
     return make_llm(plain)
 

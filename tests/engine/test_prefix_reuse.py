@@ -34,15 +34,6 @@ def alone(plain, make_llm):
     return answer
 
 
-@pytest.fixture
-def encoded(make_llm, plain, monkeypatch):
-    """Number of images in each call of the vision tower."""
-    model, calls = make_llm(plain).engine.model, []
-    encode = model.encode_images
-    monkeypatch.setattr(model, "encode_images", lambda pixels, grids: calls.append(len(grids)) or encode(pixels, grids))
-    return calls
-
-
 def answers(outputs):
     return [output.outputs[0].token_ids for output in outputs]
 

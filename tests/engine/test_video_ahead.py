@@ -80,15 +80,6 @@ def gate(monkeypatch):
 
 
 @pytest.fixture
-def encoded(make_llm, plain, monkeypatch):
-    """How many pictures each call of the vision tower has."""
-    model, calls = make_llm(plain).engine.model, []
-    encode = model.encode_images
-    monkeypatch.setattr(model, "encode_images", lambda pixels, grids: calls.append(len(grids)) or encode(pixels, grids))
-    return calls
-
-
-@pytest.fixture
 def llm(plain, make_llm):
     return make_llm(plain, num_blocks=512)
 

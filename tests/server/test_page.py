@@ -65,6 +65,15 @@ def ask(page, text: str) -> None:
     page.click("#send")
 
 
+def ask_for_a_long_answer(page) -> None:
+    """It has begun, and will not end by itself before long."""
+    page.click("summary")
+    page.fill("#tokens", "4000")
+    page.fill("#temperature", "5")
+    ask(page, "Hello")
+    page.wait_for_function("() => document.querySelector('.said').textContent.length > 20")
+
+
 def wait_for_answers(page, count: int) -> list[str]:
     """The texts of the answers, once there are so many and the last one is finished."""
     page.wait_for_function(
@@ -132,11 +141,7 @@ def test_answers_are_text_whatever_they_hold(server, open_page):
 
 def test_an_answer_can_be_stopped(server, open_page):
     page = open_page(server.url)
-    page.click("summary")
-    page.fill("#tokens", "4000")
-    page.fill("#temperature", "5")
-    ask(page, "Hello")
-    page.wait_for_function("() => document.querySelector('.said').textContent.length > 20")
+    ask_for_a_long_answer(page)
     page.press("#text", "Enter")  # who types on meanwhile stops nothing
     page.wait_for_function("() => document.querySelector('.said').textContent.length > 200")
     assert page.inner_text("#send") == "Stop"
@@ -148,11 +153,7 @@ def test_an_answer_can_be_stopped(server, open_page):
 def test_a_new_chat_knows_nothing_of_the_old_one(server, open_page):
     """Not even of an answer that was being written."""
     page = open_page(server.url)
-    page.click("summary")
-    page.fill("#tokens", "4000")
-    page.fill("#temperature", "5")
-    ask(page, "Hello")
-    page.wait_for_function("() => document.querySelector('.said').textContent.length > 20")
+    ask_for_a_long_answer(page)
     page.fill("#tokens", "2")
     page.click("#new")
     page.wait_for_function("() => document.querySelector('#send').textContent === 'Send'")
