@@ -57,11 +57,16 @@ class Service:
         """See :meth:`.LLM.stream`. The prompt is made and checked at once, the request begins with the first output."""
         call = self._turns.joined_by(Call())
         prompt, arrival, seconds = self.prepared(prepare, (item, params), ahead=True)
-        return call.runs(self._stream(self.engine.requests(prompt, params, arrival, seconds, call)))
+        body = self._stream(self.engine.requests(prompt, params, arrival, seconds, call))
+        next(body)
+        return call.runs(body)
 
-    def _stream(self, sequences: list[Sequence]) -> Generator[RequestOutput, None, None]:
+    def _stream(self, sequences: list[Sequence]) -> Generator[Any, None, None]:
         shown, finished = 0, False
         try:
+            # Up to here at once: from Python 3.12 on, closing a generator that never began lets go of nothing, neither
+            # of the prompt's pixels nor of frames that are being decoded.
+            yield
             self._begin(sequences)
             while not finished:
                 with self._turns.lock:  # also while its text is made: a step of another call may add to it
