@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen3vl_moe.inputs.frames import Part
@@ -43,6 +43,17 @@ def test_random_loads_finish_whenever_frames_come():
         max_num_seqs=st.integers(1, 5),
         max_prefill_tokens=st.integers(1, 30),
         max_encoder_tokens=st.integers(1, 20),
+    )
+    @example(  # a text, and a video whose last frames come late: rare among the others
+        arrivals=[(0, make_sequence([0] * 4, 12), None), (0, make_sequence([0, ("a", 3), 0, ("b", 2), 0], 1), None)],
+        pictures=1,
+        delays=[0, 12],
+        block_size=4,
+        spare_blocks=8,
+        runs_ahead=False,
+        max_num_seqs=2,
+        max_prefill_tokens=30,
+        max_encoder_tokens=20,
     )
     def play(arrivals, pictures, delays, block_size, spare_blocks, runs_ahead, **options):
         longest = max(sequence.max_len for _, sequence, _ in arrivals)
