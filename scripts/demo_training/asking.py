@@ -41,13 +41,23 @@ def make_wide_example(
 ) -> Example:
     """Example ``number`` of the wide set, the same on every call; arguments as of :func:`make_example`."""
     rng = Random(f"wide/{seed}/{number}")
+    questions: list[Question] = []
+    while not questions:  # about a narrow picture of things that are close together there may be nothing clear to ask
+        views = _drawn(rng, size, images, easy)
+        facts = view_facts(views[0], rng) if len(views) == 1 else two_view_facts(*views, rng)
+        questions = _asked(rng, views, facts, turns)
+    return Example(views, tuple(questions))
+
+
+def _drawn(rng: Random, size: tuple[int, int], images: int, easy: bool) -> tuple[View, ...]:
     if easy:
-        views = (_easy_view(rng, size),)
-    elif images == 1:
-        views = (one_view(rng, size, rng.choices(tuple(ONE), tuple(ONE.values()))[0]),)
-    else:
-        views = two_views(rng, size)
-    facts = view_facts(views[0], rng) if len(views) == 1 else two_view_facts(*views, rng)
+        return (_easy_view(rng, size),)
+    if images == 1:
+        return (one_view(rng, size, rng.choices(tuple(ONE), tuple(ONE.values()))[0]),)
+    return two_views(rng, size)
+
+
+def _asked(rng: Random, views: tuple[View, ...], facts: list[Fact], turns: int) -> list[Question]:
     by_kind: dict[str, list[Fact]] = {}
     for fact in facts:
         by_kind.setdefault(fact[0], []).append(fact)
@@ -60,7 +70,7 @@ def make_wide_example(
         asked = "describe" if kind == "unknown" else kind
         text = phrase(rng, asked, blanks)
         questions.append(Question(kind, text, answer, kind in SPELLED, mentions_of(views, blanks)))
-    return Example(views, tuple(questions))
+    return questions
 
 
 def _easy_view(rng: Random, size: tuple[int, int]) -> View:

@@ -132,6 +132,11 @@ def test_no_question_of_an_example_has_two_answers_and_all_kinds_come():
     assert kinds == {*PATTERNS, "unknown"}
 
 
+def test_a_picture_with_nothing_clear_to_ask_about_is_drawn_anew():
+    """This one is narrow, and its two triangles stand too close together to be told apart by their places."""
+    assert make_wide_example(0, 87257194, size=(96, 224), turns=3).questions
+
+
 def test_two_pictures_differ_where_it_is_said():
     for number in range(40):
         rng = Random(f"two/{number}")
