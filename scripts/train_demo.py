@@ -16,6 +16,7 @@ import dataclasses
 import multiprocessing
 import platform
 import signal
+import threading
 import time
 from collections.abc import Generator
 from importlib.util import find_spec
@@ -230,10 +231,12 @@ def _batches(dataset: Any, first: int, workers: int, device: Any) -> Generator[A
     finally:
         # They hold nothing that is needed, and the DataLoader's own end waits up to five seconds for each of them.
         watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # its own handler takes a killed worker for an error
+        complain, threading.excepthook = threading.excepthook, lambda _: None  # as its thread that pins batches does
         for worker in multiprocessing.active_children():
             worker.kill()
         del batches
         signal.signal(signal.SIGCHLD, watch)
+        threading.excepthook = complain
 
 
 def _report_tower(step: int, loss: float, right: float) -> None:
