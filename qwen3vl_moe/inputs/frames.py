@@ -19,9 +19,9 @@ from qwen3vl_moe.inputs.images import Picture
 from qwen3vl_moe.inputs.video import VideoSettings
 from qwen3vl_moe.inputs.workers import POOL
 
-# Visual tokens that are waited for together, about: so many that the decoder's weights, read for each part anew, cost
-# less than computing with them.
-PART_TOKENS = 2048
+# Visual tokens that are waited for together, about: as many as a step takes. Smaller parts made short videos slower
+# (docs/video.md): threads that decode share the interpreter lock with the one that launches kernels.
+PART_TOKENS = 8192
 
 Put = Callable[[int, np.ndarray], None]  # a frame's number among those of the video, and its pixels
 GoesOn = Callable[[], bool]
