@@ -24,7 +24,7 @@ NUMBERS = {2: "two", 3: "three"}
 NTH = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
 # Of one picture, and of two, by weight. Plain shapes have many kinds of questions; reading is hardest to learn.
 ONE = {
-    "shapes": 30, "word": 24, "number": 10, "grid": 22, "rows": 6, "path": 9, "nearer": 7, "chart": 5, "digit": 3,
+    "shapes": 27, "word": 30, "number": 8, "grid": 22, "rows": 6, "path": 12, "nearer": 7, "chart": 5, "digit": 3,
     "photograph": 3,
 }  # fmt: skip
 TWO = {"shapes": 6, "grid": 7, "nearer": 3}

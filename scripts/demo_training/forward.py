@@ -91,13 +91,23 @@ def _attention(layer: Any, x_NH: Tensor, cos: Tensor, sin: Tensor, starts: Tenso
     return module.o_proj(attend(q, k, v, starts, LONGEST_ROW, causal=True).flatten(1))
 
 
-def losses_of(model: Any, batch: TrainingBatch) -> Losses:
-    """Forward pass; only tokens whose successor is learned reach the vocabulary."""
+def blurred(x_MH: Tensor, noise_MH: Tensor) -> Tensor:
+    """With noise of so many times each token's own size (root mean square)."""
+    size_M1 = x_MH.detach().float().square().mean(-1, keepdim=True).sqrt()
+    return x_MH + (size_M1 * noise_MH).to(x_MH.dtype)
+
+
+def losses_of(model: Any, batch: TrainingBatch, noise_MH: Tensor | None = None) -> Losses:
+    """Forward pass; only tokens whose successor is learned reach the vocabulary.
+
+    Args:
+        noise_MH: blurs what the decoder gets of the merger, so that it learns to look at DeepStack's features.
+    """
     config, decoder = model.config.text_config, model.model.language_model
     features = image_features(model.model.visual, batch.pictures)
     x_NH = F.embedding(batch.ids_N, decoder.embed_tokens.weight)
     x_NH = x_NH.masked_fill((batch.ids_N == model.config.image_token_id)[:, None], 0)
-    x_NH = x_NH.index_add(0, batch.place_M, features[0])
+    x_NH = x_NH.index_add(0, batch.place_M, features[0] if noise_MH is None else blurred(features[0], noise_MH))
     rope = config.rope_parameters
     frequencies = inverse_frequencies(config.head_dim, rope["rope_theta"], x_NH.device)
     cos, sin = (x.to(x_NH.dtype) for x in mrope_angles(batch.positions_3N, frequencies, rope["mrope_section"]))

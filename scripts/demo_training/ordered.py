@@ -65,7 +65,8 @@ def _few_twice(rng: Random, count: int) -> list[str]:
 
 
 def grid_view(rng: Random, size: tuple[int, int], like: View | None = None) -> View:
-    """A grid of two to six rows and columns, filled. ``like``: of the same rows, columns and mostly items as that."""
+    """A grid of two to six rows and columns, filled. ``like``: of the same rows and columns as that, and of its items:
+    most in their places, or all in others, so that it counts in which of the two a thing is looked for."""
     view = blank(rng, size, "grid", ("plain", "plain", "gradient", "texture"))
     if like:
         rows, columns = len(like.cells), len(like.cells[0])
@@ -83,7 +84,9 @@ def grid_view(rng: Random, size: tuple[int, int], like: View | None = None) -> V
         for column in range(columns)
     ]
     labels = [label for row in like.cells for label in row] if like else None
-    if labels:
+    if labels and rng.random() < 0.6:
+        rng.shuffle(labels)
+    elif labels:
         for at in rng.sample(range(len(labels)), rng.randint(1, len(labels) // 2)):
             labels[at] = rng.choice(labels if " " in labels[0] else LETTERS)
     view, labels = _items(rng, view, places, labels)

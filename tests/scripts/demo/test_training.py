@@ -144,6 +144,12 @@ def test_a_repeated_step_learns_like_one_that_is_not(untrained):
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=0.02)
 
 
+def test_late_in_the_schedule_the_decoder_gets_a_blurred_picture(untrained, batch):
+    """The same noise each time, and none before: so a run that is stopped goes on as if it had not been."""
+    losses = [float(make_trainer(untrained[0], 4).step(batch, at)["pictures"]) for at in (0.1, 0.79, 0.8, 0.99)]
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+
+
 def test_bf16_weights_keep_fp32_frequencies_and_take_a_step(untrained, batch):
     model = build_model(published_config(SMALL, token_ids(untrained[0])), seed=0)
     heads = TowerHeads(model.model.visual)
