@@ -142,7 +142,14 @@ def train(options: dict[str, Any]) -> None:
         )
         pictures.close()
     trainer = Trainer(
-        model, heads, recipe, device=device, dtype=dtype, graphs=options["graphs"], compiled=options["compiled"]
+        model,
+        heads,
+        recipe,
+        device=device,
+        dtype=dtype,
+        graphs=options["graphs"],
+        compiled=options["compiled"],
+        seed=seed,
     )
     if goes_on:
         trainer.load(options["state"])
@@ -230,13 +237,16 @@ def _batches(dataset: Any, first: int, workers: int, device: Any) -> Generator[A
         yield from batches
     finally:
         # They hold nothing that is needed, and the DataLoader's own end waits up to five seconds for each of them.
-        watch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # its own handler takes a killed worker for an error
-        complain, threading.excepthook = threading.excepthook, lambda _: None  # as its thread that pins batches does
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        del batches
-        signal.signal(signal.SIGCHLD, watch)
-        threading.excepthook = complain
+        # Killed workers are errors to its handler of signals, and to its thread that pins what they send.
+        watch, complain = signal.signal(signal.SIGCHLD, signal.SIG_DFL), threading.excepthook
+        threading.excepthook = lambda _: None
+        try:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            del batches
+        finally:
+            signal.signal(signal.SIGCHLD, watch)
+            threading.excepthook = complain
 
 
 def _report_tower(step: int, loss: float, right: float) -> None:

@@ -19,8 +19,8 @@ from qwen3vl_moe.inputs.images import Picture
 from qwen3vl_moe.inputs.video import VideoSettings
 from qwen3vl_moe.inputs.workers import POOL
 
-# Visual tokens that are waited for together, about: as many as a step takes. Smaller parts made short videos slower
-# (docs/video.md): threads that decode share the interpreter lock with the one that launches kernels.
+# Visual tokens that are waited for together, about: as many as a step takes. With 2,048 both videos that were measured
+# became slower (docs/video.md): threads that decode share the interpreter lock with the one that launches kernels.
 PART_TOKENS = 8192
 
 Put = Callable[[int, np.ndarray], None]  # a frame's number among those of the video, and its pixels

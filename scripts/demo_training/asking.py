@@ -40,6 +40,8 @@ def make_wide_example(
     seed: int, number: int, *, size: tuple[int, int], images: int = 1, turns: int = 1, easy: bool = False
 ) -> Example:
     """Example ``number`` of the wide set, the same on every call; arguments as of :func:`make_example`."""
+    if turns < 1:
+        raise ValueError(f"turns {turns}: at least 1 is needed")
     rng = Random(f"wide/{seed}/{number}")
     questions: list[Question] = []
     while not questions:  # about a narrow picture of things that are close together there may be nothing clear to ask
@@ -235,7 +237,7 @@ def two_view_facts(first: View, second: View, rng: Random) -> list[Fact]:
             answer = "yes" if one == other else "no"
             answers[answer].append(("cell_same", {"row": str(r + 1), "column": str(c + 1)}, answer))
     least = min(map(len, answers.values()))
-    return facts + [fact for group in answers.values() for fact in rng.sample(group, max(1, least) if group else 0)]
+    return facts + [fact for group in answers.values() for fact in rng.sample(group, least)]
 
 
 def wide_size(rng: Random) -> tuple[int, int]:

@@ -26,8 +26,9 @@ from demo_training.views import View
 from qwen3vl_moe.inputs.tokenizer import IMAGE_PAD, VISION_END, VISION_START
 from qwen3vl_moe.model.rope import mrope_positions
 
-# Of what is trained on, in training.json: 1 had the scenes alone, drawn by Pillow; 2 has the wide set beside them.
-DATA_VERSION = 2
+# Of what is trained on, in training.json: 1 had the scenes alone, drawn by Pillow; 2 has the wide set beside them, 3
+# more pairs of grids that only a look at the right one tells apart, more words and paths.
+DATA_VERSION = 3
 TURNS = 5  # most questions about one picture: drawing it costs more than asking
 FEW_SHOT = 1 / 60  # share of the text rows that are few-shot prompts, which are several times as long
 LONGEST_ROW = 2048

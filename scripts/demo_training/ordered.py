@@ -66,7 +66,7 @@ def _few_twice(rng: Random, count: int) -> list[str]:
 
 def grid_view(rng: Random, size: tuple[int, int], like: View | None = None) -> View:
     """A grid of two to six rows and columns, filled. ``like``: of the same rows and columns as that, and of its items:
-    most in their places, or all in others, so that it counts in which of the two a thing is looked for."""
+    most in their places, or shuffled, so that it matters in which of the two one looks."""
     view = blank(rng, size, "grid", ("plain", "plain", "gradient", "texture"))
     if like:
         rows, columns = len(like.cells), len(like.cells[0])

@@ -51,8 +51,8 @@ class TrainingRecipe:
     text: float = 0.5  # weight of the text rows: their losses are several times those of the pictures
     sight: float = 0.2  # weight of the tower's own lesson in conversations
     place: float = 0.2  # weight of the decoder's own lesson
-    # Noise on what the decoder gets of the merger, in sizes of that, in the last fifth of the schedule. Without it, it
-    # comes to need DeepStack's features so little that 94 % of its answers stay the same without them.
+    # Noise on what the decoder gets of the merger, in multiples of its size, in the last fifth of the schedule. Without
+    # it, it comes to need DeepStack's features so little that 94 % of its answers stay the same without them.
     blur: float = 2.0
     blur_from: float = 0.8
 
@@ -164,8 +164,10 @@ class Trainer:
         dtype: torch.dtype,
         graphs: bool = True,
         compiled: bool = False,
+        seed: int = 0,
     ):
-        """``compiled``: the forward and backward passes by torch.compile, which fuses what is between the products."""
+        """``compiled``: the forward and backward passes by torch.compile, which fuses what is between the products;
+        ``seed``: of the noise."""
         self.model, self.heads, self.recipe, self.progress = model, heads, recipe, Progress()
         self.place = PlaceHead(model.config.text_config.hidden_size)
         parts = nn.ModuleDict({"model": model, "heads": heads, "place": self.place}).to(device)
@@ -174,7 +176,7 @@ class Trainer:
         self._pass = torch.compile(self._forward, dynamic=False, fullgraph=whole) if compiled else self._forward
         self._learn = Repeated(self._update, device, graphs)
         self._noise_MH: Tensor | None = None
-        self._random = torch.Generator(device)
+        self._random, self._seed = torch.Generator(device), seed
 
     def step(self, batch: TrainingBatch, progress: float) -> dict[str, Tensor]:
         """One update at ``progress`` of the schedule; figures as tensors, since reading them would wait."""
@@ -187,12 +189,13 @@ class Trainer:
         return figures
 
     def _blur(self, count: int, blur: float) -> None:
-        """The noise of this step, in place: a captured step finds it where it was. The same each time."""
+        """The noise of this step, in place, as a captured step needs it; the same however a run was cut."""
         if self._noise_MH is None:
             width = self.model.config.text_config.hidden_size
             self._noise_MH = torch.zeros(count, width, device=self._random.device)
         if blur:
-            self._noise_MH.normal_(std=blur, generator=self._random.manual_seed(self.progress.step))
+            self._random.manual_seed(10**6 * self._seed + self.progress.step)
+            self._noise_MH.normal_(std=blur, generator=self._random)
         else:
             self._noise_MH.zero_()
 

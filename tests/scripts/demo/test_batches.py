@@ -177,7 +177,10 @@ def test_losses_and_gradients_are_those_of_transformers(untrained, data):
 
     In float64: of the positions' gradients, sums over all patches, transformers' own float32 is off by 1.3e-4.
     """
-    rows = [*data.picture_rows(2995), *data.text_rows(2995)]
+    rows = [
+        *data.picture_rows(2996),
+        *data.text_rows(2996),
+    ]  # no router is so near a tie that float32 decides otherwise
     batch = collate(rows, data.encoder, BUDGET)  # learned positions where transformers has them
     assert (batch.pictures.starts.diff() > 0).sum() > 3
     ours = copy.deepcopy(untrained[1]).requires_grad_()
@@ -211,7 +214,7 @@ def test_losses_and_gradients_are_those_of_transformers(untrained, data):
         loads += torch.stack([F.one_hot(logits.topk(4).indices, 16).sum((0, 1)) for logits in out.router_logits])
     assert losses.pictures.item() == pytest.approx(totals[0], rel=1e-5)
     assert losses.text.item() == pytest.approx(totals[1], rel=1e-5)
-    torch.testing.assert_close(losses.load_LE, loads / loads.sum(1, keepdim=True), rtol=0, atol=2e-3)
+    torch.testing.assert_close(losses.load_LE, loads / loads.sum(1, keepdim=True), rtol=0, atol=1e-6)
     for (name, one), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         close = 1e-4 * other.grad.abs().max().item()
         torch.testing.assert_close(

@@ -25,12 +25,12 @@ def batch(untrained):
     return TrainingBatches(path, None, budget=Budget(512, 512), steps=1, seed=0)[0]
 
 
-def make_trainer(path, steps: int, **recipe) -> Trainer:
+def make_trainer(path, steps: int, seed: int = 0, **recipe) -> Trainer:
     model = build_model(published_config(SMALL, token_ids(path)), seed=0)
     recipe = TrainingRecipe(minutes=1, steps=steps, learning_rate=3e-3, **recipe)
     torch.manual_seed(0)
     heads = TowerHeads(model.model.visual)
-    return Trainer(model, heads, recipe, device=torch.device("cpu"), dtype=torch.float32)
+    return Trainer(model, heads, recipe, device=torch.device("cpu"), dtype=torch.float32, seed=seed)
 
 
 def test_a_fixed_batch_is_learned(untrained, batch):
@@ -46,12 +46,12 @@ def test_a_fixed_batch_is_learned(untrained, batch):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(untrained, batch, tmp_path):
-    whole = make_trainer(untrained[0], 4)
+    whole = make_trainer(untrained[0], 4, blur_from=0.4)
     whole.run([batch] * 5)
-    first = make_trainer(untrained[0], 4)
+    first = make_trainer(untrained[0], 4, blur_from=0.4)
     first.run([batch] * 2)
     first.save(tmp_path / "state.pt")
-    second = make_trainer(untrained[0], 4)
+    second = make_trainer(untrained[0], 4, blur_from=0.4)
     second.load(tmp_path / "state.pt")
     assert second.progress.step == 2
     assert second.run([batch] * 5)
@@ -139,15 +139,23 @@ def test_a_repeated_step_learns_like_one_that_is_not(untrained):
         how = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "graphs": graphs, "compiled": compiled}
         trainer = Trainer(model, heads, TrainingRecipe(minutes=1), **how)
         for step in [0] * (1 if graphs else 4) + list(range(1, 8)):
-            figures = trainer.step(data[step], 0.0 if step == 0 else 0.1)
+            trainer.progress.step = step  # the noise is that of the step, whatever came before
+            figures = trainer.step(data[step], 0.0 if step == 0 else 0.1 if step < 5 else 0.9)
         losses.append(float(figures["pictures"]))
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=0.02)
 
 
 def test_late_in_the_schedule_the_decoder_gets_a_blurred_picture(untrained, batch):
-    """The same noise each time, and none before: so a run that is stopped goes on as if it had not been."""
-    losses = [float(make_trainer(untrained[0], 4).step(batch, at)["pictures"]) for at in (0.1, 0.79, 0.8, 0.99)]
-    assert losses[0] == losses[1] != losses[2] == losses[3]
+    """Noise of the step, by the seed, and none before."""
+
+    def loss(at: float, step: int = 0, seed: int = 0) -> float:
+        trainer = make_trainer(untrained[0], 4, seed=seed)
+        trainer.progress.step = step
+        return float(trainer.step(batch, at)["pictures"])
+
+    assert loss(0.1) == loss(0.79, step=1) == loss(0.1, seed=1)
+    assert loss(0.8) == loss(0.99)
+    assert len({loss(0.1), loss(0.9), loss(0.9, step=1), loss(0.9, seed=1)}) == 4
 
 
 def test_bf16_weights_keep_fp32_frequencies_and_take_a_step(untrained, batch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo_training import heldout_board
+from demo_training import asking, heldout_board
 from demo_training.asking import ONE, make_wide_example, one_view, two_view_facts, two_views, view_facts, wide_size
 from demo_training.glyphs import FONTS, _files
 from demo_training.grounds import _PHOTOGRAPHS
@@ -132,9 +132,19 @@ def test_no_question_of_an_example_has_two_answers_and_all_kinds_come():
     assert kinds == {*PATTERNS, "unknown"}
 
 
-def test_a_picture_with_nothing_clear_to_ask_about_is_drawn_anew():
-    """This one is narrow, and its two triangles stand too close together to be told apart by their places."""
-    assert make_wide_example(0, 87257194, size=(96, 224), turns=3).questions
+def test_a_picture_with_nothing_clear_to_ask_about_is_drawn_anew(monkeypatch):
+    drawn, facts_of = [], asking.view_facts
+
+    def facts(view, rng):
+        drawn.append(view)
+        return facts_of(view, rng) if len(drawn) == 3 else []
+
+    monkeypatch.setattr(asking, "view_facts", facts)
+    example = make_wide_example(0, 5, size=(96, 224), turns=3)
+    assert example.questions
+    assert example.scenes == (drawn[2],)
+    with pytest.raises(ValueError, match="turns"):
+        make_wide_example(0, 5, size=(96, 224), turns=0)
 
 
 def test_two_pictures_differ_where_it_is_said():
