@@ -76,9 +76,7 @@ def main(
         from gsm8k import task_check
 
         names = [name.strip() for name in variants.split(",") if name.strip()]
-        asked = problems.Gsm8k(split, num_fewshot, limit, data, chat)
         problems.require_lm_eval()
-        task_check(asked, output, max_gen_toks)
         from benchmarking.loading import load_llm
         from peers import OURS, RANKED, VARIANTS, EngineLM, release
 
@@ -90,6 +88,8 @@ def main(
             )
         if logprob_problems < 1:
             raise OptionError(f"--logprob-problems {logprob_problems}: 1 or more is needed")
+        asked = problems.Gsm8k(split, num_fewshot, limit, data, chat)
+        task_check(asked, output, max_gen_toks)
         options: dict[str, Any] = {"load_format": load_format, "device": device, "dtype": dtype}
         options |= {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
         runs: dict[str, Run] = {}

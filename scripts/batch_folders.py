@@ -33,6 +33,12 @@ class FolderSource(Source):
     def __init__(self, given: Path, files: list[Path], job: Job):
         self.path = given
         self._base = given if given.is_dir() else _before_the_pattern(given)
+        self._files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+        if not self._files:
+            raise UserError(
+                f"{given} has no image ({', '.join(IMAGE_SUFFIXES[:6])} and so on), no parquet, tar or jsonl; files "
+                f"deeper within are named by a pattern: '{given}/**/*.parquet'"
+            )
         for name in ("prompt_column", "image_column", "id_column"):
             if getattr(job.options, name) is not None:
                 raise OptionError(f"--{name.replace('_', '-')} is for parquet and tars; {given} is images")
@@ -40,12 +46,6 @@ class FolderSource(Source):
             raise OptionError(f"{given} is images: --prompt says what to ask of each")
         if job.options.drop not in ((), ("path",)):
             raise OptionError(f"--drop {job.options.drop[0]}: images have the column path alone")
-        self._files = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-        if not self._files:
-            raise UserError(
-                f"{given} has no image ({', '.join(IMAGE_SUFFIXES[:6])} and so on), no parquet, tar or jsonl; files "
-                f"deeper within are named by a pattern: '{given}/**/*.parquet'"
-            )
         others = Counter(
             path.suffix.lower() or path.name for path in files if path.suffix.lower() not in IMAGE_SUFFIXES
         )

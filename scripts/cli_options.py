@@ -93,8 +93,14 @@ def sampling_params(given: dict[str, Any], *, one_answer: bool = False) -> Any:
 
     named = {name: given[name] for name in _SAMPLING if given[name] is not None and given[name] != []}
     params = SamplingParams(**named, **_more("--sampling", given["sampling"], named))
-    if one_answer and params.n > 1:
-        raise OptionError(f"n={params.n}: one answer is shown here; a file of requests takes several (--input)")
+    if one_answer:
+        if params.n > 1:
+            raise OptionError(f"n={params.n}: one answer is shown here; a file of requests takes several (--input)")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(params, name) is not None:
+                raise OptionError(f"{name}={getattr(params, name)}: only the answer is shown here; LLM.chat gives them")
+        if not params.detokenize:
+            raise OptionError("detokenize=False: an answer is shown as text here")
     return params
 
 
@@ -145,6 +151,6 @@ def _more(option: str, text: str | None, named: dict[str, Any]) -> dict[str, Any
         raise OptionError(f'{option} {text!r}: a JSON object such as {{"name": value}} is needed')
     if twice := sorted(more.keys() & named.keys()):
         raise OptionError(f"{option} says {twice[0]}, for which there is --{twice[0].replace('_', '-')}: name one")
-    if option == "--sampling" and isinstance(more.get("logit_bias"), dict):  # JSON's keys are texts
-        more["logit_bias"] = {int(k) if k.isdigit() else k: value for k, value in more["logit_bias"].items()}
+    if "self" in more:  # of the classes that take the rest by its name
+        raise OptionError(f"{option} says self, which is no option")
     return more

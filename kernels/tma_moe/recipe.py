@@ -2,9 +2,9 @@
 
 A `Recipe` is everything that does not depend on the call: kernels with their constants, block shapes, grids. It is made
 once per device, shape, dtype and bucket of token counts. A call then allocates its buffers and launches two kernels
-(gemv), or four (five above 4096 pairs, where grouping takes two), and one fewer of these if the caller takes the sum
-over experts (`combine=False`), as the model does. Buffers come from torch's caching allocator at every
-call, so streams, threads and CUDA graphs each have their own, and nothing outlives the call.
+(gemv), or four (five above 4096 pairs, where grouping takes two), one more for FP8 products that want x in FP8, and one
+fewer if the caller takes the sum over experts (`combine=False`), as the model does. Buffers come from torch's caching
+allocator at every call, so streams, threads and CUDA graphs each have their own, and nothing outlives the call.
 
 All kernels use programmatic dependent launch where the device has it, under the contract of pdl.py: a kernel may start
 early, but never reads what the kernels before it have not finished writing.

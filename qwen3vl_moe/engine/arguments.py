@@ -52,10 +52,18 @@ def parse_options(given: dict[str, Any]) -> EngineOptions:
     return EngineOptions(**given)
 
 
+def one_params(params: Any) -> SamplingParams:
+    if params is None or isinstance(params, SamplingParams):
+        return params or SamplingParams()
+    raise OptionError(f"sampling_params: SamplingParams are needed, got {type(params).__name__}")
+
+
 def params_per_item(params: Any, count: int, kind: str) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    params = list(params)
+        return [one_params(params)] * count
+    if not isinstance(params, list | tuple):
+        raise OptionError(f"sampling_params: SamplingParams or a list of them are needed, got {type(params).__name__}")
+    params = [one_params(each) for each in params]
     if len(params) != count:
         raise OptionError(f"{len(params)} sampling_params for {count} {kind}s: give one for all, or one for each")
     return params

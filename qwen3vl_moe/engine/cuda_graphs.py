@@ -165,7 +165,8 @@ class StepGraphs:
         overwritten by the next call.
         """
         decoding = batch.segments.max_q == 1 and batch.visual is None
-        num_logits = len(batch.input_ids_T if batch.logit_rows is None else batch.logit_rows)
+        assert batch.logit_rows is not None
+        num_logits = len(batch.logit_rows)
         if max(len(batch.segments.q_lens), num_logits) > (self.max_num_seqs if decoding else self._mixed_seqs):
             return None
         size = bucket_of(len(batch.input_ids_T), self._decode if decoding else _TOKENS)

@@ -20,7 +20,8 @@ class Feed(Generic[Item, Result]):
 
     Args:
         prepare: safe to run in several threads at once.
-        ahead: at most so many are prepared and not taken, so that results do not pile up in memory; at least 1.
+        ahead: at most so many are prepared beside the one that is taken next, so that results do not pile up in memory;
+            at least 1.
 
     Attributes:
         open: whether more may come.

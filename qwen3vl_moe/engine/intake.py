@@ -23,7 +23,8 @@ class Intake(Generic[Item, Result]):
     Args:
         prepare: safe to run in several threads at once.
         items: a single one is not worth a thread: taking it does the work.
-        ahead: at most so many are prepared and not taken, so that results do not pile up in memory; at least 1.
+        ahead: at most so many are prepared beside the one that is taken next, so that results do not pile up in memory;
+            at least 1.
 
     Attributes:
         left: how many have not been taken.

@@ -204,9 +204,12 @@ def plan_cache(
         fitting = (_cpu_bytes() if free_bytes is None else free_bytes) // block_bytes
         num_blocks = min(options.seats * -(-model_len // size), fitting)
     if num_blocks < 1:
+        way_out = "lower block_size"
+        if free_bytes is not None:
+            way_out += ", raise gpu_memory_utilization, lower max_prefill_tokens, or free the device"
         raise OptionError(
-            f"no memory is left for the KV cache (a block takes {block_bytes / 1e6:.2f} MB): raise "
-            "gpu_memory_utilization, lower max_prefill_tokens, or free the device"
+            f"no memory is left for the KV cache (a block of block_size={size} tokens takes {block_bytes / 1e6:.2f} "
+            f"MB): {way_out}"
         )
     if options.max_model_len is not None and options.max_model_len > num_blocks * size:
         raise OptionError(

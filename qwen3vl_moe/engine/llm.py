@@ -21,6 +21,7 @@ from qwen3vl_moe.engine.arguments import (
     is_conversation,
     is_prompt,
     listed,
+    one_params,
     params_per_item,
     parse_options,
     refuse_arguments,
@@ -109,7 +110,7 @@ class LLM:
         options = parse_options(engine_options)
         self.name, self.options, self.random_weights, directory = str(model), options, False, resolve(model)
         self.moe_fallback: str | None = None
-        # All that is small is read before the weights, so that a mistake in it shows at once.
+        # What is small is read before the weights, so that a mistake in it shows at once.
         config = Qwen3VLMoeConfig.from_pretrained(directory)
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         access = media_access(media_root, allow_hosts, allow_private_hosts)
@@ -340,7 +341,7 @@ class LLM:
         Raises:
             PromptError, OptionError: at the call; of frames of a video file that cannot be decoded, with an output.
         """
-        return self.service.stream(conversation_or_prompt, self._prepare_any, sampling_params or SamplingParams())
+        return self.service.stream(conversation_or_prompt, self._prepare_any, one_params(sampling_params))
 
     def _complete(self, items: Any, how: How, kind: str, params: Any, use_tqdm: bool = False) -> list[RequestOutput]:
         items = listed(items, kind)

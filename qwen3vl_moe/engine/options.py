@@ -68,8 +68,9 @@ class EngineOptions:
             raise OptionError(f"async_scheduling={self.async_scheduling!r}: True, False or None is needed")
         if self.kv_cache_dtype not in ("auto", "fp8"):
             raise OptionError(f"kv_cache_dtype={self.kv_cache_dtype!r} is unknown; choose from auto, fp8")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise OptionError(f"gpu_memory_utilization={self.gpu_memory_utilization!r}: a number in (0, 1] is needed")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+            raise OptionError(f"gpu_memory_utilization={share!r}: a number in (0, 1] is needed")
 
     def with_seats(self, num_blocks: int | None, on_gpu: bool) -> EngineOptions:
         """The same with ``max_num_seqs`` settled: by the size of the cache, or as it may be at most."""

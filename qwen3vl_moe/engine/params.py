@@ -274,7 +274,9 @@ def _biases(biases: Any) -> Mapping[int, float] | None:
     for token, bias in biases.items():
         if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20:
             token = int(token)  # keys of JSON are texts
-        (token,) = _token_ids("logit_bias", (token,))
+        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) <= _LARGEST:
+            raise OptionError(f"logit_bias has the key {_shown(token)}; a token id is needed")
+        token = int(token)
         needed = "a number from -100 to 100"
         found[token] = _number(f"logit_bias[{token}]", bias, float, needed, lambda x: -100 <= x <= 100)
         if found[token] is None:

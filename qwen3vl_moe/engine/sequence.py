@@ -57,7 +57,7 @@ class Sequence:
         num_prompt_tokens: of the prompt.
         position_offset: of a token of the answer, its M-RoPE position (the same on all three axes) less its place.
         most_tokens: as many as prompt and answer may have together.
-        ending: tokens that end the answer, if it has min_tokens.
+        ending: tokens that end the answer once it has min_tokens tokens.
         watched: whether every token has to be looked at as it comes, for stop strings or log-probabilities.
         admissions: how often it was given blocks to begin with.
     """

@@ -107,13 +107,19 @@ def media_access(
         allow_hosts: names, or one text with commas between them; an empty one allows none.
 
     Raises:
-        OptionError: the root is no directory, or a host is not the bare name of one.
+        OptionError: the root is no directory, a host is not the bare name of one, or one of them is of another type.
     """
+    if media_root is not None and not isinstance(media_root, str | os.PathLike):
+        raise OptionError(f"media_root={media_root!r:.80}: a directory is needed")
+    if allow_hosts is not None and not isinstance(allow_hosts, Iterable):
+        raise OptionError(f"allow_hosts={allow_hosts!r:.80}: names of hosts are needed")
+    if not isinstance(allow_private_hosts, bool):  # "no" would be a yes
+        raise OptionError(f"allow_private_hosts={allow_private_hosts!r:.80}: True or False is needed")
     hosts = None
     if allow_hosts is not None:
         text = isinstance(allow_hosts, str)
         hosts = tuple(host.strip() for host in allow_hosts.split(",") if host.strip()) if text else tuple(allow_hosts)
-    return MediaAccess(None if media_root is None else Path(media_root), hosts, bool(allow_private_hosts))
+    return MediaAccess(None if media_root is None else Path(media_root), hosts, allow_private_hosts)
 
 
 def host_name(host: str) -> str | None:

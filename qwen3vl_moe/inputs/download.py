@@ -72,7 +72,7 @@ def download(url: str, where: str, access: MediaAccess, max_bytes: int) -> bytes
 
 
 def too_large(where: str, max_bytes: int) -> PromptError:
-    return PromptError(f"{where} is larger than {max_bytes // 2**20} MiB, the limit of one encoded image")
+    return PromptError(f"{where} is larger than {max_bytes // 2**20} MiB, the limit of one file")
 
 
 class _Exchange:

@@ -245,8 +245,9 @@ def _source(
 def _check_keys(item: Mapping[str, Any], known: Sequence[str], where: str, hint: str = "") -> None:
     for key in item:
         if key not in known:
+            are = "are" if len(known) > 1 else "is"
             raise PromptError(
-                f"{where} has the key {repr(key)}; {', '.join(known)} are understood" + (f", {hint}" if hint else "")
+                f"{where} has the key {repr(key)}; {', '.join(known)} {are} understood" + (f", {hint}" if hint else "")
             )
 
 

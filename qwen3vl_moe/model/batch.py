@@ -3,7 +3,8 @@
 Shape letters of both packages, in names and comments: T tokens of the step, R rows whose logits are wanted, S
 sequences, U keys that a step's tokens attend to, H hidden, E experts, K chosen experts, I expert width, N query heads,
 G key/value heads, D head width, F = D / 2 rotary frequencies, A all heads side by side, L layers, V vocabulary, B
-blocks of the cache; in the vision tower P patches, C channels of a patch, M merged (visual) tokens.
+blocks of the cache; in the vision tower P patches, C channels (of a patch, then of the tower), M merged (visual)
+tokens. Pictures are HW3 or 3HW, height and width. K and N are also what a plain product sums over, and what it gives.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def add_positions(x_PC: Tensor, table_SC: Tensor, index_P4: Tensor, weight_P4: T
 def mix_positions(table_SC: Tensor, index_P4: Tensor, weight_P4: Tensor) -> Tensor:
     """The weighted sum of four learned positions per patch, fp32 [P, C].
 
-    Corner by corner, so that no more than one [P, C] is in memory beside the sum.
+    Corner by corner, so that no more than two [P, C] are in memory beside the sum.
     """
     out_PC = table_SC[index_P4[:, 0]] * weight_P4[:, :1]
     for corner in range(1, 4):

@@ -48,8 +48,8 @@ class ResidualStream:
         """Add a layer's output.
 
         Raises:
-            RuntimeError: the output before this one was no :class:`OpenProduct`, and :meth:`normed` has not been called
-                since.
+            RuntimeError: the output before this one is still held back, as all are but an :class:`OpenProduct` of a
+                16-bit layer on one rank, and :meth:`normed` has not been called since.
         """
         if self._open is not None:
             raise RuntimeError("ResidualStream.add: the output before this one has not been taken in by normed() yet")

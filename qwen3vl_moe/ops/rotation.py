@@ -25,7 +25,8 @@ def rotate_and_store(
         heads: (N, G), how many heads queries and keys have.
         cos_TF, sin_TF: fp32 [T, D / 2].
         norms: of each query and of each key, over D channels; None: neither.
-        slots_T: int64 cache rows; one that is negative is not written. Needed where there is a cache.
+        slots_T: int64 cache rows, needed where there is a cache. Kernels do not write one that is negative, which
+            padding has in CUDA graphs; plain torch, which is never in one, takes none.
         layer_cache: [2, blocks, block_size, G, D], contiguous, or one in FP8 (:mod:`.fp8_cache`); None: nothing is
             written.
 

@@ -155,7 +155,7 @@ def rank_bytes(config: Qwen3VLMoeConfig, dtype: torch.dtype, ranks: int) -> int:
 
 def ranks_that_fit(config: Qwen3VLMoeConfig, dtype: torch.dtype, free: int) -> tuple[int, int] | None:
     """The least number of ranks of which each has room in ``free`` bytes, and what it holds; None: there is none."""
-    for ranks in range(2, config.text.num_heads + 1):
+    for ranks in range(1, config.text.num_heads + 1):
         if why_not(config.text, ranks) is None and (needed := rank_bytes(config, dtype, ranks)) <= free:
             return ranks, needed
     return None

@@ -57,6 +57,8 @@ def resolve(path_or_id: str | Path, *, weights: bool = True) -> Path:
 
 
 def _find(path_or_id: str | Path, weights: bool) -> Path:
+    if not isinstance(path_or_id, str | Path):
+        raise CheckpointError(f"the model is {path_or_id!r:.80}: a directory, a hub id or demo is needed")
     if path_or_id == "":  # which Path would read as the current directory
         raise CheckpointError("the model has no name: give a directory, a hub id, or demo")
     if path_or_id == "demo":

@@ -175,3 +175,16 @@ def test_addresses(address, public):
             PromptError, match=r"image 0 .*the host 'host' has an address of this machine or of a private"
         ):
             MediaAccess(private_hosts=False).check_address(address, "host", "image 0")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"media_root": 5}, "media_root=5: a directory is needed"),
+        ({"allow_hosts": 5}, "allow_hosts=5: names of hosts are needed"),
+        ({"allow_private_hosts": "no"}, "allow_private_hosts='no': True or False is needed"),
+    ],
+)
+def test_limits_of_another_type_are_refused(given, message):
+    with pytest.raises(OptionError, match=message):
+        media_access(**given)

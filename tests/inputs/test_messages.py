@@ -57,7 +57,10 @@ class TestItems:
     @pytest.mark.parametrize(
         ("item", "message"),
         [
-            ({"type": "text", "text": "a", "image": URL}, "content[0] is a text and has the key 'image'; text"),
+            (
+                {"type": "text", "text": "a", "image": URL},
+                "content[0] is a text and has the key 'image'; text is understood",
+            ),
             ({"type": "text", "text": "a", "image_url": {"url": URL}}, "is a text and has the key 'image_url'"),
             ({"type": "text", "text": "a", "images": [URL]}, "is a text and has the key 'images'"),
             ({"type": "input_text", "text": "a", "video": URL}, "is a text and has the key 'video'"),

@@ -73,6 +73,11 @@ def test_neither_directory_nor_hub_id(name, monkeypatch):
     assert "is neither a directory nor a hub id" in message(name)
 
 
+@pytest.mark.parametrize("name", [None, 5, b"demo", ["demo"]])
+def test_what_is_no_name_at_all(name):
+    assert message(name) == f"the model is {name!r}: a directory, a hub id or demo is needed"
+
+
 @pytest.mark.parametrize("name", ["x" * 5000, "~no-such-user/model"])
 def test_what_cannot_be_looked_at(name):
     assert " cannot be read: " in message(name)

@@ -213,7 +213,11 @@ def test_every_option_reaches_its_place():
         ({"sampling": "[1]"}, "a JSON object such as"),
         ({"sampling": '{"top_k": 2}', "top_k": 3}, "--sampling says top_k, for which there is --top-k: name one"),
         ({"sampling": '{"best": 1}'}, "unknown sampling parameter 'best'"),
+        ({"sampling": '{"self": 1}'}, "--sampling says self, which is no option"),
+        ({"sampling": '{"logit_bias": {"²": 1}}'}, "logit_bias has the key '²'; a token id is needed"),
         ({"sampling": '{"n": 2}'}, "n=2: one answer is shown here"),
+        ({"sampling": '{"logprobs": 2}'}, "logprobs=2: only the answer is shown here"),
+        ({"sampling": '{"detokenize": false}'}, "detokenize=False: an answer is shown as text"),
     ],
 )
 def test_sampling_that_cannot_be_used(given, message):
