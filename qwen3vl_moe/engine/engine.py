@@ -108,9 +108,9 @@ class Engine:
 
         There has to be a free seat. Images take long to prepare, so no more of them than fill a step are waited for:
         the step then computes while others are prepared. (One that lacks frames fills none.) Requests alone decide, not
-        the clock, so that the same calls make the same steps again.
+        the clock, so that the same calls make the same steps again. Any thread may ask.
         """
-        waiting = self.scheduler.waiting
+        waiting = self.scheduler.waiting.copy()  # at once: other threads change it meanwhile
         ready = [sequence for sequence in waiting if not sequence.undecoded]
         images = sum(image.num_tokens for sequence in ready for image in sequence.prompt.images)
         seats = self.scheduler.max_num_seqs - len(self.scheduler.running) - len(waiting)

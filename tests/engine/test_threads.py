@@ -63,6 +63,31 @@ def test_every_call_gets_its_own_answer(plain, make_llm, options):
 
 
 @pytest.mark.timeout(60)
+def test_whether_there_is_room_may_be_asked_while_others_come_and_go(plain, make_llm):
+    """A call asks before it has its turn: requests of others are queued and taken from the queue meanwhile."""
+    llm = make_llm(plain)
+    engine = llm.engine
+    sequence = engine.request(llm.processor.prompt(TEXT), SamplingParams(max_tokens=4))
+    ended = threading.Event()
+
+    def come_and_go():
+        while not ended.is_set():
+            for _ in range(20):
+                engine.scheduler.add(sequence)
+            for _ in range(20):
+                engine.scheduler.remove(sequence)
+
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(come_and_go)
+        try:
+            for _ in range(20_000):
+                assert isinstance(engine.has_room, bool)
+        finally:
+            ended.set()
+        others.result()
+
+
+@pytest.mark.timeout(60)
 def test_what_is_left_open_holds_nobody_up(plain, make_llm):
     llm = make_llm(plain, max_num_seqs=2)
     left = [llm.stream(TEXT, params(0)), llm.as_completed([TEXT] * 5, params(0)), llm.stream(TEXT, params(0))]
