@@ -48,6 +48,7 @@ def test_our_model_has_as_many_bytes(name):
 @pytest.mark.parametrize(
     ("name", "card", "dtype", "expected"),
     [
+        ("qwen3_vl_30b_a3b", 80e9, torch.bfloat16, 1),
         ("qwen3_vl_30b_a3b", 40e9, torch.bfloat16, 2),
         ("qwen3_vl_235b_a22b", 80e9, torch.bfloat16, 8),
         ("qwen3_vl_235b_a22b", 141e9, torch.bfloat16, 4),
