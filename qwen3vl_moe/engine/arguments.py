@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwen3vl_moe.engine.options import EngineOptions
@@ -52,17 +52,15 @@ def parse_options(given: dict[str, Any]) -> EngineOptions:
     return EngineOptions(**given)
 
 
-def one_params(params: Any) -> SamplingParams:
+def one_params(params: Any, needed: str = "SamplingParams") -> SamplingParams:
     if params is None or isinstance(params, SamplingParams):
         return params or SamplingParams()
-    raise OptionError(f"sampling_params: SamplingParams are needed, got {type(params).__name__}")
+    raise OptionError(f"sampling_params: {needed} are needed, got {type(params).__name__}")
 
 
 def params_per_item(params: Any, count: int, kind: str) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [one_params(params)] * count
-    if not isinstance(params, list | tuple):
-        raise OptionError(f"sampling_params: SamplingParams or a list of them are needed, got {type(params).__name__}")
+    if not isinstance(params, Iterable) or isinstance(params, str | bytes | Mapping):
+        return [one_params(params, "SamplingParams or a list of them")] * count
     params = [one_params(each) for each in params]
     if len(params) != count:
         raise OptionError(f"{len(params)} sampling_params for {count} {kind}s: give one for all, or one for each")

@@ -258,9 +258,13 @@ def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
         found = (None,)
     if len(found) > _MAX_IDS:
         raise OptionError(f"{name} has {len(found)} token ids; at most {_MAX_IDS} are taken")
-    if not all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= int(i) <= _LARGEST for i in found):
+    if not all(map(_is_token_id, found)):
         raise OptionError(f"{name}={_shown(ids)}: a list of token ids is needed")
     return tuple(dict.fromkeys(map(int, found)))  # each once
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) <= _LARGEST
 
 
 def _biases(biases: Any) -> Mapping[int, float] | None:
@@ -274,7 +278,7 @@ def _biases(biases: Any) -> Mapping[int, float] | None:
     for token, bias in biases.items():
         if isinstance(token, str) and token.isascii() and token.isdigit() and len(token) < 20:
             token = int(token)  # keys of JSON are texts
-        if not isinstance(token, Integral) or isinstance(token, bool) or not 0 <= int(token) <= _LARGEST:
+        if not _is_token_id(token):
             raise OptionError(f"logit_bias has the key {_shown(token)}; a token id is needed")
         token = int(token)
         needed = "a number from -100 to 100"

@@ -92,7 +92,7 @@ def _attention(layer: Any, x_NH: Tensor, cos: Tensor, sin: Tensor, starts: Tenso
 
 
 def blurred(x_MH: Tensor, noise_MH: Tensor) -> Tensor:
-    """With noise of so many times each token's own size (root mean square)."""
+    """With noise, which is given in multiples of each token's own size (root mean square)."""
     size_M1 = x_MH.detach().float().square().mean(-1, keepdim=True).sqrt()
     return x_MH + (size_M1 * noise_MH).to(x_MH.dtype)
 

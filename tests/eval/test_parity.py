@@ -285,6 +285,7 @@ def test_transformers_variant_answers_as_the_engine_does(demo):
     ("arguments", "message"),
     [
         (("--variants", "fast"), f"--variants fast: choose from {', '.join(VARIANTS)}"),
+        (("--variants", "fast", "--data", "nowhere"), "--variants fast: choose from"),  # before any data is looked for
         (("--variants", "transformers,reference"), "tma or reference first"),
         (("--variants", "reference,reference"), "each once"),
         (("--variants", "tma,reference"), "moe='tma' cannot run here"),

@@ -201,6 +201,7 @@ def test_a_prompt_for_lines_that_bring_none(opened, tmp_path):
         ({"a.tar": b"", "b.jsonl": b""}, "", {}, "more than one kind, 'a.tar' among them; give a pattern"),
         ({"a.jsonl": b"", "b.jsonl": b""}, "", {}, "2 files of JSON lines; give one, or join them"),
         ({"a.txt": b""}, "", {"prompt": "x"}, "has no image"),
+        ({"a.txt": b""}, "", {}, "has no image"),
         ({"a.png": b""}, "", {}, "is images: --prompt says what to ask of each"),
         ({"a.png": b""}, "*.jpg", {"prompt": "x"}, "no file is of that pattern"),
         ({"a.jsonl": b"{}"}, "a.jsonl", {"image_column": "x"}, "--image-column is for parquet and tars"),

@@ -177,10 +177,8 @@ def test_losses_and_gradients_are_those_of_transformers(untrained, data):
 
     In float64: of the positions' gradients, sums over all patches, transformers' own float32 is off by 1.3e-4.
     """
-    rows = [
-        *data.picture_rows(2996),
-        *data.text_rows(2996),
-    ]  # no router is so near a tie that float32 decides otherwise
+    step = 2996  # one in which no router is so near a tie that float32 decides otherwise
+    rows = [*data.picture_rows(step), *data.text_rows(step)]
     batch = collate(rows, data.encoder, BUDGET)  # learned positions where transformers has them
     assert (batch.pictures.starts.diff() > 0).sum() > 3
     ours = copy.deepcopy(untrained[1]).requires_grad_()
